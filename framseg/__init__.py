@@ -1,0 +1,1 @@
+"""Moment and highlight detection by frame segmentation with a multimodal LLM."""

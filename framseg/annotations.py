@@ -1,0 +1,315 @@
+"""QVHighlights rows: read, check, count, and the frame labels that follow from them.
+
+A row is a query on a video. Its labels are *moments* (windows in seconds) and, for every 2-second *clip* that
+a moment touches, the saliency three annotators gave it (0..4). The test split comes without labels.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CLIP_SECONDS = 2
+ANNOTATORS = 3
+TOP_SALIENCY = 4
+LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")
+
+
+class AnnotationError(ValueError):
+    """Rows that cannot be used; the message has one line for each: file:line, qid, every reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One query on one video.
+
+    duration: seconds. relevant_windows: (start, end) in seconds, ordered, apart. relevant_clip_ids: the 2-second
+    clips the windows touch. saliency_scores: for each of these clips three scores 0..4. The last three are None
+    in a split without labels.
+    """
+
+    qid: int
+    query: str
+    duration: float
+    vid: str
+    relevant_windows: tuple[tuple[float, float], ...] | None = None
+    relevant_clip_ids: tuple[int, ...] | None = None
+    saliency_scores: tuple[tuple[int, int, int], ...] | None = None
+
+    @property
+    def labelled(self) -> bool:
+        return self.relevant_windows is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassBalance:
+    """Frames of a split by their label; the paper reports ratio 2.3378 and background share 70.04 %."""
+
+    ratio: float  # background frames to one foreground frame
+    background_share: float
+    foreground: int
+    background: int
+
+
+def clips(duration: float) -> int:
+    """Number of whole 2-second clips in a video of `duration` seconds, as the evaluation protocol counts them."""
+    return int(duration / CLIP_SECONDS)
+
+
+def read(path: str | Path) -> list[Row]:
+    """Read and check a file of one JSON object a line; fields other than those of Row pass unread.
+
+    Raises AnnotationError that lists file:line, qid and the reasons for every bad row, not only the first.
+    """
+    rows, bad, seen = [], [], {}
+    for number, text in json_lines(path, AnnotationError):
+        record, reasons = parse_object(text)
+        if record is not None:
+            reasons = _reasons(record)
+            qid = record.get("qid")
+            if is_integer(qid) and seen.setdefault(qid, number) != number:
+                reasons.append(f"qid {qid} is on line {seen[qid]} already")
+        if reasons:
+            bad.append(f"{path}:{number}: qid {(record or {}).get('qid', 'unknown')}: {'; '.join(reasons)}")
+        else:
+            rows.append(_row(record))
+    if bad:
+        raise AnnotationError("\n".join(bad))
+    if not rows:
+        raise AnnotationError(f"{path}: holds no rows; expected one JSON object a line")
+    return rows
+
+
+def from_dict(record: dict[str, Any]) -> Row:
+    """A checked Row out of one decoded JSON object; raises AnnotationError with the qid and every reason."""
+    reasons = _reasons(record)
+    if reasons:
+        raise AnnotationError(f"qid {record.get('qid', 'unknown')}: {'; '.join(reasons)}")
+    return _row(record)
+
+
+def write(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows in the layout `read` takes, fields in the order of the public files."""
+    records = []
+    for row in rows:
+        record = {"qid": row.qid, "query": row.query, "duration": row.duration, "vid": row.vid}
+        records.append(record | ({name: getattr(row, name) for name in LABELS} if row.labelled else {}))
+    write_lines(path, records, AnnotationError)
+
+
+def frame_times(duration: float, frames: int) -> np.ndarray:
+    """Times of the frames in seconds, float64 [frames]: the middles of `frames` equal parts of the video."""
+    # Multiplied before divided: one rounding only, so a time that is a whole second is exactly that.
+    return duration * (np.arange(frames) + 0.5) / frames
+
+
+def frame_labels(row: Row, frames: int) -> np.ndarray:
+    """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included.
+
+    Raises AnnotationError for a row without labels.
+    """
+    _need_labels(row)
+    times = frame_times(row.duration, frames)
+    windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
+    return ((times >= windows[:, :1]) & (times <= windows[:, 1:])).any(0).astype(np.int8)
+
+
+def soft_targets(row: Row, frames: int) -> np.ndarray:
+    """Segmentation targets, float64 [frames] in 0..1.
+
+    The mean of the three annotators' scores over 4 for the 2-second clip that holds the frame's time, 0 outside
+    the relevant clips. Raises AnnotationError for a row without labels.
+    """
+    _need_labels(row)
+    scores = np.zeros(math.ceil(row.duration / CLIP_SECONDS))
+    sums = np.reshape(row.saliency_scores, (-1, ANNOTATORS)).sum(axis=1)
+    scores[list(row.relevant_clip_ids)] = sums / (ANNOTATORS * TOP_SALIENCY)
+    return scores[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
+
+
+def class_balance(rows: Iterable[Row], frames: int) -> ClassBalance:
+    """Count background and foreground frames over labelled rows. Raises AnnotationError if either is missing."""
+    labels = np.stack([frame_labels(row, frames) for row in rows])
+    foreground = int(labels.sum())
+    background = labels.size - foreground
+    if not foreground or not background:
+        raise AnnotationError(f"{len(labels)} rows have {foreground} foreground and {background} background frames")
+    return ClassBalance(background / foreground, background / labels.size, foreground, background)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite int or float that is no bool."""
+    if type(value) is int:
+        return abs(value) < 2**53  # larger ones are no seconds and would not fit a float
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def json_lines(path: str | Path, error: type[ValueError]) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of every line of a UTF-8 file that is not blank; raises `error` if unreadable."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: is not UTF-8 text ({reason.reason} at byte {reason.start})") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from None
+
+
+def parse_object(text: str) -> tuple[dict | None, list[str]]:
+    """A line's JSON object and no reasons, or None and the reason why there is none."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return None, [f"not JSON ({' '.join(str(error).split())})"]
+    if not isinstance(record, dict):
+        return None, [f"expected a JSON object, found {type(record).__name__}"]
+    return record, []
+
+
+def write_lines(path: str | Path, records: Iterable[dict], error: type[ValueError]) -> None:
+    """One JSON object a line, written aside and renamed, so that a cut-off run leaves no half file.
+
+    Raises `error` with the qid of a record that JSON cannot hold (NaN, a foreign type).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            for record in records:
+                try:
+                    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+                except (TypeError, ValueError) as reason:
+                    raise error(f"{path}: qid {record.get('qid')}: cannot be written: {reason}") from None
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def _need_labels(row: Row) -> None:
+    if not row.labelled:
+        raise AnnotationError(f"qid {row.qid}: has no labels; take a split with relevant_windows")
+
+
+def _row(record: dict) -> Row:
+    windows, ids, scores = (record.get(name) for name in ("relevant_windows", "relevant_clip_ids", "saliency_scores"))
+    return Row(
+        record["qid"],
+        record["query"],
+        record["duration"],
+        record["vid"],
+        None if windows is None else tuple((start, end) for start, end in windows),
+        None if ids is None else tuple(ids),
+        None if scores is None else tuple(tuple(three) for three in scores),
+    )
+
+
+def _reasons(record: dict) -> list[str]:
+    """Everything that is wrong with a decoded row; empty if nothing is."""
+    missing = [name for name in ("qid", "query", "duration", "vid") if name not in record]
+    if missing:
+        return [f"{', '.join(missing)} missing"]
+    reasons = []
+    qid, query, duration, vid = (record[name] for name in ("qid", "query", "duration", "vid"))
+    if not is_integer(qid):
+        reasons.append(f"qid must be an integer, not {qid!r}")
+    if not isinstance(query, str) or not query.strip():
+        reasons.append(f"query must be text, not {query!r}")
+    # The vid becomes a file name, so it must not lead elsewhere.
+    if not isinstance(vid, str) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0"):
+        reasons.append(f"vid must be a plain file name, not {vid!r}")
+    if not is_number(duration) or duration <= 0:
+        return [*reasons, f"duration must be a positive number of seconds, not {duration!r}"]
+
+    present = [name for name in LABELS if record.get(name) is not None]
+    if present and len(present) < len(LABELS):
+        reasons.append(f"{', '.join(n for n in LABELS if n not in present)} missing beside {', '.join(present)}")
+    elif present:
+        windows, ids, scores = record["relevant_windows"], record["relevant_clip_ids"], record["saliency_scores"]
+        wrong_windows = _window_reasons(windows, duration)
+        wrong_ids = _clip_reasons(ids, duration)
+        reasons += [*wrong_windows, *wrong_ids, *_score_reasons(scores, ids if not wrong_ids else None)]
+        if not wrong_windows and not wrong_ids:
+            reasons += _agreement_reasons(windows, ids)
+    return reasons
+
+
+def _window_reasons(windows: Any, duration: float) -> list[str]:
+    if not isinstance(windows, list) or not windows:
+        return [f"relevant_windows must be a list of [start, end], not {_short(windows)}"]
+    reasons, last = [], 0
+    for window in windows:
+        if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
+            reasons.append(f"window {_short(window)} is not [start, end] in seconds")
+        elif not 0 <= window[0] < window[1] <= duration:
+            reasons.append(f"window {window} is not ordered inside 0..{duration} s")
+        elif window[0] < last:
+            reasons.append(f"window {window} starts before the one listed before it ends ({last} s)")
+        else:
+            last = window[1]
+    return reasons
+
+
+def _clip_reasons(ids: Any, duration: float) -> list[str]:
+    if not isinstance(ids, list) or not all(map(is_integer, ids)):
+        return [f"relevant_clip_ids must be a list of integers, not {_short(ids)}"]
+    reasons = []
+    outside = [i for i in ids if not 0 <= i * CLIP_SECONDS < duration]
+    if outside:
+        reasons.append(f"clip ids {_short(outside)} lie outside the video of {duration} s")
+    if len(set(ids)) < len(ids):
+        reasons.append(f"clip ids {_short(sorted({i for i in ids if ids.count(i) > 1}))} are listed twice")
+    return reasons
+
+
+def _score_reasons(scores: Any, ids: list[int] | None) -> list[str]:
+    if not isinstance(scores, list):
+        return [f"saliency_scores must be a list, not {_short(scores)}"]
+    reasons = [
+        f"saliency scores {_short(three)} are not {ANNOTATORS} integers 0..{TOP_SALIENCY}"
+        for three in scores
+        if not isinstance(three, list)
+        or len(three) != ANNOTATORS
+        or not all(is_integer(score) and 0 <= score <= TOP_SALIENCY for score in three)
+    ]
+    if ids is not None and len(scores) != len(ids):
+        reasons.append(f"{len(scores)} saliency scores for {len(ids)} relevant clips")
+    return reasons
+
+
+def _agreement_reasons(windows: list, ids: list[int]) -> list[str]:
+    """A clip wholly inside a window must be listed, one outside all windows must not; at a cut both are right."""
+    touched: set[int] = set()
+    inside: set[int] = set()
+    for start, end in windows:
+        touched.update(range(math.floor(start / CLIP_SECONDS), math.ceil(end / CLIP_SECONDS)))
+        inside.update(range(math.ceil(start / CLIP_SECONDS), math.floor(end / CLIP_SECONDS)))
+    missing, foreign = sorted(inside - set(ids)), sorted(set(ids) - touched)
+    reasons = []
+    if missing:
+        reasons.append(f"clips {_short(missing)} lie in the relevant windows but are not in relevant_clip_ids")
+    if foreign:
+        reasons.append(f"clips {_short(foreign)} are in relevant_clip_ids but in no relevant window")
+    return reasons
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,288 @@
+"""BLIP-3 (xGen-MM): SigLIP sees the frames, a Perceiver resampler makes a few vectors of each, Phi-3 reads on.
+
+Parameter names are those of the published checkpoint (without its leading ``vlm.``), so that it loads as it is.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVisionModel
+from transformers.cache_utils import Cache
+
+from framseg import config
+
+PREFIX = "vlm."  # what the published checkpoint puts before every name
+ADAPTER = "default"
+
+
+class CheckpointError(ValueError):
+    """Weights that do not belong to this model; the message names the folder and every offending tensor."""
+
+
+class ResamplerAttention(nn.Module):
+    """Latents attend to a frame's patches and to themselves."""
+
+    def __init__(self, width: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
+        latents = self.norm_latents(latents)
+        key, value = self.to_kv(torch.cat([self.norm_media(patches), latents], dim=1)).chunk(2, dim=-1)
+        query, key, value = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value)
+        )
+        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """Perceiver resampler: patches [N, P, vision width] -> vision tokens [N, latents, language width]."""
+
+    def __init__(self, section: config.Resampler, width: int, out: int):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(section.latents, width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ResamplerAttention(width, section.heads, section.head_dim),
+                    nn.Sequential(
+                        nn.LayerNorm(width),
+                        nn.Linear(width, 4 * width, bias=False),
+                        nn.GELU(),
+                        nn.Linear(4 * width, width, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(section.layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, out)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        latents = self.latents.expand(len(patches), -1, -1)
+        for attention, feed_forward in self.layers:
+            latents = latents + attention(patches, latents)
+            latents = latents + feed_forward(latents)
+        return self.projection(self.norm(latents))
+
+
+class SplitEmbedding(nn.Embedding):
+    """Embedding whose ids from `used` on are rows of a second, small table."""
+
+    def __init__(self, rows: int, width: int, used: int, extra: int):
+        super().__init__(rows, width)
+        self.used = used
+        self.additional_embedding = nn.Embedding(extra, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        new = ids >= self.used
+        out = super().forward(ids.masked_fill(new, 0))
+        return torch.where(new.unsqueeze(-1), self.additional_embedding((ids - self.used).clamp(min=0)), out)
+
+
+class SplitHead(nn.Linear):
+    """Head over the `used` ids followed by the extra ones: [..., width] -> [..., used + extra]."""
+
+    def __init__(self, width: int, rows: int, used: int, extra: int):
+        super().__init__(width, rows)
+        self.used = used
+        self.additional_fc = nn.Linear(width, extra)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        known = F.linear(hidden, self.weight[: self.used], self.bias[: self.used])
+        return torch.cat([known, self.additional_fc(hidden)], dim=-1)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, section: config.Language, attention: str):
+        super().__init__()
+        phi3 = Phi3Config(
+            vocab_size=1,  # its own table is replaced below: the real one has a second part
+            hidden_size=section.hidden_size,
+            intermediate_size=section.intermediate_size,
+            num_hidden_layers=section.layers,
+            num_attention_heads=section.heads,
+            max_position_embeddings=section.context,
+            original_max_position_embeddings=section.context,
+            initializer_range=section.initializer_range,
+            rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
+            sliding_window=section.sliding_window,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            attn_implementation=attention,
+        )
+        self.model = Phi3Model(phi3)
+        sizes = section.used_vocab, section.extra_rows
+        self.model.embed_tokens = SplitEmbedding(section.vocab_size, section.hidden_size, *sizes)
+        self.lm_head = SplitHead(section.hidden_size, section.vocab_size, *sizes)
+        for table in (self.model.embed_tokens, self.model.embed_tokens.additional_embedding, self.lm_head):
+            nn.init.normal_(table.weight, std=section.initializer_range)
+        nn.init.zeros_(self.lm_head.bias)
+        if section.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+class Blip3(nn.Module):
+    """The model of `profile.model`, with random weights until `load_published` is called.
+
+    The vision encoder is frozen for good (Section "Model" of the paper): it runs without an autograd graph.
+    """
+
+    def __init__(self, section: config.Model):
+        super().__init__()
+        self.section = section
+        attention = section.attention
+        vision = SiglipVisionConfig(
+            hidden_size=section.vision.hidden_size,
+            intermediate_size=section.vision.intermediate_size,
+            num_hidden_layers=section.vision.layers,
+            num_attention_heads=section.vision.heads,
+            image_size=section.vision.image_size,
+            patch_size=section.vision.patch_size,
+            attn_implementation=attention,
+        )
+        self.vision_encoder = SiglipVisionModel(vision)
+        self.vision_tokenizer = Resampler(section.resampler, section.vision.hidden_size, section.language.hidden_size)
+        self.lang_model = LanguageModel(section.language, attention)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tokenizer.latents.device
+
+    def vision_features(self, pixels: Tensor) -> Tensor:
+        """Last hidden state of SigLIP after its post-layernorm.
+
+        pixels: [N, 3, H, W], uint8 RGB or floats already scaled to [-1, 1]. Returns [N, patches, vision width].
+        """
+        encoder = self.vision_encoder
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.to(encoder.post_layernorm.weight.dtype) / 127.5 - 1
+        # Not encoder(pixels): that would also compute the pooling head, which nothing reads.
+        hidden = encoder.encoder(inputs_embeds=encoder.embeddings(pixels)).last_hidden_state
+        return encoder.post_layernorm(hidden)
+
+    def vision_tokens(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, f, 3, H, W] (see `vision_features`) -> [B, f, latents, language width]."""
+        with torch.no_grad():
+            features = self.vision_features(pixel_values.flatten(0, 1))
+        return self.vision_tokenizer(features).unflatten(0, pixel_values.shape[:2])
+
+    def expand(self, ids: Tensor, mask: Tensor, vision_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put each image's vectors where its <image> id stands.
+
+        ids, mask: [B, L]. Returns embeddings [B, L'], attention mask [B, L'] and where [B, L]: the expanded
+        position of each id (of an image, its last vector). Every row must hold f images.
+        """
+        is_image = ids == self.section.tokens.image
+        frames, latents = vision_tokens.shape[1:3]
+        if not bool((is_image.sum(1) == frames).all()):
+            counts = is_image.sum(1).tolist()
+            raise ValueError(f"the prompts hold {counts} <image> tokens, but {frames} frames a sample were given")
+        repeats = torch.where(is_image, latents, 1)
+        where = repeats.cumsum(1) - 1
+        length = ids.shape[1] + frames * (latents - 1)
+        source = torch.repeat_interleave(
+            torch.arange(ids.numel(), device=ids.device), repeats.flatten(), output_size=len(ids) * length
+        )
+        long_ids = ids.flatten()[source].view(-1, length)
+        embeds = self.lang_model.model.embed_tokens(long_ids)
+        slots = (long_ids == self.section.tokens.image).unsqueeze(-1)
+        embeds = embeds.masked_scatter(slots, vision_tokens.to(embeds.dtype))
+        return embeds, mask.flatten()[source].view(-1, length), where
+
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Next-token logits.
+
+        pixel_values: [B, f, 3, H, W] uint8 or [-1, 1] floats; or give `vision_tokens` [B, f, latents, width].
+        input_ids, attention_mask: [B, L], each sample with f <image> ids, padded left or right.
+        positions: [B, P] indexes into input_ids; their logits alone are computed, [B, P, used + extra ids].
+        Without them all expanded positions are: [B, L + f (latents - 1), used + extra ids].
+        cache: filled with keys and values, for decoding on.
+        """
+        if vision_tokens is None:
+            vision_tokens = self.vision_tokens(pixel_values)
+        embeds, mask, where = self.expand(input_ids, attention_mask, vision_tokens)
+        hidden = self.lang_model.model(
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+        if positions is not None:
+            index = where.gather(1, positions).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            hidden = hidden.gather(1, index)
+        return self.lang_model.lm_head(hidden)
+
+    def digit_logits(self, logits: Tensor) -> Tensor:
+        """The two digits' columns of logits [..., ids], as [..., 2] in the order '0', '1'."""
+        return logits[..., [self.section.tokens.zero, self.section.tokens.one]]
+
+    @classmethod
+    def load_published(cls, section: config.Model, folder: Path | str) -> "Blip3":
+        """Build the model from a folder of safetensors (one file or shards) in the published layout.
+
+        Tensors go one by one to their place, so that memory holds one copy. Raises CheckpointError with all
+        missing, unexpected and misshapen names.
+        """
+        folder = Path(folder)
+        with init_empty_weights(include_buffers=False):
+            model = cls(section)
+        return model._fill(folder)
+
+    def _fill(self, folder: Path) -> "Blip3":
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder}: no .safetensors file here; give the folder of a published checkpoint")
+        expected = self.state_dict()
+        tied = self.section.language.tie_embeddings
+        if tied:
+            del expected["lang_model.lm_head.weight"]
+        dtype = getattr(torch, self.section.dtype)
+        problems, seen = [], set()
+        for file in files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    for key in opened.keys():
+                        name = key.removeprefix(PREFIX)
+                        shape = tuple(opened.get_slice(key).get_shape())
+                        if name not in expected:
+                            problems.append(f"unexpected {key} {list(shape)}")
+                        elif shape != tuple(expected[name].shape):
+                            problems.append(f"{key} is {list(shape)}, the profile's is {list(expected[name].shape)}")
+                        else:
+                            self.load_state_dict({name: opened.get_tensor(key).to(dtype)}, strict=False, assign=True)
+                        seen.add(name)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
+        problems += [f"missing {PREFIX}{name}" for name in expected if name not in seen]
+        if problems:
+            raise CheckpointError(f"{folder}: not a checkpoint of this model: " + "; ".join(problems))
+        if tied:
+            self.lang_model.lm_head.weight = self.lang_model.model.embed_tokens.weight
+        return self.eval()
+
+    def save_published(self, folder: Path | str) -> None:
+        """Write the weights in the published layout: safetensors, shards of at most 5 GB, names under ``vlm.``."""
+        state = {PREFIX + name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.section.language.tie_embeddings:
+            del state[f"{PREFIX}lang_model.lm_head.weight"]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(state, folder)

@@ -1,0 +1,254 @@
+"""Submission files of the QVHighlights competition: write them, check them, score them offline.
+
+`python -m framseg.codalab pack --val V.jsonl --test T.jsonl --out submission.zip`
+`python -m framseg.codalab check submission.zip --annotations DIR`
+
+The competition's server is shut down and the test labels are public now, so `check` does what it did: it refuses
+what the server would have refused and gives the metrics of both splits. It trusts nothing in the archive: nothing
+is unpacked to disk, and sizes are counted while reading instead of taken from the archive's own table.
+"""
+
+import argparse
+import json
+import os
+import stat
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from framseg.annotations import Row, clips, read
+from framseg.evaluate import (
+    SALIENCY,
+    WINDOWS,
+    PredictionError,
+    evaluate,
+    matched,
+    parse_predictions,
+    read_predictions,
+)
+from framseg.moments import LISTED
+
+VAL_NAME, TEST_NAME = "hl_val_submission.jsonl", "hl_test_submission.jsonl"
+VAL_ANNOTATIONS, TEST_ANNOTATIONS = "highlight_val_release.jsonl", "highlight_test_with_gt.jsonl"
+FIELDS = ("qid", "query", "vid", WINDOWS, SALIENCY)
+
+FILE_BYTES = 16 * 2**20  # a split takes 2 to 4 MiB
+LINE_BYTES = 2**20  # a query takes 2 to 4 KiB
+TABLE_BYTES = 2**16  # the archive's table of contents; two entries take under 300 bytes
+_END = struct.Struct("<4s4H2LH")  # the record that closes a zip
+
+
+class SubmissionError(ValueError):
+    """A submission that would not count; the message has one line for every reason found."""
+
+
+def pack(val: str | Path, test: str | Path, out: str | Path) -> Path:
+    """Write two prediction files as a competition archive and return its path.
+
+    Only the official fields go in. The same predictions always give the same bytes; the archive appears whole or
+    not at all. Raises PredictionError for predictions that cannot be scored or lack windows or saliency scores.
+    """
+    out = Path(out)
+    files = {VAL_NAME: _official(val), TEST_NAME: _official(test)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with zipfile.ZipFile(aside, "w") as archive:
+            for name, content in files.items():
+                entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not tell the hour
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+                archive.writestr(entry, content)
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+    return out
+
+
+def check(
+    submission: str | Path,
+    annotations: str | Path,
+    val: str = VAL_ANNOTATIONS,
+    test: str = TEST_ANNOTATIONS,
+) -> dict:
+    """Check an archive against the annotations in folder `annotations` and score both splits.
+
+    Returns {"val": split, "test": split}, a split being {"file", "queries", "windows": how many in all, "metrics": as
+    `evaluate` gives them, or None for annotations without labels, "notes": list of what the protocol puts up with}.
+    Notes are written for a clip count that is off by one, windows that go beyond the video, and lists of more than
+    ten windows.
+
+    Raises SubmissionError naming everything found: what is wrong with the archive (a name that is not one of the
+    two, a folder, a link, an entry twice, encryption, sizes, damage), with the text (not UTF-8, not JSON), with a
+    record (file, line, qid) or with the set of qids. Raises AnnotationError for annotations that cannot be read.
+    """
+    splits = {"val": (VAL_NAME, val), "test": (TEST_NAME, test)}
+    rows = {split: read(Path(annotations) / name) for split, (_, name) in splits.items()}
+    contents = _contents(Path(submission))
+    report, bad = {}, []
+    for split, (name, _) in splits.items():
+        try:
+            report[split] = _split_report(name, contents[name], rows[split])
+        except (PredictionError, SubmissionError) as error:
+            bad.append(str(error) if name in str(error) else f"{name}: {error}")
+    if bad:
+        raise SubmissionError("\n".join(bad))
+    return report
+
+
+def _official(path: str | Path) -> str:
+    lines = []
+    for record in read_predictions(path):
+        lacking = [field for field in (WINDOWS, SALIENCY) if field not in record]
+        if lacking:
+            raise PredictionError(
+                f"{path}: qid {record['qid']}: has no {' and no '.join(lacking)}; a submission needs both"
+            )
+        lines.append(json.dumps({field: record[field] for field in FIELDS if field in record}) + "\n")
+    return "".join(lines)
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    """The bytes of the two files; raises SubmissionError for an archive that is not exactly these two files."""
+    try:
+        _refuse_big(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            reasons = [f"{path}: {reason}" for entry in entries if (reason := _entry_reason(entry))]
+            names = [entry.orig_filename for entry in entries]
+            for name in (VAL_NAME, TEST_NAME):
+                if names.count(name) != 1:
+                    reasons.append(f"{path}: holds {names.count(name)} files named {name}, expected 1")
+            if reasons:
+                raise SubmissionError("\n".join(reasons))
+            return {entry.orig_filename: _bounded(archive, entry) for entry in entries}
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeDecodeError, struct.error) as error:
+        raise SubmissionError(f"{path}: is damaged or not a zip archive: {error}") from None
+    except OSError as error:
+        raise SubmissionError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _refuse_big(path: Path) -> None:
+    """Refuse before the table of contents is read: it alone could fill the memory."""
+    size = path.stat().st_size
+    if size > 2 * FILE_BYTES:
+        raise SubmissionError(f"{path}: has {size} bytes, more than the {2 * FILE_BYTES} a submission may have")
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _END.size - 20))
+        tail = file.read()
+    if len(tail) < _END.size or not tail[-_END.size :].startswith(b"PK\5\6"):
+        raise SubmissionError(f"{path}: is not a zip archive, or has something behind its end (an archive comment)")
+    table = _END.unpack(tail[-_END.size :])[5]
+    if table > TABLE_BYTES or tail[: -_END.size].startswith(b"PK\6\7"):  # the latter announces a zip64 table
+        raise SubmissionError(
+            f"{path}: has a table of contents of {table} bytes or in zip64, far more than two files need"
+        )
+
+
+def _entry_reason(entry: zipfile.ZipInfo) -> str | None:
+    name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
+    if name not in (VAL_NAME, TEST_NAME):
+        return f"holds {name[:100]!r}; expected only {VAL_NAME} and {TEST_NAME}, without folders"
+    if kind not in (0, stat.S_IFREG):
+        return f"{name} is a link or another special file, expected a plain file"
+    if entry.flag_bits & 1:
+        return f"{name} is encrypted"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"{name} is compressed by method {entry.compress_type}; write it stored or deflated"
+    return None
+
+
+def _bounded(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    content = bytearray()
+    with archive.open(entry) as file:
+        while part := file.read(2**16):
+            content += part
+            if len(content) > FILE_BYTES:
+                raise SubmissionError(f"{entry.filename}: unpacks to more than the {FILE_BYTES} bytes a split may have")
+    return bytes(content)
+
+
+def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise SubmissionError(f"{name}: starts with a byte order mark; write plain UTF-8")
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise SubmissionError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if len(lines) > 2 * len(rows) + 1:
+        raise SubmissionError(f"{name}: has {len(lines)} lines for {len(rows)} queries")
+    long = [number for number, line in enumerate(lines, 1) if len(line) > LINE_BYTES]
+    if long:
+        raise SubmissionError(f"{name}:{long[0]}: is longer than the {LINE_BYTES} bytes a query may have")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    predictions, rows = matched(parse_predictions(numbered, name), rows)
+    reasons, notes = [], []
+    for record, row in zip(predictions, rows, strict=True):
+        wrong, odd = _against_row(record, row)
+        reasons += [f"{name}: qid {row.qid}: {reason}" for reason in wrong]
+        notes += [f"qid {row.qid}: {reason}" for reason in odd]
+    if reasons:
+        shown = reasons[:20] + ([f"and {len(reasons) - 20} more"] if len(reasons) > 20 else [])
+        raise SubmissionError("\n".join(shown))
+    return {
+        "file": name,
+        "queries": len(rows),
+        "windows": sum(len(record[WINDOWS]) for record in predictions),
+        "metrics": evaluate(predictions, rows) if all(row.labelled for row in rows) else None,
+        "notes": notes,
+    }
+
+
+def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:
+    """What a submission must not have, and what the protocol puts up with."""
+    wrong, odd = [], []
+    lacking = [field for field in (WINDOWS, SALIENCY) if field not in record]
+    if lacking:
+        return [f"has no {' and no '.join(lacking)}"], []
+    wrong += [
+        f"{field} is {record[field]!r}, the annotation has {getattr(row, field)!r}"
+        for field in ("vid", "query")
+        if field in record and record[field] != getattr(row, field)
+    ]
+    ends = [f"[{start:g}, {end:g}]" for start, end, _ in record[WINDOWS] if start < 0 or end > row.duration]
+    if any(start > row.duration or end < 0 for start, end, _ in record[WINDOWS]):
+        wrong.append(f"windows lie outside the video's {row.duration} s: {', '.join(ends[:5])}")
+    elif ends:
+        odd.append(f"windows go beyond the video's {row.duration} s: {', '.join(ends[:5])}")
+    given, expected = len(record[SALIENCY]), clips(row.duration)
+    if given != expected:
+        (wrong if abs(given - expected) > 1 else odd).append(f"{given} saliency scores for {expected} clips")
+    if len(record[WINDOWS]) > LISTED:
+        odd.append(f"{len(record[WINDOWS])} windows, of which the first {LISTED} count")
+    return wrong, odd
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m framseg.codalab", description="Competition files of QVHighlights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="write two prediction files as a submission")
+    packing.add_argument("--val", type=Path, required=True, metavar="V.jsonl")
+    packing.add_argument("--test", type=Path, required=True, metavar="T.jsonl")
+    packing.add_argument("--out", type=Path, required=True, metavar="submission.zip")
+    checking = commands.add_parser("check", help="check a submission, ours or anyone's, and score it offline")
+    checking.add_argument("submission", type=Path)
+    checking.add_argument(
+        "--annotations", type=Path, required=True, metavar="DIR", help="folder of the annotation files"
+    )
+    checking.add_argument("--val", default=VAL_ANNOTATIONS, help="name of the val annotations in DIR (%(default)s)")
+    checking.add_argument("--test", default=TEST_ANNOTATIONS, help="name of the test annotations in DIR (%(default)s)")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "pack":
+            print(pack(chosen.val, chosen.test, chosen.out))
+        else:
+            print(json.dumps(check(chosen.submission, chosen.annotations, chosen.val, chosen.test), indent=4))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

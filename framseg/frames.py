@@ -1,0 +1,420 @@
+"""Which frames of a video stand for it, decoding them, and the frame store they are kept in.
+
+Videos are read from the first packet to the last, never by seeking: decord counts frames from a key frame on and is
+off by a few where a group of pictures is open, and only a whole pass shows that every frame it claims can be decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import decord
+import numpy as np
+import pebble
+from PIL import Image
+from tqdm.auto import tqdm
+
+decord.logging.set_level(decord.logging.QUIET)
+
+ABOUT = "frames.json"  # member of a store file that says what made it
+FAILURES = "failures.jsonl"
+DECODER_ERRORS = (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
+# decord repeats a frame where it has lost one, unless the share of repeated frames is limited; 0 would mean no limit.
+NO_REPEATED_FRAMES = 1e-9
+CLOCK = 1e-4  # seconds; finer differences between timestamps are rounding (decord keeps them in float32)
+
+
+class VideoError(ValueError):
+    """A video whose frames cannot be had; the message names the video and the reason."""
+
+
+class StoreError(VideoError):
+    """A frame store that cannot be used or written; the message names the file or folder and what to do."""
+
+
+def frame_numbers(
+    duration: float,
+    fps: float,
+    count: int,
+    neighbours: int,
+    neighbour_distance: float,
+    start: float = 0.0,
+    available: int | None = None,
+) -> np.ndarray:
+    """Frame numbers of a video with a constant frame rate: v_i = (t/f) * fps * (0.5 + i), floored, and its variations.
+
+    `duration` t and `start` are seconds, `count` is f. Each v_i stands between `neighbours` frames on either side,
+    `neighbour_distance` seconds apart (0.1 s is 3 frames at 30 fps) and at least one frame. Returns int64
+    [f, 2 * neighbours + 1] in time order, so that the middle column holds v_i, clipped to 0 .. `available` - 1.
+    """
+    seconds = start + duration / count * (0.5 + np.arange(count))
+    middle = np.floor(seconds * fps + 1e-6).astype(np.int64)  # a product meant to be whole may come out just below
+    step = max(1, round(neighbour_distance * fps))
+    numbers = middle[:, None] + step * np.arange(-neighbours, neighbours + 1)
+    return np.clip(numbers, 0, None if available is None else available - 1)
+
+
+class Video:
+    """One video file, opened for reading.
+
+    `length` is the decodable length in seconds, `count` the number of frames, `starts` float64 [count] the seconds at
+    which each is first shown (the first at 0), `fps` the average frame rate and `constant` whether all frames keep to
+    it. Raises VideoError for a file that is missing or cannot be opened as a video with timestamps.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not os.path.exists(self.path):
+            raise VideoError(f"{self.path}: no such video file")
+        try:
+            reader = self._reader()
+            spans = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)
+            self.fps = float(reader.get_avg_fps())
+        except DECODER_ERRORS as error:
+            raise VideoError(f"{self.path}: cannot be opened as a video (empty, cut off or another format)") from error
+        # Where a video was cut without encoding it again, packets before the cut have negative times; the decoder needs
+        # them but gives no frame for them.
+        spans = spans[spans[:, 0] > -CLOCK]
+        self.count = len(spans)
+        starts = spans[:, 0] - (spans[0, 0] if self.count else 0)
+        usable = self.count and 0 < self.fps < np.inf and np.isfinite(spans).all() and (np.diff(starts) > 0).all()
+        if not usable:
+            raise VideoError(f"{self.path}: its frames have no usable timestamps, so their times are unknown")
+        self.starts = starts
+        last = spans[-1, 1] - spans[-1, 0]
+        self.length = float(starts[-1] + (last if last > 0 else 1 / self.fps))
+        self.constant = bool(np.abs(starts * self.fps - np.arange(self.count)).max() < 0.5)
+
+    def _reader(self) -> decord.VideoReader:
+        return decord.VideoReader(str(self.path), num_threads=1, fault_tol=NO_REPEATED_FRAMES)
+
+    def numbers(
+        self, duration: float, count: int, neighbours: int = 0, neighbour_distance: float = 0.1, start: float = 0.0
+    ) -> np.ndarray:
+        """As `frame_numbers` for this video, int64 [count, 2 * neighbours + 1].
+
+        Where the frame rate varies, v_i is the frame shown at second start + (t/f) * (0.5 + i), and its neighbours are
+        those shown `neighbour_distance` seconds earlier and later, or the frames next to it if these are further away.
+        """
+        if self.constant:
+            return frame_numbers(duration, self.fps, count, neighbours, neighbour_distance, start, self.count)
+        sides = np.arange(-neighbours, neighbours + 1)
+        middle = start + duration / count * (0.5 + np.arange(count))
+        seconds = middle[:, None] + neighbour_distance * sides
+        shown = np.searchsorted(self.starts, seconds + CLOCK, side="right") - 1
+        apart = shown[:, neighbours, None] + sides
+        shown = np.where(sides < 0, np.minimum(shown, apart), np.maximum(shown, apart))
+        return np.clip(shown, 0, self.count - 1)
+
+    def frames(self, numbers: np.ndarray, image_size: int) -> np.ndarray:
+        """Decode the frames of these numbers, RGB uint8 [*numbers.shape, image_size, image_size, 3].
+
+        Frames are resized with PIL's bicubic filter without keeping their proportions. The whole video is decoded:
+        VideoError if any frame of it is damaged or missing.
+        """
+        out = np.empty((*numbers.shape, image_size, image_size, 3), np.uint8)
+        flat = out.reshape(-1, image_size, image_size, 3)
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers.ravel().tolist()):
+            places.setdefault(number, []).append(place)
+        reader = self._reader()
+        # Skipping over a key frame makes decord seek, so stop in front of each one and read that frame.
+        stops = {key - 1 for key in reader.get_key_indices() if 0 < key <= self.count}
+        position = 0
+        try:
+            for number in sorted(stops | places.keys() | {self.count - 1}):
+                if number > position:
+                    reader.skip_frames(number - position)
+                frame = reader.next()
+                position = number + 1
+                if number in places:
+                    picture = Image.fromarray(_without_padding(frame.asnumpy()))
+                    flat[places[number]] = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        except DECODER_ERRORS as error:
+            raise VideoError(
+                f"{self.path}: damaged: it claims {self.count} frames ({self.length:.2f} s), and not all of them "
+                f"can be decoded; get the file again or convert it to mp4"
+            ) from error
+        return out
+
+
+def read_video(
+    path: Path | str,
+    count: int,
+    image_size: int,
+    duration: float | None = None,
+    start: float = 0.0,
+    duration_tolerance: float = 1.0,
+) -> tuple[np.ndarray, float]:
+    """Frames of one's own video: uint8 [count, image_size, image_size, 3] RGB and the duration in seconds they span.
+
+    They stand for the `duration` seconds from second `start` on, without it for all that follows `start`. VideoError
+    if the video cannot be decoded or ends more than `duration_tolerance` seconds before `start` + `duration`. For many
+    stretches of a long video use `Video`, which reads it once: `video.frames(numbers, image_size)`.
+    """
+    video = Video(path)
+    if duration is None:
+        duration = video.length - start
+    if start < 0 or duration <= 0 or start + duration > video.length + duration_tolerance:
+        raise VideoError(
+            f"{path}: has {video.length:.2f} s, so there are no {duration:.2f} s from second {start:.2f} on"
+        )
+    return video.frames(video.numbers(duration, count, start=start)[:, 0], image_size), float(duration)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Folder with one file a video: a zip of JPEG pictures (4:4:4) and a JSON member that says what made them.
+
+    `count` frames f, each with `neighbours` variations a side, `neighbour_distance` seconds apart, square pictures of
+    `image_size` pixels, JPEG `quality` 1..100. A file that was made with other settings is refused with StoreError.
+    """
+
+    folder: Path
+    image_size: int
+    count: int
+    neighbours: int
+    neighbour_distance: float
+    quality: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    def path(self, vid: str) -> Path:
+        """The video's file. Raises VideoError for a name that would leave the folder."""
+        if not vid or any(character in vid for character in "/\\\0"):
+            raise VideoError(f"{vid!r}: a video's name must not be empty or contain path separators")
+        return self.folder / f"{vid}.zip"
+
+    def __contains__(self, vid: str) -> bool:
+        return self.path(vid).is_file()
+
+    def bytes(self, vid: str) -> int:
+        """Size of the video's file in bytes."""
+        return self.path(vid).stat().st_size
+
+    def about(self, vid: str) -> dict:
+        """What made the video's file: settings, numbers [f][2 * neighbours + 1], fps, duration and length (s)."""
+        with self._opened(vid) as (_, about):
+            return about
+
+    def read(self, vid: str, choice: np.ndarray | None = None) -> np.ndarray:
+        """Frames of a video, uint8 [f, image_size, image_size, 3] RGB.
+
+        `choice`, int [f] in 0 .. 2 * neighbours, picks each frame's variation; without it all are the middle one, v_i.
+        VideoError if the video is not in the store or its file is damaged, StoreError if made with other settings.
+        """
+        choice = np.full(self.count, self.neighbours) if choice is None else np.asarray(choice)
+        if choice.shape != (self.count,) or choice.min() < 0 or choice.max() > 2 * self.neighbours:
+            raise ValueError(f"choice must be {self.count} integers in 0..{2 * self.neighbours}, one a frame")
+        out = np.empty((self.count, self.image_size, self.image_size, 3), np.uint8)
+        with self._opened(vid) as (archive, _):
+            for frame, variation in enumerate(choice.tolist()):
+                with Image.open(io.BytesIO(archive.read(_member(frame, variation)))) as picture:
+                    out[frame] = np.asarray(picture)
+        return out
+
+    def write(self, vid: str, frames: np.ndarray, about: dict, aside: Path | None = None) -> None:
+        """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; `about` goes into the JSON member.
+
+        Written to the folder `aside` (on the same disk; by default the store's own) and renamed, so that a file is
+        whole or not there. Raises OSError if it cannot be written.
+        """
+        path = self.path(vid)
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo(ABOUT), json.dumps({"vid": vid, "settings": self._settings(), **about}))
+            for frame, variation in np.ndindex(frames.shape[:2]):
+                picture = io.BytesIO()
+                Image.fromarray(frames[frame, variation]).save(picture, "JPEG", quality=self.quality, subsampling=0)
+                archive.writestr(zipfile.ZipInfo(_member(frame, variation)), picture.getvalue())
+        _replace(path, content.getvalue(), aside or self.folder)
+
+    def failures(self) -> dict[str, str]:
+        """Videos whose extraction failed, with the reason."""
+        path = self.folder / FAILURES
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return {row["vid"]: row["reason"] for row in map(json.loads, lines)}
+
+    def _settings(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+    @contextmanager
+    def _opened(self, vid: str) -> Iterator[tuple[zipfile.ZipFile, dict]]:
+        path = self.path(vid)
+        if not path.is_file():
+            raise VideoError(f"{vid}: is not in the frame store {self.folder}; extract it first")
+        with path.open("rb") as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    about = json.loads(archive.read(ABOUT))
+                    if about["settings"] != self._settings():
+                        raise StoreError(
+                            f"{path}: was made with {_words(about['settings'])}, but {_words(self._settings())} are "
+                            f"asked for; use another folder for the frames, or delete this one and extract again"
+                        )
+                    yield archive, about
+            except VideoError:
+                raise
+            except Exception as error:  # zipfile, json and Pillow raise a dozen kinds for a damaged file
+                raise VideoError(
+                    f"{vid}: its file in the frame store is damaged ({path}); delete it and extract again"
+                ) from error
+
+
+@dataclass
+class Report:
+    """Result of `extract`: videos stored now, those already there, those that failed with the reason, seconds taken."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def extract(
+    videos: dict[str, float],
+    folder: Path | str,
+    store: Store,
+    *,
+    time_limit: float,
+    duration_tolerance: float,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Decode the videos `folder`/{vid}.mp4 into the store, each in a worker process, and say what failed.
+
+    `videos` maps vid to the annotated duration in seconds, from which the frames' times are taken. A video fails if it
+    is missing, damaged, takes more than `time_limit` seconds, crashes the decoder, or if its decodable length and the
+    annotated duration differ by more than `duration_tolerance` seconds; the others go on, and `failures.jsonl` in the
+    store's folder lists vid and reason. Videos already stored are skipped, so the call may be repeated after an
+    interruption. `workers` processes, by default one a CPU. Raises StoreError, and keeps what is finished, if the store
+    cannot be written or holds frames made with other settings.
+    """
+    begin = time.monotonic()
+    folder = Path(folder)
+    report = Report()
+    waiting = {}
+    for vid, duration in videos.items():
+        if _is_stored(store, vid):
+            report.skipped += 1
+        else:
+            waiting[vid] = duration
+    failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
+    # A fresh interpreter a worker: a fork would copy the locks of torch's threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
+            pool = pebble.ProcessPool(min(workers or _cpus(), max(len(waiting), 1)), context=context)
+            try:
+                tasks = {
+                    pool.schedule(
+                        _extract_one,
+                        (vid, duration, folder, store, duration_tolerance, Path(aside)),
+                        timeout=time_limit,
+                    ): vid
+                    for vid, duration in waiting.items()
+                }
+                for task in tqdm(
+                    as_completed(tasks), "extracting frames", len(tasks), unit="video", disable=not (progress and tasks)
+                ):
+                    reason = _outcome(task, folder / f"{tasks[task]}.mp4", time_limit)
+                    if reason:
+                        report.failed[tasks[task]] = reason
+                    else:
+                        report.done += 1
+            finally:
+                pool.stop()
+                pool.join()
+                rows = sorted({**failures, **report.failed}.items())
+                text = "".join(json.dumps({"vid": vid, "reason": reason}) + "\n" for vid, reason in rows)
+                _replace(store.folder / FAILURES, text.encode(), Path(aside))
+    except OSError as error:
+        raise StoreError(
+            f"{store.folder}: the frame store cannot be written ({error.strerror or error}); make room or choose "
+            f"another folder and extract again: {report.done} videos were stored now and are kept"
+        ) from error
+    report.seconds = time.monotonic() - begin
+    return report
+
+
+def _extract_one(
+    vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path
+) -> str | None:
+    """In a worker: store one video or give the reason why not."""
+    try:
+        store.path(vid)
+        video = Video(folder / f"{vid}.mp4")
+        if abs(video.length - duration) > duration_tolerance:
+            raise VideoError(
+                f"{video.path}: {video.length:.2f} s can be decoded, but the annotations say {duration:g} s "
+                f"(tolerance {duration_tolerance:g} s); it is cut off or another video"
+            )
+        numbers = video.numbers(duration, store.count, store.neighbours, store.neighbour_distance)
+        frames = video.frames(numbers, store.image_size)
+    except VideoError as error:
+        return str(error)
+    about = {"numbers": numbers.tolist(), "fps": video.fps, "duration": duration, "length": video.length}
+    store.write(vid, frames, about, aside)
+    return None
+
+
+def _outcome(task: pebble.ProcessFuture, path: Path, time_limit: float) -> str | None:
+    """Reason why a finished task failed, None if it did not; what no other video would survive is raised."""
+    try:
+        return task.result()
+    except TimeoutError:
+        return f"{path}: decoding took more than {time_limit:g} s and was ended"
+    except pebble.ProcessExpired as error:
+        return f"{path}: the decoder crashed (exit code {error.exitcode})"
+
+
+def _is_stored(store: Store, vid: str) -> bool:
+    """True for a whole file of these settings; a damaged one is to be made again. StoreError for other settings."""
+    try:
+        store.about(vid)
+    except StoreError:
+        raise
+    except VideoError:
+        return False
+    return True
+
+
+def _replace(path: Path, content: bytes, aside: Path) -> None:
+    """Write a file whole or not at all."""
+    part = aside / f"{os.getpid()}.part"
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _without_padding(frame: np.ndarray) -> np.ndarray:
+    """[H, W, 3] of a decoded frame. decord hands out padded rows as if they had more than three channels."""
+    height, width, _ = frame.shape
+    return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
+
+
+def _member(frame: int, variation: int) -> str:
+    return f"{frame:03d}_{variation}.jpg"
+
+
+def _words(settings: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

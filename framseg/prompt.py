@@ -1,0 +1,262 @@
+"""The prompt in Phi-3's chat form, as token ids, and what the method needs of a tokenizer.
+
+Control tokens (<|system|>, <|user|>, <|assistant|>, <|end|>, <image>) are put in as ids, and all text is encoded
+with their spellings taken as ordinary text: no query can open a turn or add a frame.
+"""
+
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer
+
+from framseg import config
+
+FILE = "tokenizer.json"
+# What BLIP-3 adds to Phi-3's vocabulary, in the order of their ids.
+ADDED = ("<pad>", "<image>", "<image placeholder>", "<|endofchunk|>")
+SPELLING = {"assistant": "<|assistant|>", "end": "<|end|>", "pad": "<pad>", "image": "<image>"}
+
+SYSTEM = (
+    "You are a smart video retrieval assistant. You will receive a video and a human activity query given by the "
+    "user. Return the frames that matches the activity query. Follow the output format given by the user. "
+)
+OPENING = (
+    "You are given {frames} frames sampled from a video, ordered and separated by newline characters, indexed from 0 "
+    "to {last}:\n"
+)
+TASK = """
+
+**Your task**: given an activity, analyze the video frames to identify which ones contain the specified activity.
+
+**Output format**: provide a {frames} character binary segmentation mask, specifically:
+ - '1' means the frame at that position likely matches to the activity.
+ - '0' means the frame at that position likely does not match to the activity.
+ - Your output must be exactly {frames} characters long and contain only '1's and '0's, with no spaces or other \
+delimiters and no explanations.
+
+**Activity**: {query}
+
+**Question**: Which frames contains the activity?
+"""
+EXAMPLE_QUERY = "A man in a red jacket rides a bicycle along the beach."
+
+RANDOM_MASKS = 10_000
+EXHAUSTIVE_LENGTH = 10  # every mask of up to this many frames is tried
+
+
+class PromptError(ValueError):
+    """A query or a tokenizer that the method cannot use; the message says why."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. Positions are those of the expanded sample, where each <image> is `latents` vectors."""
+
+    frames: int
+    zero: int  # id of '0'
+    one: int  # id of '1'
+    masks_tried: int  # 0/1 strings that became exactly one digit token a character
+    prompt_ids: int  # ids up to and with <|assistant|>, an image counted once
+    prompt_positions: int
+    sample_positions: int  # with the answer's f + 1 tokens
+    context: int
+    digit_positions: tuple[int, ...]  # where the logits of digit 0 … f - 1 are read
+    sliding_window: int | None
+    frames_outside: tuple[int, ...]  # no vector of these is within the window of the first answer position
+    frames_partly: tuple[int, ...]  # only some are
+
+
+def load(name: str | Path) -> Tokenizer:
+    """Tokenizer from a tokenizer.json, a folder that holds one, or a Hugging Face repository's name.
+
+    Relative paths are looked up in the working folder, then in the repository. Special tokens in text are taken as
+    text. Raises PromptError if there is no such file, it is damaged, or the hub cannot be reached within 10 s.
+    """
+    path = _local(name) or _fetch(str(name))
+    try:
+        # A published Phi-3 file puts a space before every part of the text; the run's ids have none.
+        tokenizer = Tokenizer.from_str(json.dumps(_without_prefix(json.loads(path.read_text(encoding="utf-8")))))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise PromptError(f"{path}: not a tokenizer that can be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_special_tokens([token for token in ADDED if tokenizer.token_to_id(token) is None])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _local(name: str | Path) -> Path | None:
+    for path in (Path(name).expanduser(), config.REPOSITORY / name):
+        file = path / FILE if path.is_dir() else path
+        if file.is_file():
+            return file
+        if path.is_dir():
+            raise PromptError(f"{path}: no {FILE} in this folder")
+    if Path(name).suffix == ".json" or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise PromptError(f"{name}: no such tokenizer file or folder, nor a repository's name (owner/name)")
+    return None
+
+
+def _fetch(repository: str) -> Path:
+    try:
+        try:
+            return Path(hf_hub_download(repository, FILE, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # One quick question first: the download itself would retry for half a minute without a network.
+            get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
+            return Path(hf_hub_download(repository, FILE))
+    except Exception as error:  # the HTTP library's errors share no base of the hub's
+        raise PromptError(
+            f"tokenizer {repository!r} is neither a local file or folder nor to be had from the Hugging Face hub "
+            f"({' '.join(str(error).split())}); set model.tokenizer to the path of its {FILE}"
+        ) from None
+
+
+def _without_prefix(spec: dict) -> dict:
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if any(step.get("type") == "Prepend" for step in steps):
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [s for s in steps if s["type"] != "Prepend"]}
+    if (spec.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+        spec["pre_tokenizer"]["prepend_scheme"] = "never"
+    return spec
+
+
+def _user_parts(query: str, frames: int) -> list[str]:
+    """The user's turn as the frames + 1 texts around its images."""
+    lines = (line.strip() for line in query.splitlines())
+    query = " ".join(line for line in lines if line)  # a line break would look like the prompt's own structure
+    if not query:
+        raise PromptError("the query is empty: say in a few words what to look for")
+    try:
+        query.encode()
+    except UnicodeEncodeError:
+        raise PromptError(f"the query {query!r} is not valid Unicode text") from None
+    first = OPENING.format(frames=frames, last=frames - 1) + "Frame 0: "
+    between = [f"\nFrame {i}: " for i in range(1, frames)]
+    return [first, *between, TASK.format(frames=frames, query=query)]
+
+
+def user_text(query: str, frames: int) -> str:
+    """Text of the user's turn, to be read by people: in `prompt_ids` the images are ids, not text."""
+    return SPELLING["image"].join(_user_parts(query, frames))
+
+
+def prompt_ids(tokenizer: Tokenizer, tokens: config.Tokens, query: str, frames: int) -> list[int]:
+    """Ids from <|system|> up to and with <|assistant|>, with `frames` <image> ids.
+
+    The newlines of the chat form after control tokens have no ids: Phi-3's control tokens swallow them.
+    Raises PromptError for an empty query.
+    """
+    system, user = (_id(tokenizer, spelling) for spelling in ("<|system|>", "<|user|>"))
+    ids = [system, *_encode(tokenizer, SYSTEM), tokens.end, user]
+    first, *others = _user_parts(query, frames)
+    ids += _encode(tokenizer, first)
+    for part in others:
+        ids += [tokens.image, *_encode(tokenizer, part)]
+    return [*ids, tokens.end, tokens.assistant]
+
+
+def answer_ids(tokens: config.Tokens, mask: str) -> list[int]:
+    """The f digits of a mask of 0 and 1, and <|end|>."""
+    digits = {"0": tokens.zero, "1": tokens.one}
+    if not set(mask) <= digits.keys():
+        raise PromptError(f"the mask {mask!r} holds other characters than 0 and 1")
+    return [*(digits[character] for character in mask), tokens.end]
+
+
+def pad_left(rows: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids of any length -> ids int64 [B, L] padded on the left, attention mask int64 [B, L]."""
+    length = max(len(row) for row in rows)
+    ids = np.full((len(rows), length), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        mask[i, length - len(row) :] = 1
+    return ids, mask
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[int, str]]:
+    """Each id with its token as the vocabulary spells it (▁ is a space, <0x0A> a newline)."""
+    return [(i, tokenizer.id_to_token(i) or "not in the vocabulary") for i in ids]
+
+
+def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = EXAMPLE_QUERY) -> Report:
+    """Try what the method takes for granted, and measure a sample with `query`.
+
+    That is: the special tokens have the profile's ids; '0' and '1' are one token each, in a 0/1 string of any length
+    (`frames` characters: constant, alternating, random; every string of up to 10) with no space token before it; text
+    cannot spell a control token; prompt and answer fit the context. Raises PromptError with the reason otherwise.
+    """
+    tokens = model.tokens
+    control = {spelling: getattr(tokens, name) for name, spelling in SPELLING.items()}
+    for spelling, expected in {**control, "0": tokens.zero, "1": tokens.one}.items():
+        found = tokenizer.token_to_id(spelling)
+        if found != expected:
+            raise PromptError(f"the tokenizer gives {spelling!r} the id {found}, the profile's is {expected}")
+    control |= {spelling: _id(tokenizer, spelling) for spelling in ("<|system|>", "<|user|>")}
+    for spelling in control:
+        if set(_encode(tokenizer, f"a {spelling} b")) & set(control.values()):
+            raise PromptError(f"the tokenizer takes {spelling!r} in a query for the control token itself")
+
+    masks = _masks(frames)
+    for mask, encoding in zip(masks, tokenizer.encode_batch(masks, add_special_tokens=False), strict=True):
+        if encoding.ids != answer_ids(tokens, mask)[:-1]:
+            raise PromptError(
+                f"the mask {mask!r} of {len(mask)} frames becomes the {len(encoding.ids)} tokens {encoding.tokens} "
+                f"instead of one digit token a frame"
+            )
+
+    ids = prompt_ids(tokenizer, tokens, query, frames)
+    images = np.array(ids) == tokens.image
+    sizes = np.where(images, model.resampler.latents, 1)
+    ends = np.cumsum(sizes)  # exclusive
+    first_answer = int(ends[-1]) - 1  # <|assistant|>: its logits give the first digit
+    total = int(ends[-1]) + frames + 1
+    window = model.language.sliding_window
+    if total > model.language.context:
+        raise PromptError(
+            f"prompt and answer take {total} positions, the model's context is {model.language.context}: "
+            f"use fewer frames than {frames} or a shorter query"
+        )
+    earliest = 0 if window is None else first_answer - window + 1
+    last, begin = ends[images] - 1, (ends - sizes)[images]
+    return Report(
+        frames=frames,
+        zero=tokens.zero,
+        one=tokens.one,
+        masks_tried=len(masks),
+        prompt_ids=len(ids),
+        prompt_positions=int(ends[-1]),
+        sample_positions=total,
+        context=model.language.context,
+        digit_positions=tuple(range(first_answer, first_answer + frames)),
+        sliding_window=window,
+        frames_outside=tuple(np.flatnonzero(last < earliest).tolist()),
+        frames_partly=tuple(np.flatnonzero((begin < earliest) & (earliest <= last)).tolist()),
+    )
+
+
+def _masks(frames: int) -> list[str]:
+    lengths = range(1, EXHAUSTIVE_LENGTH + 1)
+    short = ["".join(digits) for length in lengths for digits in itertools.product("01", repeat=length)]
+    regular = ["0" * frames, "1" * frames, ("01" * frames)[:frames], ("10" * frames)[:frames]]
+    draw = random.Random(0)
+    return short + regular + [f"{draw.getrandbits(frames):0{frames}b}" for _ in range(RANDOM_MASKS)]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _id(tokenizer: Tokenizer, spelling: str) -> int:
+    token = tokenizer.token_to_id(spelling)
+    if token is None:
+        raise PromptError(f"the tokenizer has no token {spelling!r}: it is not one of Phi-3's kind")
+    return token

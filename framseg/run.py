@@ -1,0 +1,142 @@
+"""Run the notebooks in their order for one profile: ``python -m framseg.run PROFILE [options]``.
+
+Every notebook is executed by papermill in this very Python; the executed copies lie in the run folder, beside the
+resolved profile that all of them read. Exit code 1: a notebook failed; 2: nothing was started, for the reason said.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import papermill
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from framseg import config
+
+NOTEBOOKS = config.REPOSITORY / "notebooks"
+KERNEL = "python3"
+TAIL = 25  # lines of a failed cell's traceback that are shown
+
+
+class RunError(Exception):
+    """A run that cannot start; the message says why."""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run_all.sh", description="Run the notebooks 01 to 05 for one profile.")
+    parser.add_argument("profile", help="a profile's name or the path of a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, e.g. training.epochs=2"
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write there instead of runs/<profile>")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", metavar="04", help="run this notebook alone")
+    which.add_argument("--from", dest="first", metavar="04", help="run this notebook and those after it")
+    return parser.parse_args(arguments)
+
+
+def chosen(only: str | None, first: str | None) -> list[Path]:
+    """Notebooks to run, in order. A notebook is named by its number or its whole name."""
+    notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not notebooks:
+        raise RunError(f"{NOTEBOOKS}: no notebooks here; the repository is not complete")
+    asked = only or first
+    if asked is None:
+        return notebooks
+    found = [i for i, path in enumerate(notebooks) if asked in (path.stem, path.stem[:2], path.stem[:2].lstrip("0"))]
+    if not found:
+        raise RunError(f"no notebook {asked!r}: there are {', '.join(path.stem for path in notebooks)}")
+    return notebooks[found[0] :] if first else [notebooks[found[0]]]
+
+
+def resolve(options: argparse.Namespace) -> tuple[config.Profile, config.Run]:
+    """The profile with its changes, and the run's paths.
+
+    A part of a run (--only, --from) goes on with the profile that the run folder holds.
+    """
+    overrides = {}
+    for change in options.set:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise RunError(f"--set {change}: write KEY=VALUE, e.g. training.epochs=2")
+        overrides[key.strip()] = value
+    profile = config.load(options.profile, overrides)
+    run = config.Run(profile, options.run_dir and options.run_dir.resolve())
+    if (options.only or options.first) and run.profile.is_file():
+        profile = config.load(run.profile, overrides)
+    return profile, run
+
+
+def refuse_incomplete(profile: config.Profile) -> None:
+    """Raise RunError with everything that the profile needs and this machine has not."""
+    from framseg import train  # here, so that a mistyped option is answered at once
+
+    missing = train.missing(profile)
+    if missing:
+        what = "\n".join(f"- {line}" for line in missing)
+        raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{what}")
+
+
+def execute(notebook: Path, run: config.Run) -> None:
+    """Execute one notebook with the run's parameters; the executed copy is kept, a failed one's too."""
+    with tempfile.TemporaryDirectory() as folder:
+        # A kernel called python3 may be another interpreter's; first on Jupyter's path is a spec of this one.
+        write_kernel_spec(str(Path(folder) / "kernels" / KERNEL))
+        os.environ["JUPYTER_PATH"] = folder
+        papermill.execute_notebook(
+            str(notebook),
+            str(run.notebooks / notebook.name),
+            parameters={"profile": str(run.profile), "run_dir": str(run.root)},
+            kernel_name=KERNEL,
+            language="python",
+            cwd=str(NOTEBOOKS),
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        profile, run = resolve(options)
+        notebooks = chosen(options.only, options.first)
+        refuse_incomplete(profile)
+        run.notebooks.mkdir(parents=True, exist_ok=True)
+        config.save(profile, run.profile)
+    except (RunError, config.ProfileError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    # Notebooks import this framseg, from whatever folder they are started.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    began = time.monotonic()
+    for number, notebook in enumerate(notebooks, start=1):
+        start = time.monotonic()
+        print(f"[{number}/{len(notebooks)}] {notebook.stem}", flush=True)
+        try:
+            execute(notebook, run)
+        except PapermillExecutionError as error:
+            lines = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)).splitlines()
+            print(*lines[-TAIL:], sep="\n", file=sys.stderr)
+            reason = f"cell {error.exec_count} failed with {error.ename}"
+        except DeadKernelError:
+            reason = "its kernel died, most often for want of memory"
+        except OSError as error:
+            reason = str(error)
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        else:
+            print(f"      {time.monotonic() - start:.0f} s", flush=True)
+            continue
+        print(f"{notebook.stem}: {reason}. The executed copy is {run.notebooks / notebook.name}", file=sys.stderr)
+        print(f"Finished steps are kept; go on with --from {notebook.stem[:2]}", file=sys.stderr)
+        return 1
+    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; everything is in {run.root}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

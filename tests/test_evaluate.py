@@ -1,0 +1,371 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from framseg import annotations, evaluate
+from framseg.annotations import AnnotationError, Row
+from framseg.evaluate import PredictionError
+
+WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    predictions = evaluate.read_predictions(shared / "golden/official_val_predictions.jsonl")
+    rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
+    return predictions, rows, json.loads((shared / "golden/official_val_metrics.json").read_text())
+
+
+def _row(qid, duration=20, windows=((4, 8),), scores=(4, 4, 4), vid=None):
+    ids = [clip for start, end in windows for clip in range(int(start // 2), int(-(-end // 2)))]
+    return Row(qid, "q", duration, vid or f"v{qid}", tuple(windows), tuple(ids), tuple([tuple(scores)] * len(ids)))
+
+
+def _prediction(qid, windows=((4, 8, 0.5),), scores=(0.0, 0.0, 1.0, 1.0)):
+    return {"qid": qid, WINDOWS: [list(window) for window in windows], SALIENCY: list(scores)}
+
+
+def test_every_official_number(golden):
+    predictions, rows, metrics = golden
+    ours = evaluate.evaluate(predictions, rows)
+    assert ours == metrics
+    assert json.dumps(ours) == json.dumps(metrics)  # the keys' order too
+
+
+def test_a_val_split_is_scored_in_well_under_a_second(golden):
+    predictions, rows, _ = golden
+    best = float("inf")
+    for _ in range(3):
+        started = time.process_time()
+        evaluate.evaluate(predictions, rows)
+        best = min(best, time.process_time() - started)
+    assert best < 0.8
+
+
+def test_annotations_may_be_plain_dicts_and_any_order(golden, shared):
+    predictions, _, metrics = golden
+    rows = [json.loads(line) for line in (shared / "qvhighlights/highlight_val_release.jsonl").read_text().splitlines()]
+    assert evaluate.evaluate(predictions[::-1], rows) == metrics
+
+
+def test_per_query_numbers_average_to_the_metrics(golden):
+    predictions, rows, metrics = golden
+    numbers = evaluate.per_query(predictions, rows)
+    assert [number["qid"] for number in numbers] == [row.qid for row in rows]
+    for threshold, share in metrics["full"]["MR-R1"].items():
+        assert round(100 * np.mean([number["iou"] >= float(threshold) for number in numbers]), 2) == share
+    hits = [number["hit"] for number in numbers]
+    assert round(100 * np.mean(hits), 2) == metrics["HL-min-VeryGood"]["HL-Hit1"] and set(map(type, hits)) == {bool}
+
+
+def test_command_line(tmp_path):
+    rows, predictions = [_row(1), _row(2)], [_prediction(1), _prediction(2), _prediction(3)]
+    annotations.write(tmp_path / "rows.jsonl", rows)
+    evaluate.write_predictions(tmp_path / "predictions.jsonl", predictions)
+    command = [sys.executable, "-m", "framseg.evaluate", tmp_path / "predictions.jsonl", tmp_path / "rows.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: queries predicted but not annotated: 1 (qid 3)\n"
+    done = subprocess.run([*command, "--intersection"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(done.stdout) == evaluate.evaluate(predictions[:2], rows)
+
+
+def _plain_iou(one, other):
+    shared = min(one[1], other[1]) - max(one[0], other[0])
+    return max(shared, 0) / (max(one[1], other[1]) - min(one[0], other[0]))
+
+
+def _plain_moments(prediction, windows):
+    """First IoU, and average precision by threshold, of one query; step by step as the protocol says."""
+    listed = sorted(prediction[WINDOWS][:10], key=lambda window: -window[2])
+    first = max(_plain_iou(prediction[WINDOWS][0], window) for window in windows)
+    precisions = []
+    for threshold in (percent / 100 for percent in range(50, 100, 5)):
+        free, right = list(windows), []
+        for window in listed:
+            best = max(free, key=lambda true: _plain_iou(window, true), default=None)
+            right.append(best is not None and _plain_iou(window, best) >= threshold)
+            if right[-1]:
+                free.remove(best)
+        precision = [sum(right[: k + 1]) / (k + 1) for k in range(len(right))]
+        precisions.append(sum(max(precision[k:]) for k in range(len(right)) if right[k]) / len(windows))
+    return first, precisions
+
+
+def _plain_average_precision(scores, positive):
+    if not any(positive):
+        return 0.0
+    curve = []  # (found, precision) after every group of equal scores, best first
+    for score in sorted(set(scores), reverse=True):
+        taken = [p for s, p in zip(scores, positive, strict=True) if s >= score]
+        curve.append((sum(taken), sum(taken) / len(taken)))
+    before = [0] + [found for found, _ in curve]
+    points = [max(p for _, p in curve[k:]) for k in range(len(curve)) if curve[k][0] > before[k]]
+    return sum(points) / len(points)
+
+
+def _plain_evaluate(predictions, rows):
+    out = {}
+    kinds = {"full": (0, 1e9), "long": (30, 1e9), "middle": (10, 30), "short": (0, 10)}
+    for name, (above, up_to) in kinds.items():
+        scored = []
+        for prediction, row in zip(predictions, rows, strict=True):
+            kept = [(s, e) for s, e in row.relevant_windows if above < e - s <= up_to]
+            if kept:
+                scored.append(_plain_moments(prediction, kept))
+        if scored:
+            out[name] = np.mean([p for _, p in scored]), np.mean([f >= 0.7 for f, _ in scored])
+    for least in (2, 3, 4):
+        precision, hits = [], []
+        for prediction, row in zip(predictions, rows, strict=True):
+            count = int(row.duration / 2)
+            given = dict(zip(row.relevant_clip_ids, row.saliency_scores, strict=True))
+            scores = (list(prediction[SALIENCY]) + [0.0] * count)[:count]
+            for annotator in range(3):
+                positive = [given.get(clip, (0, 0, 0))[annotator] >= least for clip in range(count)]
+                precision.append(_plain_average_precision(scores, positive))
+            best = prediction[SALIENCY].index(max(prediction[SALIENCY]))
+            hits.append(best < count and max(given.get(best, (0, 0, 0))) >= least)
+        out[least] = np.mean(precision), np.mean(hits)
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_agrees_with_the_protocol_written_out_plainly(seed):
+    """Ties, lists shorter and longer than the clips, odd durations, several windows, more than ten predictions."""
+    random = np.random.default_rng(seed)
+    rows, predictions = [], []
+    for qid in range(8):
+        duration = int(random.integers(5, 90))
+        cuts = np.sort(random.choice(np.arange(duration + 1), size=2 * min(3, duration // 3), replace=False)).tolist()
+        windows = list(zip(cuts[::2], cuts[1::2], strict=True))[: random.integers(1, 4)]
+        ids = sorted({clip for s, e in windows for clip in range(int(s // 2), int(-(-e // 2)))})
+        scores = [tuple(three) for three in random.integers(0, 5, (len(ids), 3)).tolist()]
+        rows.append(Row(qid, "q", duration, "v", tuple(windows), tuple(ids), tuple(scores)))
+        listed = []
+        for _ in range(random.integers(1, 14)):
+            if random.random() < 0.5:  # near a true window
+                start, end = windows[random.integers(len(windows))]
+                start, end = max(0, start + int(random.integers(-1, 2))), end + int(random.integers(0, 2))
+            else:
+                start, end = sorted(random.choice(np.arange(duration + 1), 2, replace=False).tolist())
+            listed.append([start, end, float(random.integers(0, 4)) / 4])
+        count = max(1, int(duration / 2) + int(random.integers(-3, 4)))
+        predictions.append({"qid": qid, WINDOWS: listed, SALIENCY: (random.integers(-3, 4, count) / 2).tolist()})
+    metrics, plain = evaluate.evaluate(predictions, rows), _plain_evaluate(predictions, rows)
+    for name in ("full", "long", "middle", "short"):
+        precision, recall = plain.get(name, (0.0, 0.0))
+        assert metrics[name]["MR-mAP"]["average"] == pytest.approx(100 * precision, abs=0.0051)
+        assert metrics[name]["MR-R1"]["0.7"] == pytest.approx(100 * recall, abs=0.0051)
+    for least, name in ((2, "Fair"), (3, "Good"), (4, "VeryGood")):
+        precision, hits = plain[least]
+        assert metrics[f"HL-min-{name}"]["HL-mAP"] == pytest.approx(100 * precision, abs=0.0051)
+        assert metrics[f"HL-min-{name}"]["HL-Hit1"] == pytest.approx(100 * hits, abs=0.0051)
+
+
+def test_the_list_decides_for_r1_and_the_scores_for_map():
+    listed = [(10, 20, 0.1), (4, 8, 0.9)]
+    metrics = evaluate.evaluate([_prediction(1, listed)], [_row(1)])
+    assert metrics["brief"]["MR-full-R1@0.5"] == 0 and metrics["brief"]["MR-full-mAP"] == 100
+    equal = [(10, 20, 0.5), (4, 8, 0.5)]  # a tie keeps the list's order
+    assert evaluate.evaluate([_prediction(1, equal)], [_row(1)])["brief"]["MR-full-mAP"] == 50
+    late = [(10, 20, 0.0)] * 10 + [(4, 8, 1.0)]  # the eleventh does not count, whatever its score
+    assert evaluate.evaluate([_prediction(1, late)], [_row(1)])["brief"]["MR-full-mAP"] == 0
+
+
+def test_highlights_at_the_ends_of_the_video():
+    row = _row(1, duration=9, windows=((6, 9),))  # clips 3 and 4, of which the protocol counts the first
+    for scores, hit in (([0, 0, 0, 1], 100), ([0, 0, 0, 1, 2], 0), ([0, 0, 0, 1, 1], 100), ([0, 0, 2, 2], 0)):
+        assert evaluate.evaluate([_prediction(1, scores=scores)], [row])["brief"]["HL-min-VeryGood-Hit1"] == hit
+    # A missing fourth score is 0, the best of these.
+    assert evaluate.evaluate([_prediction(1, scores=[-1, -1, -1])], [row])["brief"]["HL-min-VeryGood-mAP"] == 100
+    every = _row(1, duration=8, windows=((0, 8),))
+    assert evaluate.evaluate([_prediction(1)], [every])["brief"]["HL-min-VeryGood-mAP"] == 100
+    none = _row(1, duration=8, windows=((0, 8),), scores=(1, 1, 1))
+    assert evaluate.evaluate([_prediction(1)], [none])["brief"]["HL-min-Fair-mAP"] == 0
+
+
+def test_predictions_of_one_kind_give_the_metrics_of_that_kind():
+    rows = [_row(1), _row(2)]
+    both = evaluate.evaluate([_prediction(1), _prediction(2)], rows)
+    moments = evaluate.evaluate([{"qid": q, WINDOWS: _prediction(q)[WINDOWS]} for q in (1, 2)], rows)
+    assert list(moments) == ["brief", "full", "long", "middle", "short"] and moments["full"] == both["full"]
+    highlights = evaluate.evaluate([{"qid": q, SALIENCY: _prediction(q)[SALIENCY]} for q in (1, 2)], rows)
+    assert highlights["brief"] == {k: v for k, v in both["brief"].items() if k.startswith("HL")}
+    with pytest.raises(PredictionError, match=r"1 predictions lack pred_saliency_scores that others have: qid 2"):
+        evaluate.evaluate([_prediction(1), {"qid": 2, WINDOWS: [[0, 1, 1]]}], rows)
+
+
+def test_qids_must_match_and_are_named():
+    rows = [_row(1), _row(2), _row(3)]
+    with pytest.raises(PredictionError) as error:
+        evaluate.evaluate([_prediction(1), _prediction(9)], rows)
+    assert "without a prediction: 2 (qid 2, 3)" in str(error.value)
+    assert "predicted but not annotated: 1 (qid 9)" in str(error.value)
+    alone = evaluate.evaluate([_prediction(1)], rows[:1])
+    assert evaluate.evaluate([_prediction(1), _prediction(9)], rows, intersection=True) == alone
+    assert len(evaluate.per_query([_prediction(1), _prediction(9)], rows, intersection=True)) == 1
+    for switch in (False, True):
+        with pytest.raises(PredictionError, match=r"predicted twice: 1 \(qid 1\)"):
+            evaluate.evaluate([_prediction(1), _prediction(1)], rows, intersection=switch)
+        with pytest.raises(PredictionError, match=r"annotated twice: 1 \(qid 3\)"):
+            evaluate.evaluate([_prediction(q) for q in (1, 2, 3)], [*rows, rows[2]], intersection=switch)
+    with pytest.raises(PredictionError, match="no query is both predicted and annotated"):
+        evaluate.evaluate([_prediction(9)], rows, intersection=True)
+    with pytest.raises(AnnotationError, match=r"1 rows have no labels to score against \(qid 4\)"):
+        evaluate.evaluate([_prediction(4)], [Row(4, "q", 10, "v")])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"qid": "1"}, "qid must be an integer, not '1'"),
+        ({WINDOWS: []}, "pred_relevant_windows must be a list of [start, end, score]"),
+        ({WINDOWS: [[1, 2, 0.5], [1, 2]]}, "window 2 is not [start, end, score]: [1, 2]"),
+        ({WINDOWS: [[1, 2, float("nan")]]}, "window 1 is not three finite numbers: [1, 2, nan]"),
+        ({WINDOWS: [[1, "2", 0.5]]}, "window 1 is not three finite numbers: [1, '2', 0.5]"),
+        ({WINDOWS: [[3, 2, 0.5]]}, "window 1 ends before it starts"),
+        ({SALIENCY: []}, "pred_saliency_scores must be a list of numbers"),
+        ({SALIENCY: [0.1, float("inf")]}, "pred_saliency_scores: clip 1 has 'inf', not a finite number"),
+        ({SALIENCY: [[0.1], 0.2]}, "pred_saliency_scores: clip 0 has '[0.1]', not a finite number"),
+        ({SALIENCY: [0.1, True]}, "clip 1 has 'True', not a finite number"),
+        ({SALIENCY: [0.1, 10**400]}, "not a finite number"),
+    ],
+)
+def test_a_malformed_record_is_named_by_file_line_and_qid(tmp_path, change, reason):
+    path = tmp_path / "predictions.jsonl"
+    bad = _prediction(2) | change
+    path.write_text(f"{json.dumps(_prediction(1))}\n\n{json.dumps(bad)}\n")
+    with pytest.raises(PredictionError) as error:
+        evaluate.read_predictions(path)
+    assert str(error.value).startswith(f"{path}:3: qid {bad['qid']}: ") and reason in str(error.value)
+    with pytest.raises(PredictionError) as error:
+        evaluate.evaluate([_prediction(1), bad], [_row(1), _row(2)])
+    assert str(error.value).startswith(f"prediction 2: qid {bad['qid']}: ") and reason in str(error.value)
+    with pytest.raises(PredictionError):
+        evaluate.write_predictions(tmp_path / "new.jsonl", [bad])
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_reading_lists_every_bad_line(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(
+        "\n".join(["{", "3", json.dumps({"qid": 4}), json.dumps(_prediction(1)), json.dumps(_prediction(1))])
+    )
+    with pytest.raises(PredictionError) as error:
+        evaluate.read_predictions(path)
+    said = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in said] == [f"{path}:{n}" for n in (1, 2, 3, 5)]
+    assert "has neither pred_relevant_windows nor pred_saliency_scores" in said[2] and "on line 4 already" in said[3]
+    path.write_text("\n")
+    with pytest.raises(PredictionError, match="holds no predictions"):
+        evaluate.read_predictions(path)
+
+
+def test_predictions_survive_writing_and_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "new folder" / "predictions.jsonl"
+    record = _prediction(1) | {"query": "ein Hügel", "mask": "01", "probability": np.array([0.25, 0.5])}
+    evaluate.write_predictions(path, [record | {SALIENCY: np.array([0.5, 0.1])}])
+    read = evaluate.read_predictions(path)
+    assert read == [record | {SALIENCY: [0.5, 0.1], "probability": [0.25, 0.5]}]
+    with pytest.raises(PredictionError, match="qid 1: cannot be written"):
+        evaluate.write_predictions(path, [record | {"probability": [float("nan")]}])
+    assert evaluate.read_predictions(path) == read and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def splits():
+    random = np.random.default_rng(0)
+
+    def split(first, count):
+        rows = []
+        for qid in range(first, first + count):
+            # Most moments lie in the last fifth.
+            windows = ((80, 100),) if random.random() < 0.7 else ((20, 40),)
+            rows.append(_row(qid, 100 + 20 * (qid % 2), windows, vid=f"v{qid // 4}"))
+        return rows
+
+    return split(0, 200), split(200, 40)
+
+
+def test_trivial_answers_are_scored_like_predictions(splits):
+    train, rows = splits
+    answers = evaluate.trivial(rows, train, seed=3, frames=25)
+    assert list(answers) == ["all ones", "best constant window", "random masks"]
+    for predictions in answers.values():
+        assert [p["qid"] for p in predictions] == [row.qid for row in rows]
+        assert all(len(p[SALIENCY]) == row.duration // 2 for p, row in zip(predictions, rows, strict=True))
+        evaluate.evaluate(predictions, rows)
+    assert all(p[WINDOWS] == [[0, p["duration"], 1]] for p in answers["all ones"])
+    assert all(len(set(p[SALIENCY])) == 1 for p in answers["all ones"])
+    assert evaluate.trivial(rows, train, seed=3) == answers
+    assert evaluate.trivial(rows, train, seed=4)["random masks"] != answers["random masks"]
+
+
+def test_the_constant_window_is_the_best_of_the_grid_on_train(splits):
+    train, rows = splits
+    found = evaluate.trivial(rows, train, seed=0, frames=10)["best constant window"]
+    start, end, _ = found[0][WINDOWS][0]
+    assert all(p[WINDOWS][0][:2] == [start * p["duration"] / 100, end * p["duration"] / 100] for p in found)
+
+    def recall(first, after):
+        windows = [[first / 10 * row.duration, after / 10 * row.duration] for row in train]
+        ious = [
+            max(_plain_iou(w, true) for true in row.relevant_windows) for w, row in zip(windows, train, strict=True)
+        ]
+        return np.mean([iou >= 0.7 for iou in ious])
+
+    best = max(recall(first, after) for first in range(10) for after in range(first + 1, 11))
+    assert recall(start / 10, end / 10) == best
+    scores = found[0][SALIENCY]
+    highest = scores.index(max(scores)) * 2 / found[0]["duration"]
+    true = [any(start <= highest * row.duration < end for start, end in row.relevant_windows) for row in train]
+    assert max(scores) == pytest.approx(np.mean(true)) and max(scores[:8]) == 0
+
+
+def test_random_masks_have_the_train_share_of_ones(splits):
+    train, rows = splits
+    share = 1 - annotations.class_balance(train, 25).background_share
+    drawn = evaluate.trivial(rows, train, seed=0)["random masks"]
+    covered = [sum(end - start for start, end, _ in p[WINDOWS]) / p["duration"] for p in drawn]
+    assert np.mean(covered) == pytest.approx(share, abs=0.01)
+    assert {len(p[WINDOWS]) for p in drawn} <= {1, 2}  # one run in train, two where the turn cuts it
+    assert len({p[WINDOWS][0][0] for p in drawn}) > 10
+
+
+def test_a_shuffle_takes_every_prediction_to_another_video(splits):
+    _, rows = splits
+    predictions = []
+    for row in rows:
+        scores = [float(row.qid)] * (row.duration // 2)
+        predictions.append(_prediction(row.qid, [(0.2 * row.duration, 0.4 * row.duration, row.qid)], scores))
+    moved = evaluate.shuffled(predictions, rows, seed=0)
+    assert [p["qid"] for p in moved] == [row.qid for row in rows]
+    sources = [p[WINDOWS][0][2] for p in moved]
+    assert sorted(sources) == [row.qid for row in rows]
+    by_qid = {row.qid: row for row in rows}
+    assert all(by_qid[source].vid != row.vid for source, row in zip(sources, rows, strict=True))
+    for prediction, row, source in zip(moved, rows, sources, strict=True):
+        assert prediction[WINDOWS][0][:2] == pytest.approx([0.2 * row.duration, 0.4 * row.duration])
+        assert prediction[SALIENCY] == [source] * (row.duration // 2) and prediction["vid"] == row.vid
+    assert evaluate.shuffled(predictions, rows, seed=0) == moved != evaluate.shuffled(predictions, rows, seed=1)
+    with pytest.raises(PredictionError, match="more than half of the queries"):
+        evaluate.shuffled(predictions[:5], rows[:5], seed=0)
+    with pytest.raises(PredictionError, match="a shuffle needs predictions with"):
+        evaluate.shuffled([{"qid": row.qid, WINDOWS: [[0, 1, 1]]} for row in rows], rows, seed=0)
+
+
+def test_a_shuffled_model_scores_no_better_than_chance(golden):
+    predictions, rows, metrics = golden
+    moved = evaluate.evaluate(evaluate.shuffled(predictions, rows, seed=0), rows)["brief"]
+    assert moved["MR-full-R1@0.7"] < 8 < metrics["brief"]["MR-full-R1@0.7"]

@@ -1,0 +1,266 @@
+import os
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from framseg import config, run
+
+RUN_ALL = config.REPOSITORY / "run_all.sh"
+TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
+
+
+def notebook(folder, name, *cells):
+    parameters = nbformat.v4.new_code_cell("profile = 'paper'\nrun_dir = None", metadata={"tags": ["parameters"]})
+    code = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, *code]), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """Three small notebooks in place of the real ones, and a machine that has all they need."""
+    folder = tmp_path / "note books"
+    folder.mkdir()
+    write = "from pathlib import Path; import sys; from framseg import config\n"
+    notebook(folder, "01_one", write + "(Path(run_dir) / 'one.txt').write_text(sys.executable)")
+    notebook(
+        folder,
+        "02_two",
+        write + "(Path(run_dir) / 'two.txt').write_text(str(config.load(profile).training.epochs))",
+    )
+    notebook(folder, "03_three", write + "(Path(run_dir) / 'three.txt').write_text('')")
+    monkeypatch.setattr(run, "NOTEBOOKS", folder)
+    monkeypatch.setenv("JUPYTER_PATH", "")  # these two are changed by the run: put back after the test
+    monkeypatch.setenv("PYTHONPATH", "")
+    train = types.SimpleNamespace(missing=lambda profile: [])
+    monkeypatch.setitem(sys.modules, "framseg.train", train)
+    monkeypatch.setattr("framseg.train", train, raising=False)
+    return folder
+
+
+def start(tmp_path, *options):
+    return run.main(["paper", "--run-dir", str(tmp_path / "a run"), *options])
+
+
+def test_all_notebooks_with_one_profile_in_this_interpreter(notebooks, tmp_path, capfd):
+    assert start(tmp_path, "--set", "training.epochs=3") == 0
+    folder = tmp_path / "a run"
+    assert (folder / "one.txt").read_text() == sys.executable
+    assert (folder / "two.txt").read_text() == "3"
+    assert config.load(folder / "profile.yaml").training.epochs == 3
+    copy = nbformat.read(folder / "notebooks/01_one.ipynb", as_version=4)
+    assert copy.cells[-1].execution_count is not None
+    said = capfd.readouterr()
+    assert "[2/3] 02_two" in said.out and "3 notebooks in" in said.out
+    assert "Executing" in said.err  # papermill's bar
+
+
+def test_a_part_goes_on_with_the_runs_own_profile(notebooks, tmp_path):
+    config.save(config.load("paper", {"training.epochs": 4}), _made(tmp_path / "a run") / "profile.yaml")
+    assert start(tmp_path, "--only", "2") == 0
+    assert (tmp_path / "a run/two.txt").read_text() == "4"
+    assert not (tmp_path / "a run/one.txt").exists() and not (tmp_path / "a run/three.txt").exists()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((None, None), ["01_one", "02_two", "03_three"]),
+        (("02", None), ["02_two"]),
+        (("03_three", None), ["03_three"]),
+        ((None, "2"), ["02_two", "03_three"]),
+    ],
+)
+def test_chosen(notebooks, options, expected):
+    assert [path.stem for path in run.chosen(*options)] == expected
+
+
+def test_a_failing_cell_is_shown_and_finished_steps_stay(notebooks, tmp_path, capfd):
+    notebook(notebooks, "02_two", "good = 1", "raise ValueError('the frames are gone')")
+    assert start(tmp_path) == 1
+    said = capfd.readouterr().err
+    assert "ValueError: the frames are gone" in said and "\x1b" not in said.split("Traceback")[-1]
+    assert f"The executed copy is {tmp_path / 'a run/notebooks/02_two.ipynb'}" in said and "--from 02" in said
+    assert (tmp_path / "a run/one.txt").exists() and (tmp_path / "a run/notebooks/02_two.ipynb").exists()
+    assert not (tmp_path / "a run/three.txt").exists()
+
+
+def test_a_dead_kernel_is_said(notebooks, tmp_path, capfd):
+    notebook(notebooks, "01_one", "import os; os._exit(9)")
+    assert start(tmp_path) == 1
+    assert "01_one: its kernel died" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["papre"], "did you mean 'paper'"),
+        (["paper", "--set", "training.epochs"], "write KEY=VALUE"),
+        (["paper", "--set", "training.epoch=1"], "the nearest is 'epochs'"),
+        (["paper", "--only", "07"], "no notebook '07': there are 01_one, 02_two, 03_three"),
+        (["paper", "--run-dir", "/dev/null/x"], "/dev/null"),
+    ],
+)
+def test_nothing_starts_with_wrong_options(notebooks, capsys, arguments, message):
+    assert run.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("framseg.train.missing", lambda profile: ["weights of the model", "a GPU"])
+    assert start(tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "'paper' cannot run here yet" in said and "- weights of the model\n- a GPU" in said
+    assert not (tmp_path / "a run").exists()
+
+
+# run_all.sh
+
+
+def shell(*arguments, cwd, script=RUN_ALL, **environment):
+    return subprocess.run(
+        ["bash", str(script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def only_tools(folder, *more):
+    """A folder for PATH with the shell's everyday tools and what is named, nothing else."""
+    folder.mkdir()
+    for tool in (*TOOLS, *more):
+        (folder / tool).symlink_to(shutil.which(tool))
+    return str(folder)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A small repository of the same shape: one dependency, and a run.py that says how it was called."""
+    root = tmp_path / "a clone"
+    (root / "framseg").mkdir(parents=True)
+    shutil.copy(RUN_ALL, root)
+    (root / "framseg/__init__.py").write_text("")
+    (root / "framseg/run.py").write_text("import sys, tiny\nprint(sys.prefix, sys.argv[1:])\n")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for version in ("1.0", "2.0"):
+        with zipfile.ZipFile(wheels / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
+            info = f"tiny-{version}.dist-info"
+            wheel.writestr("tiny.py", "")
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    pin(root, "1.0")
+    return root
+
+
+def pin(root, version):
+    (root / "environment.yml").write_text(f"dependencies:\n  - python\n  - pip:\n    - tiny=={version}  # a comment\n")
+
+
+def outside(repository, *arguments):
+    """Start the small repository's run_all.sh from another folder, with a Python that lacks its dependency."""
+    environment = {
+        "PATH": f"{sys.base_prefix}/bin:{os.environ['PATH']}",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": (repository.parent / "wheels").as_uri(),
+    }
+    script = repository / "run_all.sh"
+    return shell(*arguments, cwd=repository.parent, script=script, **environment)
+
+
+def test_set_up_from_nothing_then_at_once(repository):
+    first = outside(repository, "demo", "--set", "a=b c")
+    assert first.returncode == 0, first.stderr
+    assert "Installing the dependencies" in first.stdout and "lacks tiny" in first.stdout
+    assert f"{repository / '.venv'} ['demo', '--set', 'a=b c']" in first.stdout
+
+    second = outside(repository, "--only", "04")
+    assert second.returncode == 0 and "Installing" not in second.stdout
+    assert "['demo', '--only', '04']" in second.stdout
+
+    pin(repository, "3.0")
+    failed = outside(repository)
+    assert failed.returncode == 1 and "No matching distribution found for tiny==3.0" in failed.stderr
+    assert f"the whole log is {repository / 'runs/setup.log'}" in failed.stderr
+
+    pin(repository, "2.0")  # what failed or was interrupted is not taken for finished
+    third = outside(repository)
+    assert third.returncode == 0 and "Installing" in third.stdout
+    assert list((repository / ".venv").rglob("tiny-2.0.dist-info"))
+
+
+def test_another_ones_venv_is_left_alone(repository):
+    (repository / ".venv").mkdir()
+    (repository / ".venv/mine").write_text("")
+    said = outside(repository)
+    assert said.returncode == 1 and "was not made by run_all.sh" in said.stderr
+    assert (repository / ".venv/mine").exists()
+
+
+def test_active_environment_is_used(tmp_path):
+    """As `conda activate` or a venv's activate leave it, from any folder."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    said = shell("papre", cwd=tmp_path, PATH=path, HOME=str(tmp_path))
+    assert said.returncode == 2 and "did you mean 'paper'" in said.stderr, said
+    assert "Installing" not in said.stdout
+
+
+def test_help_needs_nothing(tmp_path):
+    said = shell("--help", cwd=tmp_path, PATH=only_tools(tmp_path / "bin"))
+    assert said.returncode == 0 and "[demo|paper|test|PROFILE] [options]" in said.stdout
+
+
+def test_no_compiler(tmp_path):
+    said = shell(cwd=tmp_path, PATH=only_tools(tmp_path / "bin"))
+    assert said.returncode == 1 and "no C++ compiler found" in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+
+
+def test_no_python(repository, tmp_path):
+    path = only_tools(tmp_path / "bin", "g++")
+    old = tmp_path / "bin/python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    said = shell(cwd=tmp_path, script=repository / "run_all.sh", PATH=path)
+    assert said.returncode == 1 and "no Python >= 3.11 found" in said.stderr
+    assert not (repository / ".venv").exists()
+
+
+def test_no_space(repository, tmp_path):
+    path = only_tools(tmp_path / "bin", "g++")
+    (tmp_path / "bin/df").unlink()
+    (tmp_path / "bin/df").write_text("#!/bin/sh\necho head\necho /dev/x 100 99 1048576 99% /\n")
+    (tmp_path / "bin/df").chmod(0o755)
+    (tmp_path / "bin/python3").symlink_to(f"{sys.base_prefix}/bin/python3")
+    said = shell(cwd=tmp_path, script=repository / "run_all.sh", PATH=path)
+    assert said.returncode == 1 and "1 GiB free" in said.stderr and "takes 4 GiB" in said.stderr
+
+
+def test_environment_file_is_condas_and_pins_everything():
+    content = yaml.safe_load((config.REPOSITORY / "environment.yml").read_text())
+    assert content["name"] == "framseg" and content["channels"] == ["conda-forge"]
+    *conda, pip = content["dependencies"]
+    assert [requirement.split("=")[0] for requirement in conda] == ["python", "pip"]
+    assert all("==" in requirement or requirement == "-e ." for requirement in pip["pip"])
+    lists = subprocess.run(
+        ["bash", "-c", f'ROOT="{config.REPOSITORY}"; {_function("requirements")}; requirements'],
+        capture_output=True,
+        text=True,
+    )
+    assert lists.stdout.splitlines() == pip["pip"]
+
+
+def _function(name: str) -> str:
+    text = RUN_ALL.read_text()
+    begin = text.index(f"{name}() {{")
+    return text[begin : text.index("\n}\n", begin) + 2]
