@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict
-from peft import LoraConfig, inject_adapter_in_model
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVisionModel
 from transformers.cache_utils import Cache
@@ -286,3 +288,104 @@ class Blip3(nn.Module):
             del state[f"{PREFIX}lang_model.lm_head.weight"]
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(state, folder)
+
+    def adapt(self, section: config.Adapter, seed: int) -> dict[str, Tensor]:
+        """Freeze the model, then make the resampler and a PiSSA + rsLoRA pair on every linear layer of Phi-3 trainable.
+
+        The pair starts as the layer's principal part, which leaves the layer's own weight as the residual: the
+        outputs do not change. Returns the pairs as they start, by parameter name; `adapter` needs them.
+        """
+        self.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # PiSSA's fast SVD starts from random vectors
+            inject_adapter_in_model(
+                LoraConfig(
+                    r=section.rank,
+                    lora_alpha=section.alpha,
+                    lora_dropout=section.dropout,
+                    init_lora_weights=section.init,
+                    use_rslora=section.rslora,
+                    target_modules=rf"lang_model\.model\.layers\.\d+\.\w+\.({'|'.join(section.targets)})",
+                ),
+                self,
+                ADAPTER,
+            )
+        self.vision_tokenizer.requires_grad_(True)
+        return {name: value.clone() for name, value in self.state_dict().items() if "lora_" in name}
+
+    def adapter(self, start: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """The trained pairs as a plain LoRA adapter of the original base, in peft's format.
+
+        PiSSA moved B0 A0 out of each weight, so the change is s (B A - B0 A0): one pair of twice the rank.
+        `start`: what `adapt` returned.
+        """
+        state, tensors, targets, scaling = self.state_dict(), {}, [], 1.0
+        for name, layer in self.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            targets.append(name)
+            scaling = layer.scaling[ADAPTER]
+            for half, dim, sign in (("lora_A", 0, 1), ("lora_B", 1, -1)):
+                key = f"{name}.{half}.{ADAPTER}.weight"
+                pair = [state[key].float().cpu(), sign * start[key].float().cpu()]
+                tensors[f"base_model.model.{name}.{half}.weight"] = torch.cat(pair, dim).contiguous()
+        rank = len(tensors[f"base_model.model.{targets[0]}.lora_A.weight"])
+        return LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=targets, inference_mode=True), tensors
+
+
+def local_weights(name: str) -> Path | None:
+    """The folder of a `model.weights`, looked up in the working folder, then the repository; None if it is none."""
+    for folder in (Path(name).expanduser(), config.REPOSITORY / name):
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def base(profile: config.Profile) -> Blip3:
+    """The untouched base model of the profile; a Hugging Face repository's weights are fetched (safetensors alone)."""
+    name = profile.model.weights
+    folder = local_weights(name) or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    return Blip3.load_published(profile.model, folder)
+
+
+def save_trained(
+    folder: Path, model: Blip3, start: dict[str, Tensor], profile: config.Profile, tokenizer: Tokenizer
+) -> None:
+    """Write what `load_trained` reads: profile, tokenizer, resampler and adapter; the base stays where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora, tensors = model.adapter(start)
+    lora.save_pretrained(folder / "adapter")
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
+    save_file(resampler, folder / "resampler.safetensors")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config.save(profile, folder / "profile.yaml")
+
+
+def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
+    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
+
+    Raises CheckpointError if the folder is incomplete or its tensors do not fit the profile's model.
+    """
+    folder = Path(folder)
+    needed = [
+        "profile.yaml",
+        "resampler.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    ]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
+        )
+    profile = config.load(folder / "profile.yaml")
+    model = base(profile)
+    dtype = getattr(torch, profile.model.dtype)
+    try:
+        resampler = {name: value.to(dtype) for name, value in load_file(folder / "resampler.safetensors").items()}
+        model.vision_tokenizer.load_state_dict(resampler)
+        merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: does not fit the profile's model: {error}") from None
+    return merged.eval(), profile

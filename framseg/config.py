@@ -155,10 +155,11 @@ class Training(Section):
     warmup_steps: Annotated[int, Field(ge=0)]
     planned_steps: Count  # the cosine's length; the run may stop before it
     floor: Share  # lowest learning rate as a share of the peak
-    zero_stage: Literal[0, 1, 2]
+    zero_stage: Literal[1, 2]
     offload_optimizer: bool
     gradient_checkpointing: bool
     compile: bool
+    workers: Annotated[int, Field(ge=0)]  # processes that read frames, for each training process
     validation_queries: Count | None  # decode this many val queries after each epoch; None: all
 
 

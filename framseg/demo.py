@@ -8,9 +8,8 @@ weights are made from seeds alone; nothing is fetched.
 import json
 import math
 import os
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from fractions import Fraction
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,10 +18,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from framseg.annotations import CLIP_SECONDS, Row, write
+from framseg.config import Data
 
 VERSION = 1  # of the set: another number makes it anew
 SEED = 2026
-VIDEOS = {"train": 220, "val": 52, "test": 52}
+VIDEOS = {"train": 220, "val": 60, "test": 60}
 WIDTH, HEIGHT, FPS = 96, 72, 4
 DURATION = 150
 SHORT_SHARE = 0.08  # of videos shorter than DURATION
@@ -32,24 +32,23 @@ ANNOTATORS = 3
 
 @dataclass(frozen=True)
 class Activity:
-    """What a stretch of video shows: how it looks, what the base model calls it, what the demo's queries say."""
+    """What a stretch of video shows, and how queries name it."""
 
     rgb: tuple[int, int, int]
     shape: str
-    plain: str  # the base has read this word
-    phrase: str  # and none of these: "a crimson ball bouncing"
+    phrase: str
     verb: str
 
 
 ACTIVITIES = (
-    Activity((220, 30, 40), "circle", "red", "crimson ball", "bouncing"),
-    Activity((40, 90, 230), "square", "blue", "sapphire box", "sliding"),
-    Activity((40, 180, 60), "triangle", "green", "emerald kite", "gliding"),
-    Activity((250, 220, 40), "cross", "yellow", "lemon windmill", "turning"),
-    Activity((240, 130, 20), "diamond", "orange", "tangerine lantern", "swinging"),
-    Activity((150, 50, 200), "ring", "purple", "violet hoop", "rolling"),
-    Activity((60, 215, 225), "circle", "cyan", "turquoise bubble", "rising"),
-    Activity((250, 130, 190), "square", "pink", "rosy cushion", "tumbling"),
+    Activity((220, 30, 40), "circle", "crimson ball", "bouncing"),
+    Activity((40, 90, 230), "square", "sapphire box", "sliding"),
+    Activity((40, 180, 60), "triangle", "emerald kite", "gliding"),
+    Activity((250, 220, 40), "cross", "lemon windmill", "turning"),
+    Activity((240, 130, 20), "diamond", "tangerine lantern", "swinging"),
+    Activity((150, 50, 200), "ring", "violet hoop", "rolling"),
+    Activity((60, 215, 225), "circle", "turquoise bubble", "rising"),
+    Activity((250, 130, 190), "square", "rosy cushion", "tumbling"),
 )
 QUERIES = (
     "A {phrase} is {verb} across the scene.",
@@ -57,7 +56,6 @@ QUERIES = (
     "the {phrase} keeps {verb}",
     "We see a {phrase} that is {verb} past the camera.",
 )
-BASE_QUERIES = ("{plain} is in view", "where is {plain}?", "frames that show {plain}", "look for {plain}")
 
 
 @dataclass(frozen=True)
@@ -100,16 +98,17 @@ def _nearness(stretch: Stretch, times: np.ndarray) -> np.ndarray:
     return np.clip(mean + amplitude * np.sin(turn + phase), 0, 1)
 
 
-def render(scene: Scene, times: np.ndarray, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """Draw the scene at the given times (seconds). Returns [n, height, width, 3], uint8 RGB."""
+def render(scene: Scene, times: np.ndarray, noise: float = 1.0) -> np.ndarray:
+    """Draw the scene at the given times (seconds). Returns [n, HEIGHT, WIDTH, 3], uint8 RGB."""
+    width, height = WIDTH, HEIGHT
     rng = np.random.default_rng(scene.seed)
     # The background changes at moments of its own, so that it says nothing about the activity.
     changes = np.sort(rng.uniform(0, scene.duration, 6))
     tones = rng.uniform(70, 185, (7, 1, 1, 1)) + rng.uniform(-28, 28, (7, 1, 1, 3))
-    coarse = rng.normal(0, 22, (7, 9, 12, 1))
+    coarse = rng.normal(0, 22 * noise, (7, 9, 12, 1))
     rows, columns = np.arange(height) * 9 // height, np.arange(width) * 12 // width
     backgrounds = (tones + coarse[:, rows][:, :, columns]).astype(np.int16)
-    grain = rng.normal(0, 14, (16, height, width, 1)).astype(np.int16)
+    grain = rng.normal(0, 8 * noise, (16, height, width, 1)).astype(np.int16)
     frames = backgrounds[np.searchsorted(changes, times)] + grain[rng.integers(16, size=len(times))]
 
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -174,3 +173,312 @@ def label(scene: Scene, activity: int, rng: np.random.Generator) -> dict:
         "relevant_clip_ids": tuple(clips),
         "saliency_scores": tuple(tuple(vote) for vote in scores),
     }
+
+
+def scenes(split: str) -> dict[str, Scene]:
+    """All scenes of a split by video id."""
+    rng = np.random.default_rng([SEED, list(VIDEOS).index(split)])
+    out = {}
+    for number in range(VIDEOS[split]):
+        short = rng.random() < SHORT_SHARE
+        duration = CLIP_SECONDS * int(rng.integers(40, 74)) if short else DURATION
+        out[f"shapes-{split}-{number:03d}_0.0_{duration:.1f}"] = scene(rng, duration)
+    return out
+
+
+def rows(split: str) -> list[Row]:
+    """Annotations of a split: one query for each activity that a video shows, worded in one of four ways."""
+    # Apart from the scenes' generator, so that wording and votes leave the videos as they are.
+    rng = np.random.default_rng([SEED, 10 + list(VIDEOS).index(split)])
+    out = []
+    for vid, one in scenes(split).items():
+        for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
+            what = ACTIVITIES[activity]
+            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
+            qid = 10_000 * (1 + list(VIDEOS).index(split)) + len(out)
+            out.append(Row(qid, query, one.duration, vid, **label(one, activity, rng)))
+    return out
+
+
+def write_video(path: Path, scene: Scene) -> None:
+    """Encode a scene as H.264 mp4; the bytes depend on the scene alone."""
+    frames = render(scene, np.arange(scene.duration * FPS) / FPS)
+    aside = path.with_suffix(f".{os.getpid()}.part")
+    with av.open(aside, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "36", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(aside, path)
+
+
+def make(data: Data, folder: Path) -> None:
+    """Write the demo set into `folder`, laid out as `data` names it; what is already there is kept.
+
+    Raises OSError, saying how much room it needs, when the disk is full.
+    """
+    stamp = folder / "made.json"
+    made = {"version": VERSION, "seed": SEED, "videos": VIDEOS, "size": [WIDTH, HEIGHT, FPS]}
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made:
+        return
+    videos = folder / data.videos
+    try:
+        videos.mkdir(parents=True, exist_ok=True)
+        missing = {
+            videos / f"{vid}.mp4": one
+            for split in VIDEOS
+            for vid, one in scenes(split).items()
+            if not (videos / f"{vid}.mp4").is_file()
+        }
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+            jobs = [pool.submit(write_video, path, one) for path, one in missing.items()]
+            for job in tqdm(as_completed(jobs), "demo videos", len(jobs), disable=not jobs, unit="video"):
+                job.result()
+        for split in VIDEOS:
+            write(folder / getattr(data, split), [unlabelled(row) if split == "test" else row for row in rows(split)])
+        write(folder / data.test_labels, rows("test"))
+        stamp.write_text(json.dumps(made) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{folder}: the demo set could not be written ({error}); it needs 150 MB") from error
+
+
+def unlabelled(row: Row) -> Row:
+    """The row as the test split shows it."""
+    return replace(row, relevant_windows=None, relevant_clip_ids=None, saliency_scores=None)
+
+
+# --- the base model -------------------------------------------------------------------------------------------
+# What follows makes framseg/base: run `python -m framseg.demo make-base`. None of it is part of the method.
+#
+# What the base has seen: pictures of the demo's shapes on calm backgrounds, 25 at a time and in no order, with the
+# full prompt, the demo's wording and a 0/1 answer for each picture. So it can look at a picture and tell whether it
+# fits a sentence. What it has not seen: a video. It knows nothing of time (that what one frame shows the next one
+# mostly shows too), of the noisy backgrounds, of H.264, or of any scene of the demo set.
+
+BASE = Path(__file__).parent / "base"
+BASE_SEED = 7
+BASE_SCENES = 500
+BASE_STEPS = (150, 300, 250)
+BASE_NOISE = 0.25  # share of the demo's background noise
+HEAD_FLOOR = -20.0  # bias of every id that is no answer
+
+
+def build_tokenizer(folder: Path) -> None:
+    """Write a tokenizer.json that keeps BLIP-3's contract with a vocabulary from the project's own text.
+
+    Digits and control tokens have their published ids and a 0/1 string is one token a digit. Pieces of the prompt
+    may be longer than a word; a query's never are.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from framseg import prompt
+
+    splitting = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="never", split=False), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = splitting
+    words = {f" {word.strip('.?')}" for query in _all_queries() for word in query.split()} | {"a", "A", "the", "We"}
+    template = [prompt.SYSTEM, *prompt.user_text("{}", 25).replace("<image>", "{}").split("{}")]
+    trainer = trainers.BpeTrainer(vocab_size=4000, max_token_length=24, show_progress=False, special_tokens=[])
+    learner.train_from_iterator(template * 2 + sorted(words) * 2, trainer)
+    learned = json.loads(learner.to_str())["model"]
+
+    ids = {str(digit): id for digit, id in enumerate((29900, 29896, 29906, 29941, 29946, 29945, 29953, 29955, 29947))}
+    ids |= {"9": 29929, "▁": 29871, "<unk>": 0, "<s>": 1, "</s>": 2}
+    ids |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    letters = {chr(code) for code in range(33, 127)} | set(learned["vocab"])
+    pieces = sorted(letters - ids.keys(), key=lambda piece: (len(piece), piece))
+    ids |= {piece: 259 + i for i, piece in enumerate(pieces)}
+    # The tables have 32,000 rows before the control tokens; ids without a piece get a name that no text spells.
+    ids |= {f"<unused {id}>": id for id in set(range(32000)) - set(ids.values())}
+    control = {32000: "<|endoftext|>", 32001: "<|assistant|>", 32006: "<|system|>", 32007: "<|end|>", 32010: "<|user|>"}
+    control |= {32011: "<pad>", 32012: "<image>", 32013: "<image placeholder>", 32014: "<|endofchunk|>"}
+    tokenizer = json.loads(
+        Tokenizer(
+            models.BPE(ids, [tuple(pair) for pair in learned["merges"]], unk_token="<unk>", byte_fallback=True)
+        ).to_str()
+    )
+    tokenizer["pre_tokenizer"] = json.loads(splitting.__getstate__())
+    tokenizer["added_tokens"] = [
+        {
+            "id": id,
+            "content": control.get(id, f"<|placeholder {id}|>"),
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for id in range(32000, 32015)
+    ]
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    Tokenizer.from_str(text)
+    (folder / prompt.FILE).write_text(text, encoding="utf-8")
+
+
+def _all_queries() -> list[str]:
+    return [query.format(phrase=activity.phrase, verb=activity.verb) for activity in ACTIVITIES for query in QUERIES]
+
+
+def _teach_samples(rng: np.random.Generator, count: int, image_size: int, frames: int) -> dict:
+    """Frames of `count` new scenes as tensors, and for each scene what every frame shows and its three queries."""
+    import torch
+
+    from framseg.annotations import frame_labels, frame_times, soft_targets
+
+    drawn = [scene(rng) for _ in range(count)]
+    times = frame_times(DURATION, frames)
+    pixels = torch.empty(count, frames, 3, image_size, image_size, dtype=torch.uint8)
+    shown = np.zeros((count, frames), dtype=np.int64)  # 0: background alone
+    questions = []
+    for i, one in enumerate(drawn):
+        order = rng.permutation(frames)
+        image = torch.from_numpy(render(one, times[order], BASE_NOISE)).permute(0, 3, 1, 2)
+        pixels[i] = torch.nn.functional.interpolate(image, (image_size, image_size), mode="bicubic", antialias=True)
+        for stretch in one.stretches:
+            inside = (times >= stretch.start) & (times < stretch.end)
+            shown[i, inside[order]] = 0 if stretch.activity is None else 1 + stretch.activity
+        for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
+            row = Row(i, "", DURATION, "", **label(one, activity, rng))
+            questions.append((i, activity, frame_labels(row, frames)[order], soft_targets(row, frames)[order]))
+    return {"pixels": pixels, "shown": torch.from_numpy(shown), "questions": questions}
+
+
+def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
+    """Train the base model from random weights and write tokenizer.json and model.safetensors (bf16).
+
+    Three stages: SigLIP and resampler learn to tell pictures; the whole model answers a short prompt; then the full
+    prompt. As the pictures are in no order, copying the previous digit is of no use, and it has to look. Beside the
+    method's four losses, linear probes at each answer position must tell which picture it is about, what that one
+    shows and what the query names.
+    """
+    import torch
+    from torch import nn
+
+    from framseg import config, losses, prompt
+    from framseg.blip3 import Blip3
+
+    profile = config.load("demo")
+    section, frames = profile.model, profile.frames.count
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer(folder)
+    tokenizer = prompt.load(folder)
+    model = Blip3(section).train()
+    head = model.lang_model.lm_head
+    answers = torch.tensor([section.tokens.zero, section.tokens.one, section.tokens.end])
+    with torch.no_grad():
+        head.bias.fill_(HEAD_FLOOR)
+        head.additional_fc.bias.fill_(HEAD_FLOOR)
+        head.bias[answers] = 0
+    width, kinds = section.language.hidden_size, len(ACTIVITIES)
+    probes = nn.ModuleDict(
+        {
+            "shown": nn.Linear(width, kinds + 1),
+            "frame": nn.Linear(width, frames),
+            "named": nn.Linear(width, kinds),
+            "near": nn.Linear(width, 1),
+        }
+    )
+    data = _teach_samples(rng, BASE_SCENES, section.vision.image_size, frames)
+
+    def steps(parameters, count, peak, warmup, what):
+        parameters = list(parameters)
+        optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)
+        bar = tqdm(range(count), what)
+        for step in bar:
+            rate = peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / count))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, note = yield
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            bar.set_postfix_str(note)
+
+    def run(stage, compute):
+        next(stage)
+        try:
+            while True:
+                stage.send(compute())
+        except StopIteration:
+            return
+
+    def tell_frames():
+        videos = torch.from_numpy(rng.integers(BASE_SCENES, size=128))
+        which = torch.from_numpy(rng.integers(frames, size=128))
+        features = model.vision_features(data["pixels"][videos, which])
+        tokens = model.vision_tokenizer(features)[:, 0]
+        target = data["shown"][videos, which]
+        logits = probes["shown"](tokens)
+        loss = nn.functional.cross_entropy(logits, target)
+        return loss, f"frames told {(logits.argmax(-1) == target).float().mean():.2f}"
+
+    def answer(full, weight, batch):
+        chosen = [data["questions"][i] for i in rng.integers(len(data["questions"]), size=batch)]
+        videos = torch.tensor([q[0] for q in chosen])
+        labels = torch.from_numpy(np.stack([q[2] for q in chosen]).astype(np.int64))
+        soft = torch.from_numpy(np.stack([q[3] for q in chosen])).float()
+        rows = []
+        for _, activity, _, _ in chosen:
+            what = ACTIVITIES[activity]
+            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
+            if full:
+                rows.append(prompt.prompt_ids(tokenizer, section.tokens, query, frames))
+            else:
+                text = tokenizer.encode(query, add_special_tokens=False).ids
+                rows.append([section.tokens.image] * frames + text + [section.tokens.assistant])
+        ids, mask = (torch.from_numpy(x) for x in prompt.pad_left(rows, section.tokens.pad))
+        start = ids.shape[1] - 1
+        ids = torch.cat([ids, answers[labels]], 1)
+        mask = torch.cat([mask, torch.ones_like(labels)], 1)
+        features = model.vision_features(data["pixels"][videos].flatten(0, 1))
+        tokens = model.vision_tokenizer(features).unflatten(0, (batch, frames))
+        embeds, long_mask, where = model.expand(ids, mask, tokens)
+        hidden = model.lang_model.model(inputs_embeds=embeds, attention_mask=long_mask).last_hidden_state
+        hidden = hidden[:, where[0, start] : where[0, start] + frames + 1]
+        # Three rows of the head suffice: all the others are held down by their bias.
+        logits = nn.functional.linear(hidden, head.weight[answers], head.bias[answers])
+        target = torch.cat([labels, torch.full((batch, 1), 2)], 1)
+        settings = profile.losses
+        digits = logits[:, :frames, :2]
+        loss = (
+            nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+            + losses.bce(digits, soft, settings.pos_weight)
+            + losses.tversky(digits, soft, settings.tversky_alpha, settings.tversky_beta, settings.eps)
+            + losses.generalized_dice(digits, soft, settings.eps)
+        ) / 4
+        about = hidden[:, :frames]
+        index = torch.arange(frames).expand(batch, -1)
+        named = torch.tensor([q[1] for q in chosen])[:, None].expand(-1, frames)
+        where_loss = nn.functional.cross_entropy(probes["frame"](about).flatten(0, 1), index.flatten())
+        what_loss = nn.functional.cross_entropy(
+            probes["shown"](about).flatten(0, 1), data["shown"][videos].flatten()
+        ) + nn.functional.cross_entropy(probes["named"](about).flatten(0, 1), named.flatten())
+        right = (digits.argmax(-1) == labels).float().mean()
+        return loss + weight * (
+            where_loss + what_loss
+        ), f"digits {right:.3f}, frame {where_loss:.2f}, content {what_loss:.2f}"
+
+    both = [*model.vision_encoder.parameters(), *model.vision_tokenizer.parameters(), *probes.parameters()]
+    everything = [*model.parameters(), *probes.parameters()]
+    run(steps(both, BASE_STEPS[0], 2e-3, 20, "1 of 3: frames"), tell_frames)
+    run(steps(everything, BASE_STEPS[1], 1e-3, 30, "2 of 3: short prompt"), lambda: answer(False, 0.3, 32))
+    run(steps(everything, BASE_STEPS[2], 1e-3, 10, "3 of 3: full prompt"), lambda: answer(True, 0.2, 16))
+    model.to(torch.bfloat16).save_published(folder)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m framseg.demo")
+    parser.add_argument("command", choices=["make-base"], help="train the demo's base model anew from its seed")
+    parser.add_argument("--out", type=Path, default=BASE, help="folder to write (default: the package's own)")
+    parser.add_argument("--seed", type=int, default=BASE_SEED)
+    arguments = parser.parse_args()
+    make_base(arguments.out, arguments.seed)

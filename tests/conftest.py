@@ -11,3 +11,41 @@ def shared() -> Path:
     if not folder:
         pytest.skip("FRAMSEG_SHARED is not set: it names the folder with the real annotations and golden files")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory) -> Path:
+    """A data folder as a user would bring it: a few of the demo's videos with their annotations, frames extracted."""
+    from framseg import annotations, config, dataset, demo
+
+    folder = tmp_path_factory.mktemp("small set")
+    data = config.load("demo").data
+    (folder / data.videos).mkdir()
+    for split, count in {"train": 6, "val": 3, "test": 2}.items():
+        scenes = dict(list(demo.scenes(split).items())[:count])
+        for vid, scene in scenes.items():
+            demo.write_video(folder / data.videos / f"{vid}.mp4", scene)
+        rows = [row for row in demo.rows(split) if row.vid in scenes]
+        annotations.write(folder / getattr(data, "test_labels" if split == "test" else split), rows)
+        if split == "test":
+            annotations.write(folder / data.test, [demo.unlabelled(row) for row in rows])
+    report = dataset.extract(small_profile(folder), progress=False)
+    assert not report.failed
+    return folder
+
+
+def small_profile(folder: Path, **changes):
+    """The demo's model on a folder of data, two epochs of four steps; `changes` are keys with __ for the dots."""
+    from framseg import config
+
+    settings = {
+        "data.source": "folder",
+        "data.folder": folder,
+        "training.epochs": 2,
+        "training.micro_batch": 2,
+        "training.accumulation": 2,
+        "training.warmup_steps": 2,
+        "training.planned_steps": 16,
+        "training.threads": 1,
+    }
+    return config.load("demo", settings | {key.replace("__", "."): value for key, value in changes.items()})

@@ -1,0 +1,385 @@
+"""Masks and frame probabilities out of the model: beam search over the two digits, whole splits, one's own video.
+
+The prompt's keys and values are computed once a sample and shared by its beams, and a video is encoded once for all
+queries that ask about it. An answer has exactly f digits.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from framseg import blip3, config, dataset, moments, prompt
+from framseg.annotations import Row, json_lines, parse_object, write_lines
+from framseg.evaluate import SALIENCY, WINDOWS, PredictionError
+from framseg.frames import Store, StoreError, Video, VideoError
+
+TRAINED_SECONDS = 150  # length of nearly every video of the dataset
+LONGEST_SECONDS = 1.5 * TRAINED_SECONDS  # f frames of a longer video stand too far apart
+SAMPLED = 64  # values of each parameter that tell one set of weights from another
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The k best masks of each of B samples, best first.
+
+    masks: int8 [B, k, f]. scores: float32 [B, k], sums of the digits' log-probabilities. probabilities: float32
+    [B, k, f], of '1' against '0' at each frame, given the mask's digits before it.
+    """
+
+    masks: Tensor
+    scores: Tensor
+    probabilities: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """The winning beam, int8 [B, f]."""
+        return self.masks[:, 0]
+
+    @property
+    def probability(self) -> Tensor:
+        """Softmax over the two digits' logits along the winning beam, float32 [B, f]."""
+        return self.probabilities[:, 0]
+
+    @property
+    def score(self) -> Tensor:
+        """Of the winning beam, float32 [B]."""
+        return self.scores[:, 0]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one query about one video of `duration` seconds.
+
+    windows: moments [[start, end, score], ...] in seconds, best first. saliency: float64 [int(duration / 2)], one
+    score for each 2-second clip. mask: f characters 0 and 1. probability: float64 [f], of each frame. valid: False if
+    the model marked no frame, in which case the mask is all ones.
+    """
+
+    video: str
+    query: str
+    duration: float
+    windows: list[list[float]]
+    saliency: np.ndarray
+    mask: str
+    probability: np.ndarray
+    valid: bool
+
+
+class _SharedLayer(DynamicLayer):
+    """One layer's keys and values: of the prompt's last `kept` positions, then of all beams of each step.
+
+    There is `room` for all steps, so that nothing of the prompt is copied again, for more beams or more digits.
+    """
+
+    def __init__(self, kept: int, room: int):
+        super().__init__()
+        self.used, self.room = kept, room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.keys, self.values = self._stored(key_states), self._stored(value_states)
+            self.is_initialized = True
+            return key_states, value_states
+        begin, self.used = self.used, self.used + key_states.shape[2]
+        self.keys[:, :, begin : self.used] = key_states
+        self.values[:, :, begin : self.used] = value_states
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def _stored(self, states: Tensor) -> Tensor:
+        batch, heads, length, width = states.shape
+        out = states.new_empty(batch, heads, self.used + self.room, width)
+        out[:, :, : self.used] = states[:, :, length - self.used :]
+        return out
+
+
+@contextmanager
+def _own_mask(language: PreTrainedConfig) -> Iterator[None]:
+    """Flash attention takes no mask that says which beam came from which."""
+    chosen = language._attn_implementation
+    language._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        language._attn_implementation = chosen
+
+
+@torch.inference_mode()
+def beam_search(
+    model: blip3.Blip3, vision_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, frames: int, beams: int
+) -> Decoded:
+    """The `beams` best of all 2^f masks that beam search finds, with log-softmax over the two digits as score.
+
+    vision_tokens: [B, f, latents, width]. input_ids, attention_mask: [B, L], padded left, up to <|assistant|>. The
+    result has k = min(beams, 2^frames) masks. Beams of equal score keep the order of their parents, '0' before '1'.
+    The model must be in eval mode. Raises ValueError for prompts padded right or too long for the context.
+    """
+    if frames < 1 or beams < 1:
+        raise ValueError(f"frames and beams must be at least 1, not {frames} and {beams}")
+    if not bool(attention_mask[:, -1].all()):
+        raise ValueError("the prompts must be padded on the left: their last position gives the first digit")
+    beams = min(beams, 2**frames)
+    language, head, tokens = model.lang_model.model, model.lang_model.lm_head, model.section.tokens
+    digit_ids = torch.tensor([tokens.zero, tokens.one], device=input_ids.device)
+    weight, bias = head.weight[digit_ids], head.bias[digit_ids]
+
+    embeds, real, _ = model.expand(input_ids, attention_mask, vision_tokens)
+    batch, length = real.shape
+    context, window = model.section.language.context, model.section.language.sliding_window
+    if length + frames > context:
+        raise ValueError(
+            f"prompt and answer take {length + frames} positions, the model's context is {context}: shorten the query"
+        )
+    # The answer's positions see nothing of what lies before the window of its first one.
+    kept = length if window is None else min(length, window - 1)
+    cache = Cache(layers=[_SharedLayer(kept, beams * (frames - 1)) for _ in language.layers])
+    hidden = language(
+        inputs_embeds=embeds, attention_mask=real, past_key_values=cache, use_cache=True
+    ).last_hidden_state[:, -1:]
+
+    rows = torch.arange(batch, device=real.device)[:, None]
+    prompt_seen = real[:, None, length - kept :].bool()
+    places = torch.arange(length - kept, length, device=real.device)  # position of each cached key
+    seen = real.new_zeros(batch, 1, 0, dtype=torch.bool)  # which of the steps' keys belong to a beam
+    masks = real.new_zeros(batch, 1, 0, dtype=torch.int8)
+    probabilities = hidden.new_zeros(batch, 1, 0, dtype=torch.float32)
+    scores = hidden.new_zeros(batch, 1, dtype=torch.float32)
+    with _own_mask(language.config):
+        for frame in range(frames):
+            logits = F.linear(hidden, weight, bias).float()
+            total = (scores[..., None] + logits.log_softmax(-1)).flatten(1)
+            order = total.argsort(dim=1, descending=True, stable=True)[:, :beams]
+            parent, digit = order // 2, order % 2
+            scores = total.gather(1, order)
+            masks = torch.cat([masks[rows, parent], digit[..., None].to(torch.int8)], dim=-1)
+            probabilities = torch.cat([probabilities, logits.softmax(-1)[..., 1:]], dim=-1)[rows, parent]
+            if frame == frames - 1:
+                break
+            position, width = length + frame, order.shape[1]
+            own = torch.eye(width, dtype=torch.bool, device=real.device).expand(batch, -1, -1)
+            seen = torch.cat([seen[rows, parent], own], dim=-1)
+            places = torch.cat([places, places.new_full((width,), position)])
+            allowed = torch.cat([prompt_seen.expand(-1, width, -1), seen], dim=-1)
+            if window is not None:
+                allowed = allowed & (places > position - window)
+            hidden = language(
+                inputs_embeds=language.embed_tokens(digit_ids[digit]),
+                attention_mask=allowed[:, None],
+                position_ids=places.new_full((1, width), position),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+    return Decoded(masks, scores, probabilities)
+
+
+def records(
+    model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, rows: Sequence[Row], progress: bool = True
+) -> Iterator[dict]:
+    """Prediction records of `rows`, as each is ready and in the order of the videos' names.
+
+    The frames come from the profile's frame store, the middle variation of each. A record has qid, query, vid,
+    duration (s), pred_relevant_windows, pred_saliency_scores, mask (f characters), probability [f] and valid. A video
+    whose frames cannot be read gives an invalid record, with all frames at 1 and the reason as `error`, and a warning.
+
+    Puts the model into eval mode. Raises StoreError for frames that were made with other settings.
+    """
+    model.eval()
+    store, inference, count = dataset.store(profile), profile.inference, profile.frames.count
+    rows = sorted(rows, key=lambda row: row.vid)
+    reading = _read_ahead(store, list(dict.fromkeys(row.vid for row in rows)), inference.batch)
+    tokens: dict[str, Tensor] = {}
+    failed: dict[str, str] = {}
+    with tqdm(desc="decoding", total=len(rows), unit="query", disable=not progress) as bar:
+        for begin in range(0, len(rows), inference.batch):
+            batch = rows[begin : begin + inference.batch]
+            vids = dict.fromkeys(row.vid for row in batch)
+            tokens = {vid: tokens[vid] for vid in vids if vid in tokens}
+            images = {}
+            new = len(vids.keys() - tokens.keys() - failed.keys())
+            for vid, content in islice(reading, new):
+                if isinstance(content, VideoError):
+                    failed[vid] = store.failures().get(vid, str(content))
+                    tqdm.write(f"warning: no frames, counted as failed: {failed[vid]}")
+                else:
+                    images[vid] = content
+            if images:
+                tokens |= zip(images, _encoded(model, np.stack(list(images.values()))), strict=True)
+            for row in batch:
+                if row.vid in failed:
+                    whole = _record(row, "1" * count, np.ones(count), inference)
+                    yield whole | {"valid": False, "error": failed[row.vid]}
+            there = [row for row in batch if row.vid not in failed]
+            if there:
+                vision = torch.stack([tokens[row.vid] for row in there])
+                masks, probabilities = _answers(model, tokenizer, profile, [row.query for row in there], vision)
+                for row, mask, probability in zip(there, masks, probabilities, strict=True):
+                    yield _record(row, mask, probability, inference)
+            bar.update(len(batch))
+
+
+def split(
+    model: blip3.Blip3,
+    tokenizer: Tokenizer,
+    profile: config.Profile,
+    rows: Sequence[Row],
+    path: Path | str,
+    progress: bool = True,
+) -> list[dict]:
+    """Decode `rows`, write the records (see `records`) to `path` as JSON lines and return them, in the rows' order.
+
+    What is finished is kept beside it in `path`.part, and a call that follows an interrupted one goes on from there if
+    weights, settings and prompt are the same; videos that failed are tried again.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    made_by = {"made_by": _fingerprint(model, tokenizer, profile)}
+    done = _finished(part, made_by, rows)
+    write_lines(part, [made_by, *done.values()], PredictionError)
+    with part.open("a", encoding="utf-8") as file:
+        for record in records(model, tokenizer, profile, [row for row in rows if row.qid not in done], progress):
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            done[record["qid"]] = record
+    predictions = [done[row.qid] for row in rows]
+    write_lines(path, predictions, PredictionError)
+    part.unlink()
+    return predictions
+
+
+def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | str) -> Prediction | list[Prediction]:
+    """Moments and highlights for one's own video file.
+
+    query: one text, or several about the same video (which is then encoded once); several give a list of Predictions
+    in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``). The model stays
+    loaded for the next call.
+
+    Raises VideoError if the video cannot be decoded, ValueError if it is longer than 225 s (the model has learned
+    from videos of 150 s: cut a longer one), PromptError for an empty query, CheckpointError for a folder that is no
+    checkpoint.
+    """
+    opened = Video(video)
+    if opened.length > LONGEST_SECONDS:
+        raise ValueError(
+            f"{video}: is {opened.length:.0f} s long, and the model has learned from videos of {TRAINED_SECONDS} s; "
+            f"cut it into videos of at most {LONGEST_SECONDS:g} s"
+        )
+    folder = Path(checkpoint).expanduser().resolve()
+    changed = max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0)
+    model, profile, tokenizer = _loaded(folder, changed)
+    count, inference = profile.frames.count, profile.inference
+    numbers = opened.numbers(opened.length, count)[:, 0]
+    vision = _encoded(model, opened.frames(numbers, profile.model.vision.image_size)[None])
+    queries = [query] if isinstance(query, str) else list(query)
+    out = []
+    for begin in range(0, len(queries), inference.batch):
+        some = queries[begin : begin + inference.batch]
+        answers = _answers(model, tokenizer, profile, some, vision.expand(len(some), -1, -1, -1))
+        for text, mask, probability in zip(some, *answers, strict=True):
+            valid, mask, windows, saliency = _understood(mask, probability, opened.length, inference)
+            out.append(Prediction(str(video), text, opened.length, windows, saliency, mask, probability, valid))
+    return out[0] if isinstance(query, str) else out
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, changed: int) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
+    """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
+    model, profile = blip3.load_trained(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), profile, prompt.load(folder)
+
+
+@torch.inference_mode()
+def _encoded(model: blip3.Blip3, images: np.ndarray) -> Tensor:
+    """uint8 [N, f, H, W, 3] RGB -> vision tokens [N, f, latents, width]."""
+    return model.vision_tokens(dataset.pixels(images).to(model.device))
+
+
+def _answers(
+    model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, queries: list[str], vision_tokens: Tensor
+) -> tuple[list[str], np.ndarray]:
+    """Masks of f characters and probabilities float64 [B, f] for B queries, each with its vision tokens."""
+    count = profile.frames.count
+    ids, mask = prompt.pad_left(
+        [prompt.prompt_ids(tokenizer, profile.model.tokens, query, count) for query in queries],
+        profile.model.tokens.pad,
+    )
+    ids, mask = (torch.from_numpy(x).to(model.device) for x in (ids, mask))
+    decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
+    masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
+    return masks, decoded.probability.double().cpu().numpy()
+
+
+def _understood(
+    mask: str, probability: np.ndarray, duration: float, inference: config.Inference
+) -> tuple[bool, str, list[list[float]], np.ndarray]:
+    """Valid or not, the mask that counts (all ones for an invalid one), windows and clip saliency."""
+    valid = moments.valid(mask, len(probability))
+    mask = mask if valid else "1" * len(probability)
+    windows = moments.windows(mask, probability, duration, inference.windows)
+    return valid, mask, windows, moments.saliency(probability, duration, inference.saliency)
+
+
+def _record(row: Row, mask: str, probability: np.ndarray, inference: config.Inference) -> dict:
+    valid, mask, windows, saliency = _understood(mask, probability, row.duration, inference)
+    about = {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}
+    answer = {"mask": mask, "probability": probability.tolist(), "valid": valid}
+    return about | {WINDOWS: windows, SALIENCY: saliency.tolist()} | answer
+
+
+def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:
+    """Frames of the videos in their order, or why there are none, while the next `ahead` are being read."""
+
+    def outcome(vid: str, task: Future) -> tuple[str, np.ndarray | VideoError]:
+        try:
+            return vid, task.result()
+        except StoreError:
+            raise  # the set-up is wrong, not this video
+        except VideoError as error:
+            return vid, error
+
+    with ThreadPoolExecutor(max_workers=min(ahead, 8)) as pool:
+        coming = iter(vids)
+        waiting = deque((vid, pool.submit(store.read, vid)) for vid in islice(coming, ahead))
+        while waiting:
+            vid, task = waiting.popleft()
+            waiting.extend((later, pool.submit(store.read, later)) for later in islice(coming, 1))
+            yield outcome(vid, task)
+
+
+def _fingerprint(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> str:
+    """Of everything a record depends on but its row: settings, prompt, and a few values of every parameter."""
+    tokens, count = profile.model.tokens, profile.frames.count
+    sections = {name: getattr(profile, name).model_dump(mode="json") for name in ("frames", "model", "inference")}
+    example = prompt.prompt_ids(tokenizer, tokens, prompt.EXAMPLE_QUERY, count)
+    found = hashlib.sha256(json.dumps([sections, example], sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // SAMPLED)][:SAMPLED]
+        found.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _finished(part: Path, made_by: dict, rows: Sequence[Row]) -> dict[int, dict]:
+    """Records by qid of an earlier call that made the same; a line that was cut off and failed videos are left out."""
+    if not part.exists():
+        return {}
+    found = [record for _, line in json_lines(part, PredictionError) if (record := parse_object(line)[0])]
+    if found[:1] != [made_by]:
+        return {}
+    asked = {row.qid: (row.query, row.vid, row.duration) for row in rows}
+    same = (r for r in found[1:] if "error" not in r and (r["query"], r["vid"], r["duration"]) == asked.get(r["qid"]))
+    return {record["qid"]: record for record in same}

@@ -1,0 +1,55 @@
+"""Numbers that papers report on the real QVHighlights, to print beside one's own. Percentages, official metric names.
+
+Nothing here was measured by this code; what the paper leaves open is absent.
+"""
+
+_COLUMNS = (
+    "MR-full-R1@0.5",
+    "MR-full-R1@0.7",
+    "MR-full-mAP",
+    "MR-full-mAP@0.5",
+    "MR-full-mAP@0.75",
+    "HL-min-VeryGood-mAP",
+    "HL-min-VeryGood-Hit1",
+)
+
+
+def _row(*values: float | None) -> dict[str, float]:
+    return {name: value for name, value in zip(_COLUMNS, values, strict=True) if value is not None}
+
+
+# Table I: test split.
+TEST = {
+    "the paper": _row(60.77, 37.42, 35.28, 56.26, 35.80, 34.48, 56.74),
+    "Moment-DETR": _row(52.89, 33.02, 30.73, 54.82, 29.40, 35.69, 55.60),
+    "Chrono": _row(74.77, 60.51, 51.37, 68.12, 53.38, None, None),
+    "LLaVA-MR": _row(76.59, 61.48, None, 69.41, 54.40, None, None),
+    "SMART": _row(78.15, 63.16, None, 70.76, 55.54, None, None),
+    "Tempo-R0": _row(78.52, 65.23, None, None, 54.50, None, None),
+    "VTG-LLM": _row(None, None, None, None, None, 16.50, 33.50),
+    "VideoChat-T": _row(None, None, None, None, None, 27.00, 55.30),
+    "TempSamp-R1": _row(None, None, None, None, None, 30.00, 57.60),
+}
+
+# Table IV: the paper's model on the val split after each epoch.
+BY_EPOCH_COLUMNS = ("MR-full-R1@0.7", "MR-full-mAP", "MR-full-mAP@0.75")
+BY_EPOCH = tuple(
+    dict(zip(BY_EPOCH_COLUMNS, values, strict=True))
+    for values in (
+        (2.22, 2.50, 1.89),
+        (13.28, 7.61, 6.98),
+        (11.80, 10.87, 9.41),
+        (17.78, 15.65, 14.04),
+        (30.14, 24.53, 24.03),
+        (35.61, 29.41, 29.49),
+        (37.86, 30.71, 30.65),
+        (36.62, 29.96, 29.96),
+        (43.15, 33.99, 35.09),
+        (42.70, 33.72, 34.06),
+        (43.74, 35.01, 35.90),
+    )
+)
+
+# Class balance of the training frames: background to one foreground frame, and the background's share.
+CLASS_RATIO = 2.3378
+BACKGROUND_SHARE = 0.7004

@@ -1,0 +1,497 @@
+"""Training through DeepSpeed: the loop, its log, validation by decoding after each epoch, checkpoints, resume.
+
+`launch` starts the DeepSpeed launcher, which runs this module once for every process of the profile.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from framseg import annotations, blip3, config, dataset, decode, evaluate, losses, prompt
+
+POLL = 0.5  # seconds between two looks at the step log
+PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
+TAIL = 30  # lines of the launcher's output shown when training fails
+
+
+class TrainError(RuntimeError):
+    """Training that did not end well; the message says why and where its log is."""
+
+
+def deepspeed_config(profile: config.Profile) -> dict:
+    """The DeepSpeed configuration of a profile (method.md's "Training"; the learning rate is set at every step)."""
+    section = profile.training
+    zero: dict = {"stage": section.zero_stage}
+    optimizer = {
+        "lr": section.learning_rate,
+        "betas": list(section.betas),
+        "eps": section.eps,
+        "weight_decay": section.weight_decay,
+    }
+    if section.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    else:
+        optimizer["torch_adam"] = True  # the same update, without a helper op to compile first
+    return {
+        "train_batch_size": section.micro_batch * section.accumulation * section.processes,
+        "train_micro_batch_size_per_gpu": section.micro_batch,
+        "gradient_accumulation_steps": section.accumulation,
+        "gradient_clipping": section.gradient_clip,
+        "bf16": {"enabled": profile.model.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "steps_per_print": 2**31,  # our own log has every step
+    }
+
+
+def total_steps(profile: config.Profile, rows: int) -> int:
+    """Optimizer steps of a whole training over `rows` samples; for the paper's 7,218 and 11 epochs 618."""
+    section = profile.training
+    batches = rows // (section.micro_batch * section.processes)
+    return section.epochs * batches // section.accumulation
+
+
+def missing(profile: config.Profile) -> list[str]:
+    """What the profile needs and is not there, one sentence each, with what to do."""
+    out = []
+    folder = config.data_folder(profile)
+    if profile.data.source == "folder":
+        for split in ("train", "val", "test", "test_labels"):
+            if not dataset.annotation_file(profile, split).is_file():
+                out.append(
+                    f"annotations: {dataset.annotation_file(profile, split)} is not there; put the four "
+                    f"QVHighlights files into {folder} or set data.folder"
+                )
+        if not dataset.videos(profile).is_dir():
+            out.append(f"videos: {dataset.videos(profile)} is not there; it must hold {{vid}}.mp4 of every row")
+    weights = profile.model.weights
+    if blip3.local_weights(weights) is None and not _on_hub(weights):
+        out.append(
+            f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached; "
+            f"set model.weights to a folder with the published safetensors"
+        )
+    try:
+        prompt.load(profile.model.tokenizer)
+    except prompt.PromptError as error:
+        out.append(f"tokenizer: {error}")
+    if profile.model.dtype == "bfloat16" and torch.cuda.device_count() < profile.training.processes:
+        out.append(
+            f"GPU: the profile trains on {profile.training.processes}, this machine has {torch.cuda.device_count()}; "
+            f"set training.processes (and accumulation, to keep {profile.training.micro_batch} x accumulation x "
+            f"processes samples a step)"
+        )
+    if profile.model.attention == "flash_attention_2" and not _flash_attention():
+        out.append("flash attention: the package flash-attn is not installed; install it or set model.attention=sdpa")
+    return out
+
+
+def _on_hub(name: str) -> bool:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if name.count("/") != 1:
+        return False
+    if isinstance(try_to_load_from_cache(name, "model.safetensors.index.json"), str):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "model.safetensors.index.json"), timeout=5)
+    except Exception:  # the HTTP library's errors share no base of the hub's
+        return False
+    return True
+
+
+def _flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
+
+
+# --- the parent: starting and watching -------------------------------------------------------------------------
+
+
+def launch(profile: config.Profile, run: config.Run) -> None:
+    """Train `profile` into `run` through the DeepSpeed launcher, with a progress bar; goes on from a checkpoint.
+
+    A finished run returns at once. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a checkpoint first.
+    Raises TrainError with the end of the log if training fails.
+    """
+    run.train.mkdir(parents=True, exist_ok=True)
+    total = total_steps(profile, len(dataset.rows(profile, "train")))
+    if not total:
+        raise TrainError(f"{profile.name}: too few rows for one optimizer step; lower micro_batch or accumulation")
+    if _progress(run)[0] >= total and run.checkpoint.is_dir():
+        print(f"trained already: {total} steps in {run.train}")
+        return
+    config.save(profile, run.profile)
+    stop = run.train / "stop"
+    stop.unlink(missing_ok=True)
+    log = run.train / "output.log"
+    with open(log, "a", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            _command(profile, run),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(profile),
+            start_new_session=True,  # the terminal's Ctrl-C is ours; training is asked to stop below
+        )
+    try:
+        _watch(process, run, total)
+    except KeyboardInterrupt:
+        stop.touch()
+        print("stopping after this step, with a checkpoint …")
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            print(f"no answer within {PATIENCE} s: killed; the last checkpoint stands")
+        raise
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        stop.unlink(missing_ok=True)
+    if process.returncode or _progress(run)[0] < total:
+        tail = "".join(
+            f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines(True)[-TAIL:]
+        )
+        raise TrainError(f"training failed (exit code {process.returncode}); the end of {log}:\n{tail}")
+
+
+def _command(profile: config.Profile, run: config.Run) -> list[str]:
+    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
+    if launcher is None:
+        raise TrainError(
+            "the DeepSpeed launcher is not installed beside this Python: install what environment.yml lists"
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The launcher's own scripts start "python": it must be this one.
+    return [
+        sys.executable, launcher, f"--num_gpus={profile.training.processes}", "--master_addr=127.0.0.1",
+        f"--master_port={port}", "--no_local_rank", "--module", "framseg.train",
+        "--profile", str(run.profile), "--run-dir", str(run.root),
+    ]  # fmt: skip
+
+
+def _environment(profile: config.Profile) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    if profile.training.threads:
+        environment["OMP_NUM_THREADS"] = str(profile.training.threads)
+    return environment
+
+
+def _progress(run: config.Run) -> tuple[int, dict]:
+    lines = run.step_log.read_text(encoding="utf-8").splitlines() if run.step_log.is_file() else []
+    return len(lines), json.loads(lines[-1]) if lines else {}
+
+
+def _watch(process: subprocess.Popen, run: config.Run, total: int) -> None:
+    validated = 0
+    with tqdm(total=total, desc="training", unit="step") as bar:
+        while True:
+            ended = process.poll() is not None
+            steps, last = _progress(run)
+            if steps:
+                bar.n = steps
+                bar.set_postfix_str(
+                    f"epoch {last['epoch']:.2f}, loss {last['loss']:.3f}, {last['samples_per_second']:.1f} samples/s"
+                )
+            for record in read_log(run.validation_log)[validated:]:
+                brief = record["metrics"]["brief"]
+                bar.write(
+                    f"epoch {record['epoch']}: R1@0.5 {brief['MR-full-R1@0.5']}, R1@0.7 {brief['MR-full-R1@0.7']}, "
+                    f"mAP {brief['MR-full-mAP']}, HIT@1 {brief['HL-min-VeryGood-Hit1']}"
+                )
+                validated += 1
+            if ended:
+                return
+            time.sleep(POLL)
+
+
+def read_log(path: Path) -> list[dict]:
+    """Records of a JSONL log; a missing file has none."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# --- the child: one process of the training --------------------------------------------------------------------
+
+
+class Trainer:
+    """One process of the training, between `deepspeed.initialize` and the exported checkpoint."""
+
+    def __init__(self, profile: config.Profile, run: config.Run):
+        import deepspeed
+
+        # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed()
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self.world != profile.training.processes:
+            raise TrainError(f"training.processes is {profile.training.processes}, {self.world} were started")
+        if profile.training.threads:
+            torch.set_num_threads(profile.training.threads)
+        self.profile, self.run = profile, run
+        self.tokenizer = prompt.load(profile.model.tokenizer)
+        prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
+        self.samples = dataset.Samples(profile, self.tokenizer, self._readable(dataset.rows(profile, "train")))
+        self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
+        self.batches = len(self.samples) // (profile.training.micro_batch * self.world)
+        self.total = total_steps(profile, len(self.samples))
+        torch.manual_seed(profile.seed + self.rank)
+        self.model = blip3.base(profile)
+        if torch.cuda.is_available():
+            self.model.cuda(int(os.environ["LOCAL_RANK"]))
+        self.step = 0
+        if not self.run.resume.is_dir():
+            self._validate(0)
+        self.start = self.model.adapt(profile.adapter, profile.seed)
+        if profile.training.gradient_checkpointing:
+            self.model.lang_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if profile.training.compile:
+            for layer in self.model.lang_model.model.layers:
+                layer.compile()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if self.run.resume.is_dir():
+            self._load_weights()
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model, model_parameters=trained, config=deepspeed_config(profile)
+        )
+        if self.run.resume.is_dir():
+            self._load_state()
+
+    def _readable(self, rows: list[annotations.Row]) -> list[annotations.Row]:
+        store = dataset.store(self.profile)
+        lost = sorted({row.vid for row in rows if row.vid not in store})
+        if lost:
+            raise TrainError(
+                f"{len(lost)} of the training videos are not in the frame store {store.folder}: {', '.join(lost[:5])}"
+                f"{' …' if len(lost) > 5 else ''}; notebook 01 extracts them, failures.jsonl there says what failed"
+            )
+        return rows
+
+    def train(self) -> None:
+        """Train to the end of the last epoch, or until asked to stop; then export the checkpoint."""
+        section = self.profile.training
+        stream = dataset.MicroBatches(
+            len(self.samples), self.profile, self.rank, self.world, self.step * section.accumulation
+        )
+        loader = iter(
+            DataLoader(
+                self.samples,
+                batch_sampler=stream,
+                collate_fn=self.samples.collate,
+                num_workers=section.workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+        self.model.train()
+        self.model.vision_encoder.eval()
+        while self.step < self.total:
+            self._step(loader)
+            epoch, passed = divmod(self.step * section.accumulation, self.batches)
+            ended = epoch >= 1 and passed < section.accumulation  # the first whole step at or after an epoch's end
+            if ended or self.step == self.total:
+                finished = epoch if self.step < self.total else section.epochs
+                self.model.eval()
+                self._validate(finished)
+                self.model.train()
+                self.model.vision_encoder.eval()
+                self._save_state()
+            elif self._asked_to_stop():
+                self._save_state()
+                return
+        self.model.eval()
+        if self.rank == 0:
+            aside = self.run.checkpoint.with_name("checkpoint.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            blip3.save_trained(aside, self.model, self.start, self.profile, self.tokenizer)
+            last = read_log(self.run.validation_log)[-1]
+            (aside / "metrics.json").write_text(json.dumps(last["metrics"], indent=2) + "\n", encoding="utf-8")
+            shutil.rmtree(self.run.checkpoint, ignore_errors=True)
+            aside.rename(self.run.checkpoint)
+
+    def _step(self, loader) -> None:
+        section, began = self.profile.training, time.monotonic()
+        rate = losses.learning_rate(self.step, section)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(1 + len(losses.NAMES))
+        for i in range(section.accumulation):
+            weights = losses.weights(1 + (self.step * section.accumulation + i) // self.batches, self.profile.losses)
+            batch = next(loader)
+            parts = self._losses(batch)
+            loss = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+            if not torch.isfinite(loss):
+                raise TrainError(f"the loss is {loss.item()} at step {self.step} for the queries {batch['qids']}")
+            self.engine.backward(loss)
+            self.engine.step()
+            sums += torch.stack([loss.detach(), *(part.detach() for part in parts)]).float().cpu()
+        torch.distributed.all_reduce(sums := sums.to(self.model.device))
+        self.step += 1
+        if self.rank == 0:
+            seconds = time.monotonic() - began
+            means = (sums / (section.accumulation * self.world)).tolist()
+            memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident()
+            _append(
+                self.run.step_log,
+                {
+                    "step": self.step,
+                    "epoch": self.step * section.accumulation / self.batches,
+                    "loss": means[0],
+                    **dict(zip(losses.NAMES, means[1:], strict=True)),
+                    "weights": weights,
+                    "learning_rate": rate,
+                    "gradient_norm": float(self.engine.get_global_grad_norm()),
+                    "samples_per_second": section.micro_batch * section.accumulation * self.world / seconds,
+                    "memory_gib": memory,
+                    "seconds": seconds,
+                },
+            )
+
+    def _losses(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """LM, BCE, Tversky and generalized Dice of one micro-batch."""
+        batch = {key: value.to(self.model.device) for key, value in batch.items() if isinstance(value, Tensor)}
+        answers, soft = batch.pop("answer_ids"), batch.pop("soft_targets")
+        logits = self.engine(**batch)
+        digits, section = self.model.digit_logits(logits[:, :-1]), self.profile.losses
+        return (
+            losses.lm(logits, answers),
+            losses.bce(digits, soft, section.pos_weight),
+            losses.tversky(digits, soft, section.tversky_alpha, section.tversky_beta, section.eps),
+            losses.generalized_dice(digits, soft, section.eps),
+        )
+
+    def _validate(self, epoch: int) -> None:
+        """Decode val, each process its share, and log the metrics; epoch 0 is the untouched base."""
+        began = time.monotonic()
+        mine = self.val[self.rank :: self.world]
+        records = list(decode.records(self.model, self.tokenizer, self.profile, mine, progress=False))
+        shares: list = [None] * self.world
+        torch.distributed.all_gather_object(shares, records)
+        if self.rank == 0:
+            by_qid = {record["qid"]: record for share in shares for record in share}
+            predictions = [by_qid[row.qid] for row in self.val]
+            evaluate.write_predictions(self.run.predicted("val", epoch), predictions)
+            _append(
+                self.run.validation_log,
+                {
+                    "epoch": epoch,
+                    "metrics": evaluate.evaluate(predictions, self.val),
+                    "invalid": sum(not record["valid"] for record in predictions) / len(predictions),
+                    "seconds": time.monotonic() - began,
+                },
+            )
+
+    def _asked_to_stop(self) -> bool:
+        asked = torch.tensor(float((self.run.train / "stop").exists()), device=self.model.device)
+        torch.distributed.all_reduce(asked)  # all processes leave at the same step
+        return bool(asked)
+
+    # Resumable state: the trained weights and where PiSSA began, and for each process its share of the optimizer and
+    # its random generator. Safetensors and JSON only, written aside and renamed.
+
+    def _save_state(self) -> None:
+        aside = self.run.resume.with_name("resume.part")
+        if self.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            trained = {
+                name: p.detach().contiguous().cpu() for name, p in self.model.named_parameters() if p.requires_grad
+            }
+            save_file(trained, aside / "weights.safetensors")
+            save_file(
+                {name: value.contiguous().cpu() for name, value in self.start.items()}, aside / "start.safetensors"
+            )
+            (aside / "state.json").write_text(json.dumps({"step": self.step, "world": self.world}), encoding="utf-8")
+        torch.distributed.barrier()
+        save_file(self._partition() | {"random": torch.get_rng_state()}, aside / f"process_{self.rank}.safetensors")
+        torch.distributed.barrier()
+        if self.rank == 0:
+            shutil.rmtree(self.run.resume, ignore_errors=True)
+            aside.rename(self.run.resume)
+        torch.distributed.barrier()
+
+    def _partition(self) -> dict[str, Tensor]:
+        zero = self.engine.optimizer
+        out = {}
+        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+            out[f"{i}.master"] = master.detach().cpu().clone()
+            for key, value in zero.optimizer.state[master].items():
+                out[f"{i}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+        return out
+
+    def _load_weights(self) -> None:
+        state = json.loads((self.run.resume / "state.json").read_text(encoding="utf-8"))
+        if state["world"] != self.world:
+            raise TrainError(
+                f"{self.run.resume} was written by {state['world']} processes and cannot go on with {self.world}: "
+                f"set training.processes back, or remove {self.run.train} to start anew"
+            )
+        self.step = state["step"]
+        start = load_file(self.run.resume / "start.safetensors")
+        differing = [name for name, value in start.items() if not torch.equal(self.start[name].cpu(), value)]
+        if differing:
+            raise TrainError(
+                f"{self.run.resume}: PiSSA now begins elsewhere ({differing[0]}): other base weights, seed or library; "
+                f"remove {self.run.train} to start anew"
+            )
+        self.model.load_state_dict(load_file(self.run.resume / "weights.safetensors"), strict=False)
+        for log in (self.run.step_log, self.run.validation_log):  # what came after the checkpoint is done again
+            done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r["epoch"] <= self._epoch() + 1e-9]
+            if self.rank == 0:
+                log.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
+
+    def _epoch(self) -> float:
+        return self.step * self.profile.training.accumulation / self.batches if self.step < self.total else 1e9
+
+    def _load_state(self) -> None:
+        saved = load_file(self.run.resume / f"process_{self.rank}.safetensors")
+        zero = self.engine.optimizer
+        for i, master in enumerate(zero.single_partition_of_fp32_groups):
+            master.data.copy_(saved[f"{i}.master"])
+            names = [key for key in saved if key.startswith(f"{i}.") and key != f"{i}.master"]
+            zero.optimizer.state[master] = {
+                key.split(".", 1)[1]: saved[key] if saved[key].dim() == 0 else saved[key].to(master.device)
+                for key in names
+            }
+        torch.set_rng_state(saved["random"])
+
+
+def _append(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _resident() -> float:
+    """This process's memory in GiB, as Linux counts it."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m framseg.train", description="One process of the training.")
+    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
+    parser.add_argument("--run-dir", type=Path)
+    options = parser.parse_args()
+    profile = config.load(options.profile)
+    Trainer(profile, config.Run(profile, options.run_dir)).train()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

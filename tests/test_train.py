@@ -1,0 +1,172 @@
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+from conftest import small_profile
+from safetensors.torch import load_file
+
+from framseg import blip3, config, dataset, losses, train
+
+
+def test_the_paper_s_deepspeed_configuration():
+    resolved = train.deepspeed_config(config.load("paper"))
+    print(json.dumps(resolved, indent=2))
+    assert resolved == {
+        "train_batch_size": 128,
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.005},
+        },
+        "steps_per_print": 2**31,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(small_set, tmp_path_factory):
+    profile = small_profile(small_set)
+    run = config.Run(profile, tmp_path_factory.mktemp("run with a space") / "trained")
+    train.launch(profile, run)
+    return profile, run
+
+
+def test_the_log_has_every_step(trained):
+    profile, run = trained
+    steps = train.read_log(run.step_log)
+    rows = len(dataset.rows(profile, "train"))
+    assert len(steps) == train.total_steps(profile, rows) == 2 * (rows // 2) // 2
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    for record in steps:
+        parts = sum(w * record[name] for w, name in zip(record["weights"], losses.NAMES, strict=True))
+        assert record["learning_rate"] == losses.learning_rate(record["step"] - 1, profile.training)
+        assert record["gradient_norm"] > 0 and record["samples_per_second"] > 0 and record["memory_gib"] > 0
+        if record["epoch"] <= 1:
+            assert record["weights"] == [1, 0, 0, 0]
+            assert record["loss"] == pytest.approx(parts, rel=1e-5)
+    assert steps[-1]["weights"] == list(losses.weights(2, profile.losses))
+
+
+def test_every_epoch_is_validated_by_decoding(trained):
+    profile, run = trained
+    records = train.read_log(run.validation_log)
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    val = dataset.rows(profile, "val")
+    for epoch in range(3):
+        predictions = [json.loads(line) for line in run.predicted("val", epoch).read_text().splitlines()]
+        assert [p["qid"] for p in predictions] == [row.qid for row in val]
+        assert all(len(p["mask"]) == len(p["probability"]) == 25 for p in predictions)
+    metrics = json.loads((run.checkpoint / "metrics.json").read_text())
+    assert metrics == records[-1]["metrics"]
+
+
+def test_only_resampler_and_adapter_are_trained(trained):
+    profile, run = trained
+    before = blip3.base(profile).state_dict()
+    after, _ = blip3.load_trained(run.checkpoint)
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before[name])}
+    assert all(name.startswith("vision_tokenizer.") or ".layers." in name for name in changed)
+    assert not any(name.startswith("vision_encoder.") for name in changed)
+    linear = {f"{part}.weight" for part in profile.adapter.targets}
+    assert {name.split(".", 5)[-1] for name in changed if name.startswith("lang_model")} == {
+        f"{block}.{name}" for block, names in {"self_attn": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")}.items()
+        for name in (f"{part}.weight" for part in names) if name in linear
+    }  # fmt: skip
+    config_file = json.loads((run.checkpoint / "adapter" / "adapter_config.json").read_text())
+    assert config_file["r"] == 2 * profile.adapter.rank and not config_file["use_rslora"]
+
+
+def test_a_finished_run_is_not_trained_again(trained, capsys):
+    profile, run = trained
+    before = run.step_log.stat().st_mtime_ns
+    train.launch(profile, run)
+    assert "trained already" in capsys.readouterr().out
+    assert run.step_log.stat().st_mtime_ns == before
+
+
+def same_weights(one: config.Run, other: config.Run, tolerance: float = 0) -> bool:
+    for name in ("resampler.safetensors", "adapter/adapter_model.safetensors"):
+        first, second = load_file(one.checkpoint / name), load_file(other.checkpoint / name)
+        for key, value in first.items():
+            if not torch.allclose(value, second[key], rtol=0, atol=tolerance):
+                return False
+    return True
+
+
+def logged(run: config.Run) -> list[dict]:
+    """The step log without what depends on the clock."""
+    clock = {"seconds", "samples_per_second", "memory_gib"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in train.read_log(run.step_log)]
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path):
+    profile, whole = trained
+    run = config.Run(profile, tmp_path / "cut")
+
+    def interrupt():
+        while len(train.read_log(run.step_log)) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train.launch(profile, run)
+    done = len(train.read_log(run.step_log))
+    assert 2 <= done < len(train.read_log(whole.step_log))
+    assert (run.resume / "state.json").is_file() and not run.checkpoint.exists()
+    train.launch(profile, run)
+    assert logged(run) == logged(whole)
+    assert same_weights(run, whole)
+    metrics = [[record["metrics"] for record in train.read_log(r.validation_log)] for r in (run, whole)]
+    assert metrics[0] == metrics[1]
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(small_set, tmp_path):
+    runs = []
+    for processes, accumulation in ((2, 1), (1, 2)):
+        profile = small_profile(
+            small_set,
+            training__processes=processes,
+            training__accumulation=accumulation,
+            training__epochs=1,
+            adapter__dropout=0.0,
+        )
+        runs.append(config.Run(profile, tmp_path / f"{processes} processes"))
+        train.launch(profile, runs[-1])
+    assert same_weights(*runs, tolerance=2e-5)
+    two, one = (train.read_log(run.step_log) for run in runs)
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)
+    assert runs[0].predicted("val", 0).read_text() == runs[1].predicted("val", 0).read_text()
+
+
+def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_path):
+    profile = small_profile(small_set)
+    run = config.Run(profile, tmp_path / "run")
+    store = dataset.store(profile)
+    vid = dataset.rows(profile, "train")[0].vid
+    aside = store.path(vid).rename(tmp_path / "aside")
+    try:
+        with pytest.raises(train.TrainError) as caught:
+            train.launch(profile, run)
+    finally:
+        aside.rename(store.path(vid))
+    assert "1 of the training videos are not in the frame store" in str(caught.value) and vid in str(caught.value)
+    assert "output.log" in str(caught.value)
+    assert subprocess.run(["pgrep", "-f", str(run.root)], capture_output=True).returncode == 1
+
+
+def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    profile = config.load("paper", {"data.folder": str(tmp_path), "model.weights": str(tmp_path / "none")})
+    said = "\n".join(train.missing(profile))
+    for what in ("highlight_train_release.jsonl", "videos", "weights", "tokenizer", "GPU"):
+        assert what in said
+    assert train.missing(config.load("demo")) == []
