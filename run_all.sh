@@ -25,7 +25,7 @@ options of a profile:
 
 The active environment is used if it has the dependencies of environment.yml (torch >= 2.11, transformers >= 5.17);
 otherwise they are installed once with pip into .venv. Without an NVIDIA GPU, torch's CPU wheels are a much smaller
-download: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ./run_all.sh
+download: have pip configured for them (pip config, PIP_FIND_LINKS) as PyTorch's installation page says.
 USAGE
 }
 

@@ -99,15 +99,18 @@ def _nearness(stretch: Stretch, times: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene, times: np.ndarray, noise: float = 1.0) -> np.ndarray:
-    """Draw the scene at the given times (seconds). Returns [n, HEIGHT, WIDTH, 3], uint8 RGB."""
+    """Draw the scene at the given times (seconds). Returns [n, HEIGHT, WIDTH, 3], uint8 RGB.
+
+    noise: how far the background strays from a plain grey, 1 for the demo set.
+    """
     width, height = WIDTH, HEIGHT
     rng = np.random.default_rng(scene.seed)
     # The background changes at moments of its own, so that it says nothing about the activity.
     changes = np.sort(rng.uniform(0, scene.duration, 6))
-    tones = rng.uniform(70, 185, (7, 1, 1, 1)) + rng.uniform(-28, 28, (7, 1, 1, 3))
-    coarse = rng.normal(0, 22 * noise, (7, 9, 12, 1))
+    tones = rng.uniform(-58, 57, (7, 1, 1, 1)) + rng.uniform(-28, 28, (7, 1, 1, 3))
+    coarse = rng.normal(0, 22, (7, 9, 12, 1))
     rows, columns = np.arange(height) * 9 // height, np.arange(width) * 12 // width
-    backgrounds = (tones + coarse[:, rows][:, :, columns]).astype(np.int16)
+    backgrounds = (128 + noise * (tones + coarse[:, rows][:, :, columns])).astype(np.int16)
     grain = rng.normal(0, 8 * noise, (16, height, width, 1)).astype(np.int16)
     frames = backgrounds[np.searchsorted(changes, times)] + grain[rng.integers(16, size=len(times))]
 
@@ -251,16 +254,16 @@ def unlabelled(row: Row) -> Row:
 # --- the base model -------------------------------------------------------------------------------------------
 # What follows makes framseg/base: run `python -m framseg.demo make-base`. None of it is part of the method.
 #
-# What the base has seen: pictures of the demo's shapes on calm backgrounds, 25 at a time and in no order, with the
-# full prompt, the demo's wording and a 0/1 answer for each picture. So it can look at a picture and tell whether it
-# fits a sentence. What it has not seen: a video. It knows nothing of time (that what one frame shows the next one
-# mostly shows too), of the noisy backgrounds, of H.264, or of any scene of the demo set.
+# What the base has seen: pictures of the demo's shapes on plain grey, 25 at a time and in no order, with the full
+# prompt, the demo's wording and a 0/1 answer for each picture. So it can look at a picture and tell whether it fits a
+# sentence. (Its vision encoder alone has also seen coloured, noisy backgrounds, as SigLIP has seen the web.)
+# What it has not seen: a video. That what one frame shows the next one mostly shows too, that backgrounds change,
+# H.264, and every scene of the demo set are new to it.
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7
 BASE_SCENES = 500
-BASE_STEPS = (150, 300, 250)
-BASE_NOISE = 0.25  # share of the demo's background noise
+BASE_STEPS = (300, 300, 250)
 HEAD_FLOOR = -20.0  # bias of every id that is no answer
 
 
@@ -322,8 +325,8 @@ def _all_queries() -> list[str]:
     return [query.format(phrase=activity.phrase, verb=activity.verb) for activity in ACTIVITIES for query in QUERIES]
 
 
-def _teach_samples(rng: np.random.Generator, count: int, image_size: int, frames: int) -> dict:
-    """Frames of `count` new scenes as tensors, and for each scene what every frame shows and its three queries."""
+def _pictures(rng: np.random.Generator, count: int, image_size: int, frames: int, noise: tuple[float, float]) -> dict:
+    """`count` new scenes as pictures in no order, what each shows and how near it is, and the scenes' questions."""
     import torch
 
     from framseg.annotations import frame_labels, frame_times, soft_targets
@@ -332,33 +335,41 @@ def _teach_samples(rng: np.random.Generator, count: int, image_size: int, frames
     times = frame_times(DURATION, frames)
     pixels = torch.empty(count, frames, 3, image_size, image_size, dtype=torch.uint8)
     shown = np.zeros((count, frames), dtype=np.int64)  # 0: background alone
+    near = np.zeros((count, frames), dtype=np.float32)
     questions = []
     for i, one in enumerate(drawn):
         order = rng.permutation(frames)
-        image = torch.from_numpy(render(one, times[order], BASE_NOISE)).permute(0, 3, 1, 2)
+        image = torch.from_numpy(render(one, times[order], rng.uniform(*noise))).permute(0, 3, 1, 2)
         pixels[i] = torch.nn.functional.interpolate(image, (image_size, image_size), mode="bicubic", antialias=True)
         for stretch in one.stretches:
-            inside = (times >= stretch.start) & (times < stretch.end)
-            shown[i, inside[order]] = 0 if stretch.activity is None else 1 + stretch.activity
+            inside = ((times >= stretch.start) & (times < stretch.end))[order]
+            if stretch.activity is not None:
+                shown[i, inside] = 1 + stretch.activity
+                near[i, inside] = _nearness(stretch, times[order][inside])
         for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
             row = Row(i, "", DURATION, "", **label(one, activity, rng))
             questions.append((i, activity, frame_labels(row, frames)[order], soft_targets(row, frames)[order]))
-    return {"pixels": pixels, "shown": torch.from_numpy(shown), "questions": questions}
+    return {
+        "pixels": pixels,
+        "shown": torch.from_numpy(shown),
+        "near": torch.from_numpy(near),
+        "questions": questions,
+    }
 
 
 def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     """Train the base model from random weights and write tokenizer.json and model.safetensors (bf16).
 
-    Three stages: SigLIP and resampler learn to tell pictures; the whole model answers a short prompt; then the full
-    prompt. As the pictures are in no order, copying the previous digit is of no use, and it has to look. Beside the
-    method's four losses, linear probes at each answer position must tell which picture it is about, what that one
-    shows and what the query names.
+    Three stages: SigLIP learns to tell pictures of all kinds, with a resampler that is then thrown away; resampler and
+    Phi-3 learn to answer a short prompt about pictures on plain grey; then the full prompt. As the pictures are in no
+    order, copying the previous digit is of no use, and they have to look. Beside the method's four losses, linear
+    probes at each answer position must tell which picture it is about, what that one shows and what the query names.
     """
     import torch
     from torch import nn
 
     from framseg import config, losses, prompt
-    from framseg.blip3 import Blip3
+    from framseg.blip3 import Blip3, Resampler
 
     profile = config.load("demo")
     section, frames = profile.model, profile.frames.count
@@ -384,7 +395,9 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
             "near": nn.Linear(width, 1),
         }
     )
-    data = _teach_samples(rng, BASE_SCENES, section.vision.image_size, frames)
+    varied = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 1.2))
+    data = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 0.0))
+    eye = Resampler(section.resampler, section.vision.hidden_size, width)  # only to teach the encoder
 
     def steps(parameters, count, peak, warmup, what):
         parameters = list(parameters)
@@ -412,11 +425,11 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     def tell_frames():
         videos = torch.from_numpy(rng.integers(BASE_SCENES, size=128))
         which = torch.from_numpy(rng.integers(frames, size=128))
-        features = model.vision_features(data["pixels"][videos, which])
-        tokens = model.vision_tokenizer(features)[:, 0]
-        target = data["shown"][videos, which]
+        tokens = eye(model.vision_features(varied["pixels"][videos, which]))[:, 0]
+        target, near = varied["shown"][videos, which], varied["near"][videos, which]
         logits = probes["shown"](tokens)
-        loss = nn.functional.cross_entropy(logits, target)
+        distance = (probes["near"](tokens)[:, 0] - near).square().mean()
+        loss = nn.functional.cross_entropy(logits, target) + distance
         return loss, f"frames told {(logits.argmax(-1) == target).float().mean():.2f}"
 
     def answer(full, weight, batch):
@@ -437,8 +450,7 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
         start = ids.shape[1] - 1
         ids = torch.cat([ids, answers[labels]], 1)
         mask = torch.cat([mask, torch.ones_like(labels)], 1)
-        features = model.vision_features(data["pixels"][videos].flatten(0, 1))
-        tokens = model.vision_tokenizer(features).unflatten(0, (batch, frames))
+        tokens = model.vision_tokens(data["pixels"][videos])
         embeds, long_mask, where = model.expand(ids, mask, tokens)
         hidden = model.lang_model.model(inputs_embeds=embeds, attention_mask=long_mask).last_hidden_state
         hidden = hidden[:, where[0, start] : where[0, start] + frames + 1]
@@ -465,11 +477,11 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
             where_loss + what_loss
         ), f"digits {right:.3f}, frame {where_loss:.2f}, content {what_loss:.2f}"
 
-    both = [*model.vision_encoder.parameters(), *model.vision_tokenizer.parameters(), *probes.parameters()]
-    everything = [*model.parameters(), *probes.parameters()]
+    both = [*model.vision_encoder.parameters(), *eye.parameters(), *probes.parameters()]
+    others = [*model.vision_tokenizer.parameters(), *model.lang_model.parameters(), *probes.parameters()]
     run(steps(both, BASE_STEPS[0], 2e-3, 20, "1 of 3: frames"), tell_frames)
-    run(steps(everything, BASE_STEPS[1], 1e-3, 30, "2 of 3: short prompt"), lambda: answer(False, 0.3, 32))
-    run(steps(everything, BASE_STEPS[2], 1e-3, 10, "3 of 3: full prompt"), lambda: answer(True, 0.2, 16))
+    run(steps(others, BASE_STEPS[1], 1e-3, 30, "2 of 3: short prompt"), lambda: answer(False, 0.3, 32))
+    run(steps(others, BASE_STEPS[2], 1e-3, 10, "3 of 3: full prompt"), lambda: answer(True, 0.2, 16))
     model.to(torch.bfloat16).save_published(folder)
 
 

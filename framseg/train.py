@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -131,10 +132,12 @@ def launch(profile: config.Profile, run: config.Run) -> None:
     total = total_steps(profile, len(dataset.rows(profile, "train")))
     if not total:
         raise TrainError(f"{profile.name}: too few rows for one optimizer step; lower micro_batch or accumulation")
+    _refuse_other_settings(profile, run)
     if _progress(run)[0] >= total and run.checkpoint.is_dir():
         print(f"trained already: {total} steps in {run.train}")
         return
     config.save(profile, run.profile)
+    config.save(profile, run.trained_with)
     stop = run.train / "stop"
     stop.unlink(missing_ok=True)
     log = run.train / "output.log"
@@ -165,6 +168,28 @@ def launch(profile: config.Profile, run: config.Run) -> None:
             f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines(True)[-TAIL:]
         )
         raise TrainError(f"training failed (exit code {process.returncode}); the end of {log}:\n{tail}")
+
+
+def _refuse_other_settings(profile: config.Profile, run: config.Run) -> None:
+    """Raise TrainError if the run folder holds a training with other settings (how it decodes may change)."""
+    if not run.trained_with.is_file():
+        return
+    old, new = (
+        p.model_dump(mode="json", exclude={"inference", "name"}) for p in (config.load(run.trained_with), profile)
+    )
+    if different := list(_differences(old, new)):
+        raise TrainError(
+            f"{run.train} was trained with other settings ({'; '.join(different)}): give another --run-dir, or remove "
+            f"{run.train} to train anew"
+        )
+
+
+def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
+    for key, value in new.items():
+        if isinstance(value, dict):
+            yield from _differences(old[key], value, f"{at}{key}.")
+        elif old[key] != value:
+            yield f"{at}{key}: {old[key]} there, {value} now"
 
 
 def _command(profile: config.Profile, run: config.Run) -> list[str]:

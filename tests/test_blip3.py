@@ -148,7 +148,7 @@ def test_adapting_changes_nothing_and_the_export_gives_the_trained_logits(model,
     with torch.no_grad():
         before, plain = model(**batch), adapted(**batch)
         assert relative(plain, before) < 1e-5
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn_like(parameter)
         trained = adapted(**batch)
