@@ -197,7 +197,7 @@ def rows(split: str) -> list[Row]:
     for vid, one in scenes(split).items():
         for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
             what = ACTIVITIES[activity]
-            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
+            query = BASE_QUERIES[int(rng.integers(len(BASE_QUERIES)))].format(phrase=what.phrase, verb=what.verb)
             qid = 10_000 * (1 + list(VIDEOS).index(split)) + len(out)
             out.append(Row(qid, query, one.duration, vid, **label(one, activity, rng)))
     return out
@@ -262,6 +262,7 @@ def unlabelled(row: Row) -> Row:
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7
+BASE_QUERIES = ("{phrase}", "{verb}: {phrase}", "look for a {phrase}", "is there a {phrase}?")
 BASE_SCENES = 500
 BASE_STEPS = (300, 300, 250)
 HEAD_FLOOR = -20.0  # bias of every id that is no answer
@@ -282,7 +283,7 @@ def build_tokenizer(folder: Path) -> None:
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = splitting
-    words = {f" {word.strip('.?')}" for query in _all_queries() for word in query.split()} | {"a", "A", "the", "We"}
+    words = {f" {word.strip('.?:')}" for query in _all_queries() for word in query.split()} | {"a", "A", "the", "We"}
     template = [prompt.SYSTEM, *prompt.user_text("{}", 25).replace("<image>", "{}").split("{}")]
     trainer = trainers.BpeTrainer(vocab_size=4000, max_token_length=24, show_progress=False, special_tokens=[])
     learner.train_from_iterator(template * 2 + sorted(words) * 2, trainer)
@@ -395,7 +396,7 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
             "near": nn.Linear(width, 1),
         }
     )
-    varied = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 1.2))
+    varied = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 0.9))
     data = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 0.0))
     eye = Resampler(section.resampler, section.vision.hidden_size, width)  # only to teach the encoder
 
@@ -440,7 +441,7 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
         rows = []
         for _, activity, _, _ in chosen:
             what = ACTIVITIES[activity]
-            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
+            query = BASE_QUERIES[int(rng.integers(len(BASE_QUERIES)))].format(phrase=what.phrase, verb=what.verb)
             if full:
                 rows.append(prompt.prompt_ids(tokenizer, section.tokens, query, frames))
             else:

@@ -52,7 +52,6 @@ STYLE = {
 WIDTH = 7.2  # inches: the width of a page's text
 DPI = 160
 
-PAPER_RATIO, PAPER_SHARE = 2.3378, 0.7004  # background frames to one foreground frame, and their share
 
 LOSSES = {"lm": "LM", "bce": "BCE", "tversky": "Tversky", "dice": "generalized Dice"}
 METRICS = {
@@ -157,7 +156,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
     found = {name: class_balance(rows, frames) for name, rows in labelled.items()}
-    bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [("paper", PAPER_SHARE, PAPER_RATIO)]
+    bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [("paper", reported.BACKGROUND_SHARE, reported.CLASS_RATIO)]
     for name, share, ratio in bars:
         balance.barh(name, share, color=colours.get(name, "white"), edgecolor=GREY, hatch="" if name in found else "//")
         balance.text(0.02, name, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
@@ -270,7 +269,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
             colour = _DIGITS[spelling]
         else:
             colour = _KINDS["text"][place % 2]
-        text = "↵" if spelling == "<0x0A>" else spelling
+        text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
         boxes.append((column, line, text, colour))

@@ -1,0 +1,227 @@
+"""The notebooks: as they are committed, and executed one after the other with a shortened training."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from framseg import annotations, codalab, config, evaluate, figures, reported, run, train
+
+NOTEBOOKS = sorted(run.NOTEBOOKS.glob("*.ipynb"))
+CHAPTERS = ["01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures"]
+SHORT = {
+    "data.source": "folder",
+    "training.epochs": 2,
+    "training.micro_batch": 2,
+    "training.accumulation": 2,
+    "training.warmup_steps": 2,
+    "training.planned_steps": 16,
+    "training.threads": 1,
+}
+
+
+def test_there_are_five():
+    assert [path.stem for path in NOTEBOOKS] == CHAPTERS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_as_committed(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == run.KERNEL
+    assert 10 <= len(notebook.cells) <= 20
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith(f"# {int(path.stem[:2])} ·")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        assert not cell.outputs and cell.execution_count is None
+        assert len(cell.source.splitlines()) <= 25, cell.id
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == code[:1]
+    assert 'profile = "demo"' in tagged[0].source and "run_dir = None" in tagged[0].source
+    # No path of a run but those that config.Run gives.
+    assert not [cell.id for cell in code if re.search(r"""["']runs/|["']data/""", cell.source)]
+
+
+def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProcess:
+    """As run_all.sh starts the notebooks, for the profile demo; it fails by its exit code, not here."""
+    changes = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-P", "-m", "framseg.run", "demo", "--run-dir", str(folder), *options, *changes]
+    # So little work is done sooner by one thread than by several that wait for each other.
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def chain(small_set, tmp_path_factory) -> config.Run:
+    """All five on a few videos, with a training of two epochs."""
+    folder = tmp_path_factory.mktemp("notebooks") / "a run"
+    done = start(folder, **SHORT, **{"data.folder": small_set})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return config.Run("demo", folder)
+
+
+def executed(chain: config.Run, chapter: int) -> nbformat.NotebookNode:
+    return nbformat.read(chain.notebooks / f"{CHAPTERS[chapter - 1]}.ipynb", as_version=4)
+
+
+def said(chain: config.Run, chapter: int, cell: str) -> str:
+    """Everything a cell printed or showed as text, markup taken out."""
+    found = next(one for one in executed(chain, chapter).cells if one.id == cell)
+    texts = [out.text if out.output_type == "stream" else out.data.get("text/html", "") for out in found.outputs]
+    texts += [out.data.get("text/plain", "") for out in found.outputs if "data" in out]
+    return re.sub(r"<style.*?</style>|<[^>]+>", " ", "\n".join(texts), flags=re.DOTALL)
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?", text))
+
+
+@pytest.mark.parametrize("chapter", range(1, 6))
+def test_every_cell_ran_with_the_runs_parameters(chain, chapter):
+    notebook = executed(chain, chapter)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+    assert notebook.metadata.papermill.parameters == {"profile": str(chain.profile), "run_dir": str(chain.root)}
+    assert str(chain.root) in "".join(out.text for out in code[-1].outputs)  # it ends with what it wrote
+
+
+def test_chapter_1_counts_the_set(chain, small_set):
+    profile = config.load(chain.profile)
+    written = json.loads((chain.metrics / "data.json").read_text())
+    for split in ("train", "val"):
+        rows = annotations.read(small_set / getattr(profile.data, split))
+        balance = annotations.class_balance(rows, profile.frames.count)
+        assert written["splits"][split]["queries"] == len(rows)
+        assert written["background to one foreground"][split] == balance.ratio
+        assert f"{balance.ratio:.4f}".rstrip("0") in said(chain, 1, "balance")
+    assert {"2.3378", "70.0400"} <= numbers(said(chain, 1, "balance"))
+    assert "11 of 11 videos" in said(chain, 1, "extract")
+
+
+def test_chapter_2_finds_the_digits(chain):
+    written = json.loads((chain.metrics / "prompt.json").read_text())["demo"]
+    assert (written["zero"], written["one"]) == (29900, 29896)
+    assert {"29900", "29896", str(written["sample_positions"])} <= numbers(said(chain, 2, "check"))
+    assert {str(position) for position in written["digit_positions"]} <= numbers(said(chain, 2, "positions"))
+
+
+def test_chapter_3_trains_and_shows_it(chain):
+    counts = said(chain, 3, "trained")
+    assert "4,359,257,219" in counts and "135,067,392" in counts and "428,225,600" in counts
+    log = train.read_log(chain.validation_log)
+    assert [record["epoch"] for record in log] == [0, 1, 2]
+    table = numbers(said(chain, 3, "validation"))
+    for record in log:
+        assert f"{record['metrics']['brief']['MR-full-mAP']:.2f}" in table
+    assert "43.74" in table and "2.22" in table  # Table IV's ends
+    assert json.loads(said(chain, 3, "deepspeed"))["zero_optimization"]["stage"] == 2
+    assert (chain.checkpoint / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_chapter_4_scores_what_it_decoded(chain, small_set):
+    profile = config.load(chain.profile)
+    written = json.loads((chain.metrics / "comparison.json").read_text())
+    assert list(written)[:3] == ["this model", "base model, untouched", "query ignored (shuffled)"]
+    assert list(written)[3:] == ["all ones", "best constant window", "random masks"]
+    assert written["this model"] == json.loads((chain.metrics / "val.json").read_text())
+    for split, labels in (("val", profile.data.val), ("test", profile.data.test_labels)):
+        predictions = evaluate.read_predictions(chain.predicted(split))
+        metrics = evaluate.evaluate(predictions, annotations.read(small_set / labels))
+        assert metrics == json.loads((chain.metrics / f"{split}.json").read_text())
+    shown = said(chain, 4, "metrics")
+    for name, metrics in written.items():
+        assert name in shown and f"{metrics['brief']['MR-full-mAP']:.2f}" in {f"{float(n):.2f}" for n in numbers(shown)}
+    table = said(chain, 4, "reported")
+    assert "reported, real QVHighlights" in table and "measured here" in table
+    for row in reported.TEST.values():
+        assert {f"{value:.2f}" for value in row.values()} <= numbers(table)
+
+
+def test_chapter_4_packs_a_submission_that_scores_the_same(chain, small_set):
+    profile = config.load(chain.profile)
+    checked = codalab.check(chain.submission, small_set, profile.data.val, profile.data.test_labels)
+    for split, report in checked.items():
+        assert report["metrics"] == json.loads((chain.metrics / f"{split}.json").read_text())
+    assert said(chain, 4, "codalab").count("scores as above: True") == 2
+
+
+def test_chapter_5_shows_chosen_queries_the_browser_and_predict(chain, small_set):
+    profile = config.load(chain.profile)
+    rows = annotations.read(small_set / profile.data.val)
+    final, early = (evaluate.read_predictions(chain.predicted("val", epoch)) for epoch in (None, 1))
+    chosen = figures.choose(rows, final, *(evaluate.per_query(some, rows) for some in (final, early)))
+    pictures = [path.stem for path in chain.figures.glob("qualitative_*.png")]
+    assert len(pictures) == len(chosen) >= 1
+    table = said(chain, 5, "choose")
+    assert all(name in table and str(qid) in table for name, qid in chosen.items())
+    assert all(rule in said(chain, 5, "rules") for rule in figures.RULES)
+    widget = next(cell for cell in executed(chain, 5).cells if cell.id == "browser").outputs
+    assert any("application/vnd.jupyter.widget-view+json" in out.get("data", {}) for out in widget)
+    asked = [row.query for row in rows if row.vid == rows[0].vid]
+    assert all(query in said(chain, 5, "predict") for query in asked)
+
+
+def test_figures_are_pictures(chain):
+    names = {path.stem for path in chain.figures.iterdir()}
+    assert {"figure_4_variations", "figure_10_losses", "tokens", "soft_targets", "comparison"} <= names
+    for name in names:
+        assert (chain.figures / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        with Image.open(chain.figures / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert min(pixels.shape) > 150 and pixels.std() > 10, name
+
+
+def test_with_the_real_annotations(chain, shared):
+    """Chapters 1, 2 and 4 on the real set: class balance, golden prompt, the released predictions' scores."""
+    balance = json.loads((chain.metrics / "data.json").read_text())["real QVHighlights"]
+    assert balance == {"train": pytest.approx(2.3582, abs=5e-5), "val": pytest.approx(2.5583, abs=5e-5)}
+    soft = said(chain, 1, "real").split("qid 2579: ")[1].split("\n")[0]
+    assert soft.split() == ["0.0"] * 14 + (
+        "0.4167 0.3333 0.5833 0.5833 0.6667 0.6667 0.6667 0.6667 0.5833 0.6667 0.5833".split()
+    )
+    assert "420 ids of the released run, equal: True" in said(chain, 2, "published")
+    assert json.loads((chain.metrics / "prompt.json").read_text())["published vocabulary"]["frames_outside"][-1] == 9
+    expected = json.loads((shared / "golden/reported_scores.json").read_text())
+    written = json.loads((chain.metrics / "released.json").read_text())
+    for name, row in (
+        ("masks of epoch 11", "val_epoch11_masks_1548_queries"),
+        ("final predictions", "val_released_scores_mask_policy"),
+    ):
+        reference = {key: value for key, value in expected[row].items() if key != "what"}
+        assert written[f"{name} measured here"] | reference == written[f"{name} measured here"]
+        assert {f"{reference['MR-full-mAP']:.2f}"} <= numbers(said(chain, 4, "released-scores"))
+
+
+def test_a_chapter_runs_alone(small_set, tmp_path):
+    done = start(tmp_path / "fresh", "--only", "02", **SHORT, **{"data.folder": small_set})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "fresh/metrics/prompt.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("chapter", "message"),
+    [("04", r"no trained checkpoint here .*notebook 03 writes one"), ("05", r"no predictions here; notebook 04")],
+)
+def test_what_an_earlier_chapter_must_write_first(small_set, tmp_path, chapter, message):
+    done = start(tmp_path / "empty", "--only", chapter, **SHORT, **{"data.folder": small_set})
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    assert not (tmp_path / "empty/metrics").exists()
+
+
+def test_a_wrong_profile_name(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOKS[1]), str(tmp_path / "out.ipynb")]
+    command += ["-k", run.KERNEL, "-p", "profile", "dmeo", "-p", "run_dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "no profile named 'dmeo': did you mean 'demo'?" in done.stderr
