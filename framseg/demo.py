@@ -255,10 +255,10 @@ def unlabelled(row: Row) -> Row:
 # What follows makes framseg/base: run `python -m framseg.demo make-base`. None of it is part of the method.
 #
 # What the base has seen: pictures of the demo's shapes on plain grey, 25 at a time and in no order, with the full
-# prompt, the demo's wording and a 0/1 answer for each picture. So it can look at a picture and tell whether it fits a
-# sentence. (Its vision encoder alone has also seen coloured, noisy backgrounds, as SigLIP has seen the web.)
-# What it has not seen: a video. That what one frame shows the next one mostly shows too, that backgrounds change,
-# H.264, and every scene of the demo set are new to it.
+# prompt, the shapes' names in sentences of its own (BASE_QUERIES) and a 0/1 answer for each picture. So it can look at
+# a picture and tell whether it fits a name. (Its vision encoder alone has also seen coloured, noisy backgrounds, as
+# SigLIP has seen the web.) What it has not seen: a video. That what one frame shows the next one mostly shows too,
+# backgrounds that change, H.264, the demo's sentences and every scene of the demo set are new to it.
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from framseg import reported
 from framseg.annotations import (
     ANNOTATORS,
     CLIP_SECONDS,
@@ -62,17 +63,17 @@ METRICS = {
     "HL-min-VeryGood-Hit1": "HIT@1",
 }
 
-CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: found from here on, missed below
-CONFIDENT = 0.8  # score of the first window from which a missed query is over-confident
+CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
+WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the one, with the first window scored the other or more
 
 RULES = {
-    "good highlight, weak moment": f"highlight hit and IoU below {MISSED}: the curve closest to the true saliency",
+    "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
     "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
     "inside the true windows",
     "failure": "IoU 0 and no highlight hit: the curve least like the true saliency",
-    "over-confident": f"IoU below {MISSED} and first window scored {CONFIDENT} or more: the highest score",
+    "over-confident": f"IoU below {WRONG} and first window scored {CONFIDENT} or more: the highest score",
     "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
-    "improvement": "the IoU that grew most since the earlier predictions, to 0.7 or more",
+    "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
 }
 
 
@@ -156,7 +157,9 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
     found = {name: class_balance(rows, frames) for name, rows in labelled.items()}
-    bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [("paper", reported.BACKGROUND_SHARE, reported.CLASS_RATIO)]
+    bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [
+        ("paper", reported.BACKGROUND_SHARE, reported.CLASS_RATIO)
+    ]
     for name, share, ratio in bars:
         balance.barh(name, share, color=colours.get(name, "white"), edgecolor=GREY, hatch="" if name in found else "//")
         balance.text(0.02, name, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
@@ -195,7 +198,7 @@ def frame_strip(
     """
     rows = -(-len(frames) // columns)
     columns = min(columns, len(frames))
-    figure = _picture(rows * (WIDTH / columns + 0.22))
+    figure = _picture(rows * (0.78 * WIDTH / columns + 0.25))
     for place, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
         if place >= len(frames):
             axes.set_axis_off()
@@ -296,7 +299,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
 # Training
 
 
-def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.03) -> np.ndarray:
+def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
     """Time-weighted exponential moving average of y at ascending x, float64 [n].
 
     A point's weight halves with every `half_life` of the whole range of x, so uneven spacing does no harm; the weights
@@ -484,7 +487,7 @@ def qualitative(
     heights = [0.62 if frames is not None else 0.16, 0.17 * levels + 0.08, 1.35]
     figure = _picture(sum(heights) + 0.75 + 0.17 * len(title))
     strip, spans, curve = figure.subplots(3, 1, sharex=True, height_ratios=heights)
-    figure.suptitle("\n".join(title), x=0.01, ha="left", fontweight="bold", parse_math=False)
+    figure.suptitle("\n".join(title), x=0.01, ha="left", fontweight="bold", fontsize="medium", parse_math=False)
     strip.set_title(f"qid {row.qid} · {row.vid} · {scores(row, prediction)}", fontsize="small", fontweight="normal",
                     parse_math=False)  # fmt: skip
 
@@ -561,10 +564,10 @@ def choose(
     confidence = {qid: record[WINDOWS][0][2] if WINDOWS in record else 0.0 for qid, record in records.items()}
     # For every rule: whether a query qualifies, and the number that must be largest.
     rules: dict[str, tuple[Callable, Callable]] = {
-        "good highlight, weak moment": (lambda q, iou, hit: hit and iou < MISSED, close.get),
+        "good highlight, weak moment": (lambda q, iou, hit: hit and iou < WRONG, close.get),
         "perfect moment, over-inclusive highlight": (lambda q, iou, hit: iou >= 0.9, excess.get),
         "failure": (lambda q, iou, hit: iou == 0 and not hit, lambda q: -close[q]),
-        "over-confident": (lambda q, iou, hit: iou < MISSED and confidence[q] >= CONFIDENT, confidence.get),
+        "over-confident": (lambda q, iou, hit: iou < WRONG and confidence[q] >= CONFIDENT, confidence.get),
         "excellent": (lambda q, iou, hit: hit and iou >= 0.9, close.get),
         "improvement": (
             lambda q, iou, hit: q in before and iou >= CORRECT and iou > before[q],

@@ -2,6 +2,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Small models on small machines: a second thread costs more than it gives, most of all beside other processes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

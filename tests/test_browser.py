@@ -1,0 +1,140 @@
+import time
+
+import numpy as np
+import pytest
+
+from framseg import annotations, browser, config, evaluate, frames
+from framseg.annotations import Row
+
+
+def row(qid: int, query: str, start: float, end: float) -> Row:
+    clips = tuple(range(int(start) // 2, int(end) // 2))
+    return Row(qid, query, 150, f"video {qid}", ((start, end),), clips, tuple((2, 3, 4) for _ in clips))
+
+
+ROWS = [
+    row(1, "a cat sleeps", 0, 60),
+    row(2, "a dog <script>alert(1)</script> runs", 60, 66),
+    row(3, "a cat & a dog", 30, 54),
+]
+
+
+def prediction(qid: int, start: float, end: float, score: float, valid: bool = True) -> dict:
+    probability = np.linspace(0, 1, 25).tolist()
+    return {
+        "qid": qid,
+        "query": next(r.query for r in ROWS if r.qid == qid),
+        "vid": f"video {qid}",
+        "pred_relevant_windows": [[start, end, score]],
+        "pred_saliency_scores": np.linspace(0, 1, 75).tolist(),
+        "mask": "1" * 25,
+        "probability": probability,
+        "valid": valid,
+    }
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    path = tmp_path / "some" / "val.jsonl"
+    evaluate.write_predictions(
+        path, [prediction(1, 0, 58, 0.9), prediction(2, 100, 140, 0.95), prediction(3, 0, 150, 0.4, valid=False)]
+    )
+    return path
+
+
+@pytest.fixture
+def opened(predictions, tmp_path):
+    store = frames.Store(tmp_path / "store", 32, 25, 0, 0.1, 90)
+    store.folder.mkdir()
+    store.write("video 1", np.full((25, 1, 32, 32, 3), 200, dtype=np.uint8), {})
+    return browser.Browser(predictions, ROWS, store)
+
+
+def qids(one: browser.Browser) -> list[int]:
+    return [entry["qid"] for entry in one.selection()]
+
+
+def test_search_filter_and_sort(opened):
+    assert qids(opened) == [1, 2, 3]
+    opened.search.value = "CAT"
+    assert qids(opened) == [1, 3] and opened.count.value == "2 of 3 queries"
+    opened.search.value = ""
+    names = list(browser.FILTERS)
+    expected = {1: [1], 2: [2, 3], 3: [2], 4: [3], 5: [2], 6: [3], 7: [1]}
+    for number, found in expected.items():
+        opened.filter.value = names[number]
+        assert qids(opened) == found, names[number]
+    opened.filter.value = "all"
+    opened.sort.value = "IoU, best first"
+    assert qids(opened) == [1, 3, 2]
+    opened.sort.value = "confidence, highest first"
+    assert qids(opened) == [2, 1, 3]
+    opened.search.value = "no such words"
+    assert qids(opened) == [] and "no query matches" in opened.picture.value
+
+
+def test_next_and_previous_stay_in_the_list(opened):
+    assert opened.list.value == 1
+    opened.previous()
+    assert opened.list.value == 1
+    for expected in (2, 3, 3):
+        opened.next()
+        assert opened.list.value == expected
+    opened.show(2)
+    assert "video 2" in opened.picture.value
+    with pytest.raises(KeyError, match="query 9"):
+        opened.show(9)
+
+
+def test_the_picture_shows_windows_curve_and_frames(opened):
+    html = opened.picture.value
+    assert "<title>0 to 60 s</title>" in html and "<title>0 to 58 s, rank 1, score 0.900</title>" in html
+    assert html.count("<polyline") == 1 and "IoU 0.97" in html
+    assert "data:image/jpeg;base64," in html
+    opened.show(2)
+    assert "curves only" in opened.picture.value and "<img" not in opened.picture.value
+
+
+def test_a_query_is_text_and_not_markup(opened):
+    opened.show(2)
+    assert "<script>" not in opened.picture.value and "&lt;script&gt;" in opened.picture.value
+
+
+def test_export_and_figure(opened, predictions):
+    opened.filter.value = "over-confident"
+    assert [p["qid"] for p in evaluate.read_predictions(opened.export())] == [2]
+    files = opened.save_figure()
+    assert {file.suffix for file in files} == {".png", ".pdf"}
+    assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_two_runs_are_compared(predictions, tmp_path):
+    other = tmp_path / "other" / "val.jsonl"
+    evaluate.write_predictions(other, [prediction(1, 90, 100, 0.3)])
+    one = browser.Browser(predictions, ROWS, compare=other)
+    assert one.picture.value.count("<svg") == 2 and "90 to 100 s" in one.picture.value
+    one.next()
+    assert "no prediction for this query" in one.picture.value
+
+
+def test_what_is_missing_is_said(predictions, tmp_path):
+    with pytest.raises(annotations.AnnotationError, match="give the annotations"):
+        browser.browse(predictions)
+    with pytest.raises(evaluate.PredictionError, match="notebook 04"):
+        browser.browse(config.Run("demo", tmp_path / "empty"))
+    with pytest.raises(evaluate.PredictionError, match="no query is both predicted and annotated"):
+        browser.browse(predictions, [row(7, "else", 0, 10)])
+
+
+def test_predictions_made_elsewhere(shared):
+    rows = shared / "qvhighlights" / "highlight_val_release.jsonl"
+    began = time.monotonic()
+    one = browser.Browser(shared / "golden" / "official_val_predictions.jsonl", rows)
+    print(f"opened {len(one.entries)} in {time.monotonic() - began:.2f} s")
+    assert len(one.entries) == 1550
+    for _ in range(20):
+        one.next()
+    assert "clip score" in one.picture.value and "predicted" in one.picture.value
+    correct = list(browser.FILTERS)[1]
+    one.filter.value = correct
+    assert len(one.selection()) == round(1550 * 0.3484)  # R1@0.7 of the golden metrics
