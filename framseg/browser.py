@@ -26,8 +26,8 @@ FILTERS: dict[str, Callable[[Entry], bool]] = {
     "all": lambda e: True,
     f"correct (IoU ≥ {figures.CORRECT})": lambda e: e["iou"] is not None and e["iou"] >= figures.CORRECT,
     f"missed (IoU < {figures.MISSED})": lambda e: e["iou"] is not None and e["iou"] < figures.MISSED,
-    "over-confident": lambda e: (
-        e["iou"] is not None and e["iou"] < figures.MISSED and e["confidence"] >= figures.CONFIDENT
+    f"over-confident (IoU < {figures.WRONG}, score ≥ {figures.CONFIDENT})": lambda e: (
+        e["iou"] is not None and e["iou"] < figures.WRONG and e["confidence"] >= figures.CONFIDENT
     ),
     "invalid mask": lambda e: e["prediction"].get("valid") is False,
     "short moment (up to 10 s)": lambda e: any(0 < end - start <= 10 for start, end in e["row"].relevant_windows or ()),
@@ -63,10 +63,11 @@ class Browser:
 
     def __init__(self, run, rows=None, store=None, compare=None):
         file, profile = _source(run)
-        if profile is not None and rows is None:
+        if profile is not None and (rows is None or store is None):
             from framseg import dataset  # here, because it imports torch and a file of predictions needs none
 
-            rows, store = dataset.rows(profile, "val"), store or dataset.store(profile)
+            rows = dataset.rows(profile, "val") if rows is None else rows
+            store = store or dataset.store(profile)
         if rows is None:
             raise annotations.AnnotationError(f"{file}: give the annotations that belong to it (rows=…)")
         rows = annotations.read(rows) if isinstance(rows, str | Path) else list(rows)
@@ -106,9 +107,17 @@ class Browser:
         return path
 
     def save_figure(self) -> list[Path]:
-        """Save the shown query's figure as PNG and PDF beside the predictions; returns the files."""
+        """Save the shown query's figure as PNG and PDF beside the predictions; returns the files, none without a query.
+
+        Where two runs are compared both are in it.
+        """
         entry = self._current()
-        picture = figures.qualitative(entry["row"], entry["prediction"], self._frames(entry["row"]))
+        if entry is None:
+            self.said.value = "no query is shown, so there is no figure to save"
+            return []
+        other = self.compared.get(entry["qid"])
+        against = (self.titles[1], other["prediction"]) if other else None
+        picture = figures.qualitative(entry["row"], entry["prediction"], self._frames(entry["row"]), against=against)
         paths = figures.save(picture, self.folder, f"query_{entry['qid']}")
         self.said.value = f"saved {html.escape(', '.join(str(path) for path in paths))}"
         return paths
@@ -130,7 +139,7 @@ class Browser:
             ("export selection", self.export),
         ):
             button = widgets.Button(description=text)
-            button.on_click(lambda _, action=action: action())
+            button.on_click(lambda _, action=action: self._try(action))
             buttons.append(button)
         for control in (self.search, self.filter, self.sort):
             control.observe(lambda _: self._refresh(), "value")
@@ -139,6 +148,12 @@ class Browser:
             [self.search, self.filter, self.sort, self.count, self.list], layout=widgets.Layout(width="320px")
         )
         self.widget = widgets.HBox([left, widgets.VBox([widgets.HBox(buttons), self.said, self.picture])])
+
+    def _try(self, action: Callable) -> None:
+        try:
+            action()
+        except OSError as error:  # the folder of someone else's predictions may be read-only
+            self.said.value = f"not written: {html.escape(str(error))}"
 
     def _refresh(self) -> None:
         words = self.search.value.lower().split()
@@ -248,16 +263,15 @@ def _svg(row: Row, prediction: dict) -> str:
     lanes, left_out = figures.lanes(prediction, duration)
     truth = [[(0, start, end, 1.0) for start, end in row.relevant_windows]] if row.labelled else []
     out, y = [], 4
-    named = [("true", lane, figures.TRUE) for lane in truth] + [
-        ("predicted", lane, figures.PREDICTED) for lane in lanes
-    ]
+    named = [("true", lane, figures.TRUE) for lane in truth]
+    named += [("" if i else "predicted", lane, figures.PREDICTED) for i, lane in enumerate(lanes)]
     for name, lane, colour in named:
         out.append(f'<text x="0" y="{y + 13}">{name}</text>')
         for rank, start, end, score in lane:
             tip = f"{start:g} to {end:g} s" + (f", rank {rank}, score {score:.3f}" if rank else "")
             out.append(
                 f'<rect x="{x(start):.1f}" y="{y}" width="{max(x(end) - x(start), 1):.1f}" height="{LANE - 5}" '
-                f'fill="{colour}"><title>{tip}</title></rect>'
+                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}"><title>{tip}</title></rect>'
             )
         y += LANE
     if left_out:
@@ -267,7 +281,7 @@ def _svg(row: Row, prediction: dict) -> str:
     if row.labelled:
         steps = [(x(CLIP_SECONDS * i), bottom - PLOT * v) for i, v in enumerate(figures.true_saliency(row))]
         path = f"M{x(0):.1f},{bottom}" + "".join(
-            f"V{v:.1f}H{x0 + WIDTH * CLIP_SECONDS / duration:.1f}" for x0, v in steps
+            f"V{v:.1f}H{min(x0 + WIDTH * CLIP_SECONDS / duration, LEFT + WIDTH):.1f}" for x0, v in steps
         )
         out.append(f'<path d="{path}V{bottom}Z" fill="{figures.TRUE}" opacity="0.25"/>')
     seconds, values, name = figures.predicted_curve(prediction, duration)
@@ -283,7 +297,6 @@ def _svg(row: Row, prediction: dict) -> str:
     key = f"line: {name}" + ("; shaded: true saliency (mean of the annotators / 4)" if row.labelled else "")
     out.append(f'<text x="{LEFT}" y="{bottom + 34}">{key}</text>')
     return (
-        f'<svg width="{LEFT + WIDTH + 20}" height="{bottom + 42}" font-size="12" font-family="sans-serif">'
-        + "".join(out)
-        + "</svg>"
+        f'<svg width="{LEFT + WIDTH + 20}" height="{bottom + 42}" font-size="12" font-family="sans-serif" '
+        'style="background:white">' + "".join(out) + "</svg>"
     )

@@ -274,7 +274,7 @@ def build_tokenizer(folder: Path) -> None:
     Digits and control tokens have their published ids and a 0/1 string is one token a digit. Pieces of the prompt
     may be longer than a word; a query's never are.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from framseg import prompt
 
@@ -305,6 +305,8 @@ def build_tokenizer(folder: Path) -> None:
         ).to_str()
     )
     tokenizer["pre_tokenizer"] = json.loads(splitting.__getstate__())
+    joined = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer["decoder"] = json.loads(joined.__getstate__())
     tokenizer["added_tokens"] = [
         {
             "id": id,

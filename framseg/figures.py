@@ -53,7 +53,6 @@ STYLE = {
 WIDTH = 7.2  # inches: the width of a page's text
 DPI = 160
 
-
 LOSSES = {"lm": "LM", "bce": "BCE", "tversky": "Tversky", "dice": "generalized Dice"}
 METRICS = {
     "MR-full-R1@0.5": "R1@0.5",
@@ -591,7 +590,8 @@ def _closeness(row: Row, prediction: dict) -> tuple[float, float]:
         return -1.0, -1.0
     curve = np.interp((np.arange(len(truth)) + 0.5) * CLIP_SECONDS, seconds, values)
     inside = list(row.relevant_clip_ids)
-    excess = float((curve[inside] - truth[inside]).mean())
+    excess = (curve[inside] - truth[inside]).mean()
     one, other = curve - curve.mean(), truth - truth.mean()
     size = np.sqrt((one @ one) * (other @ other))
-    return (float(one @ other / size) if size > 1e-12 else 0.0), excess
+    correlation = one @ other / size if size > 1e-12 else 0.0
+    return round(float(correlation), 9), round(float(excess), 9)  # the last bits must not part equals

@@ -321,6 +321,7 @@ class Trainer:
                 collate_fn=self.samples.collate,
                 num_workers=section.workers,
                 pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # or starting it would draw from the generator that dropout resumes
             )
         )
         self.model.train()
@@ -403,7 +404,8 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         """Decode val, each process its share, and log the metrics; epoch 0 is the untouched base."""
         began = time.monotonic()
-        mine = self.val[self.rank :: self.world]
+        number = {vid: i for i, vid in enumerate(dict.fromkeys(row.vid for row in self.val))}
+        mine = [row for row in self.val if number[row.vid] % self.world == self.rank]  # a video is encoded once
         records = list(decode.records(self.model, self.tokenizer, self.profile, mine, progress=False))
         shares: list = [None] * self.world
         torch.distributed.all_gather_object(shares, records)

@@ -101,11 +101,43 @@ def test_a_query_is_text_and_not_markup(opened):
 
 
 def test_export_and_figure(opened, predictions):
-    opened.filter.value = "over-confident"
+    opened.filter.value = next(name for name in browser.FILTERS if name.startswith("over-confident"))
     assert [p["qid"] for p in evaluate.read_predictions(opened.export())] == [2]
     files = opened.save_figure()
     assert {file.suffix for file in files} == {".png", ".pdf"}
     assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_nothing_to_save_and_nowhere_to_write_are_said(opened, monkeypatch):
+    opened.search.value = "no such words"
+    assert opened.save_figure() == [] and "no query is shown" in opened.said.value
+    opened.search.value = ""
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "<the folder>")
+
+    monkeypatch.setattr(evaluate, "write_predictions", refuse)
+    button = next(b for b in opened.widget.children[1].children[0].children if b.description == "export selection")
+    button.click()
+    assert "not written" in opened.said.value and "&lt;the folder&gt;" in opened.said.value
+
+
+def test_buttons_move(opened):
+    buttons = {button.description: button for button in opened.widget.children[1].children[0].children}
+    buttons["next ▶"].click()
+    assert opened.list.value == 2
+    buttons["◀ previous"].click()
+    assert opened.list.value == 1
+
+
+def test_the_last_clip_may_be_shorter_and_stays_on_the_axis(tmp_path):
+    short = Row(5, "a short one", 9, "video 5", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
+    path = tmp_path / "val.jsonl"
+    answer = {"qid": 5, "pred_relevant_windows": [[6, 9, 1.0]], "pred_saliency_scores": [0, 0, 0, 1]}
+    evaluate.write_predictions(path, [answer])
+    shape = browser.Browser(path, [short]).picture.value.split('<path d="')[1].split('"')[0]
+    ends = [float(part.split("V")[0]) for part in shape.split("H")[1:]]
+    assert len(ends) == 5 and max(ends) == browser.LEFT + browser.WIDTH
 
 
 def test_two_runs_are_compared(predictions, tmp_path):
