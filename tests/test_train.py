@@ -116,7 +116,15 @@ def logged(run: config.Run) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in clock} for record in train.read_log(run.step_log)]
 
 
-def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, interruptible):
     profile, whole = trained
     run = config.Run(profile, tmp_path / "cut")
 
