@@ -197,7 +197,7 @@ def rows(split: str) -> list[Row]:
     for vid, one in scenes(split).items():
         for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
             what = ACTIVITIES[activity]
-            query = BASE_QUERIES[int(rng.integers(len(BASE_QUERIES)))].format(phrase=what.phrase, verb=what.verb)
+            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
             qid = 10_000 * (1 + list(VIDEOS).index(split)) + len(out)
             out.append(Row(qid, query, one.duration, vid, **label(one, activity, rng)))
     return out

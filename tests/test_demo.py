@@ -40,6 +40,12 @@ def test_annotations_are_in_the_dataset_s_format(tmp_path):
     assert np.median(within) > 1
 
 
+def test_the_base_has_not_read_the_demo_s_sentences():
+    queries = {row.query for split in demo.VIDEOS for row in demo.rows(split)}
+    read = {q.format(phrase=a.phrase, verb=a.verb) for q in demo.BASE_QUERIES for a in demo.ACTIVITIES}
+    assert len(queries) == len(demo.QUERIES) * len(demo.ACTIVITIES) and not queries & read
+
+
 def test_what_a_query_names_is_on_screen_in_its_windows_only():
     for vid, scene in list(demo.scenes("val").items())[:3]:
         for row in (row for row in demo.rows("val") if row.vid == vid):
