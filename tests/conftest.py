@@ -7,6 +7,16 @@ import torch
 # Small models on small machines: a second thread costs more than it gives, most of all beside other processes.
 torch.set_num_threads(1)
 
+SHORT = {  # a training of seconds, on a folder of data
+    "data.source": "folder",
+    "training.epochs": 2,
+    "training.micro_batch": 2,
+    "training.accumulation": 2,
+    "training.warmup_steps": 2,
+    "training.planned_steps": 16,
+    "training.threads": 1,
+}
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -39,17 +49,9 @@ def small_set(tmp_path_factory) -> Path:
 
 
 def small_profile(folder: Path, **changes):
-    """The demo's model on a folder of data, two epochs of four steps; `changes` are keys with __ for the dots."""
+    """The demo's model on a folder of data, two short epochs; `changes` are keys with __ for the dots."""
     from framseg import config
 
-    settings = {
-        "data.source": "folder",
-        "data.folder": folder,
-        "training.epochs": 2,
-        "training.micro_batch": 2,
-        "training.accumulation": 2,
-        "training.warmup_steps": 2,
-        "training.planned_steps": 16,
-        "training.threads": 1,
-    }
-    return config.load("demo", settings | {key.replace("__", "."): value for key, value in changes.items()})
+    return config.load(
+        "demo", SHORT | {"data.folder": folder} | {key.replace("__", "."): value for key, value in changes.items()}
+    )

@@ -10,21 +10,13 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from conftest import SHORT
 from PIL import Image
 
 from framseg import annotations, codalab, config, evaluate, figures, reported, run, train
 
 NOTEBOOKS = sorted(run.NOTEBOOKS.glob("*.ipynb"))
 CHAPTERS = ["01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures"]
-SHORT = {
-    "data.source": "folder",
-    "training.epochs": 2,
-    "training.micro_batch": 2,
-    "training.accumulation": 2,
-    "training.warmup_steps": 2,
-    "training.planned_steps": 16,
-    "training.threads": 1,
-}
 
 
 def test_there_are_five():
