@@ -289,8 +289,9 @@ def build_tokenizer(folder: Path) -> None:
     learner.train_from_iterator(template * 2 + sorted(words) * 2, trainer)
     learned = json.loads(learner.to_str())["model"]
 
-    ids = {str(digit): id for digit, id in enumerate((29900, 29896, 29906, 29941, 29946, 29945, 29953, 29955, 29947))}
-    ids |= {"9": 29929, "▁": 29871, "<unk>": 0, "<s>": 1, "</s>": 2}
+    digits = (29900, 29896, 29906, 29941, 29946, 29945, 29953, 29955, 29947, 29929)
+    ids = {str(digit): id for digit, id in enumerate(digits)}
+    ids |= {"▁": 29871, "<unk>": 0, "<s>": 1, "</s>": 2}
     ids |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     letters = {chr(code) for code in range(33, 127)} | set(learned["vocab"])
     pieces = sorted(letters - ids.keys(), key=lambda piece: (len(piece), piece))
@@ -319,9 +320,7 @@ def build_tokenizer(folder: Path) -> None:
         }
         for id in range(32000, 32015)
     ]
-    text = json.dumps(tokenizer, ensure_ascii=False)
-    Tokenizer.from_str(text)
-    (folder / prompt.FILE).write_text(text, encoding="utf-8")
+    (folder / prompt.FILE).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _all_queries() -> list[str]:
@@ -402,28 +401,19 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     data = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 0.0))
     eye = Resampler(section.resampler, section.vision.hidden_size, width)  # only to teach the encoder
 
-    def steps(parameters, count, peak, warmup, what):
-        parameters = list(parameters)
+    def stage(what, parameters, count, peak, warmup, compute):
         optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)
         bar = tqdm(range(count), what)
         for step in bar:
             rate = peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / count))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, note = yield
+            loss, note = compute()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             bar.set_postfix_str(note)
-
-    def run(stage, compute):
-        next(stage)
-        try:
-            while True:
-                stage.send(compute())
-        except StopIteration:
-            return
 
     def tell_frames():
         videos = torch.from_numpy(rng.integers(BASE_SCENES, size=128))
@@ -482,9 +472,10 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
 
     both = [*model.vision_encoder.parameters(), *eye.parameters(), *probes.parameters()]
     others = [*model.vision_tokenizer.parameters(), *model.lang_model.parameters(), *probes.parameters()]
-    run(steps(both, BASE_STEPS[0], 2e-3, 20, "1 of 3: frames"), tell_frames)
-    run(steps(others, BASE_STEPS[1], 1e-3, 30, "2 of 3: short prompt"), lambda: answer(False, 0.3, 32))
-    run(steps(others, BASE_STEPS[2], 1e-3, 10, "3 of 3: full prompt"), lambda: answer(True, 0.2, 16))
+    first, second, third = BASE_STEPS
+    stage("1 of 3: frames", both, first, 2e-3, 20, tell_frames)
+    stage("2 of 3: short prompt", others, second, 1e-3, 30, lambda: answer(False, 0.3, 32))
+    stage("3 of 3: full prompt", others, third, 1e-3, 10, lambda: answer(True, 0.2, 16))
     model.to(torch.bfloat16).save_published(folder)
 
 

@@ -60,9 +60,12 @@ def deepspeed_config(profile: config.Profile) -> dict:
 
 def total_steps(profile: config.Profile, rows: int) -> int:
     """Optimizer steps of a whole training over `rows` samples; for the paper's 7,218 and 11 epochs 618."""
-    section = profile.training
-    batches = rows // (section.micro_batch * section.processes)
-    return section.epochs * batches // section.accumulation
+    return profile.training.epochs * _batches(profile, rows) // profile.training.accumulation
+
+
+def _batches(profile: config.Profile, rows: int) -> int:
+    """Micro-batches of one process in an epoch."""
+    return rows // (profile.training.micro_batch * profile.training.processes)
 
 
 def missing(profile: config.Profile) -> list[str]:
@@ -274,7 +277,7 @@ class Trainer:
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
         self.samples = dataset.Samples(profile, self.tokenizer, self._readable(dataset.rows(profile, "train")))
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
-        self.batches = len(self.samples) // (profile.training.micro_batch * self.world)
+        self.batches = _batches(profile, len(self.samples))
         self.total = total_steps(profile, len(self.samples))
         torch.manual_seed(profile.seed + self.rank)
         self.model = blip3.base(profile)
