@@ -327,23 +327,19 @@ class Trainer:
                 generator=torch.Generator(),  # or starting it would draw from the generator that dropout resumes
             )
         )
-        self.model.train()
-        self.model.vision_encoder.eval()
+        self._learn()
         while self.step < self.total:
             self._step(loader)
             epoch, passed = divmod(self.step * section.accumulation, self.batches)
             ended = epoch >= 1 and passed < section.accumulation  # the first whole step at or after an epoch's end
             if ended or self.step == self.total:
                 finished = epoch if self.step < self.total else section.epochs
-                self.model.eval()
                 self._validate(finished)
-                self.model.train()
-                self.model.vision_encoder.eval()
+                self._learn()
                 self._save_state()
             elif self._asked_to_stop():
                 self._save_state()
                 return
-        self.model.eval()
         if self.rank == 0:
             aside = self.run.checkpoint.with_name("checkpoint.part")
             shutil.rmtree(aside, ignore_errors=True)
@@ -352,6 +348,11 @@ class Trainer:
             (aside / "metrics.json").write_text(json.dumps(last["metrics"], indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(self.run.checkpoint, ignore_errors=True)
             aside.rename(self.run.checkpoint)
+
+    def _learn(self) -> None:
+        """Back to training mode, which decoding leaves; the frozen encoder stays in eval mode."""
+        self.model.train()
+        self.model.vision_encoder.eval()
 
     def _step(self, loader) -> None:
         section, began = self.profile.training, time.monotonic()
