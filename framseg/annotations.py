@@ -56,6 +56,14 @@ class ClassBalance:
     background: int
 
 
+@dataclass(frozen=True, slots=True)
+class AnnotatorDistance:
+    """Shares of pairs of annotators whose scores of a clip are 0, 1, ... 4 points apart, float64 [5] each."""
+
+    measured: np.ndarray
+    chance: np.ndarray  # if every score were drawn from all scores given
+
+
 def clips(duration: float) -> int:
     """Number of whole 2-second clips in a video of `duration` seconds, as the evaluation protocol counts them."""
     return int(duration / CLIP_SECONDS)
@@ -140,6 +148,23 @@ def class_balance(rows: Iterable[Row], frames: int) -> ClassBalance:
     if not foreground or not background:
         raise AnnotationError(f"{len(labels)} rows have {foreground} foreground and {background} background frames")
     return ClassBalance(background / foreground, background / labels.size, foreground, background)
+
+
+def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
+    """How far two annotators of the same clip are apart, over all relevant clips of labelled rows.
+
+    Raises AnnotationError if there is none.
+    """
+    votes = np.array([three for row in rows if row.labelled for three in row.saliency_scores]).reshape(-1, ANNOTATORS)
+    if not len(votes):
+        raise AnnotationError("no row has a relevant clip, so no annotators can be compared")
+    first, second = (votes[:, pair].ravel() for pair in ([0, 0, 1], [1, 2, 2]))
+    points = TOP_SALIENCY + 1
+    measured = np.bincount(np.abs(first - second), minlength=points) / len(first)
+    share = np.bincount(votes.ravel(), minlength=points) / votes.size
+    distance = np.abs(np.subtract.outer(np.arange(points), np.arange(points)))
+    chance = np.bincount(distance.ravel(), weights=np.outer(share, share).ravel())
+    return AnnotatorDistance(measured, chance)
 
 
 def is_integer(value: Any) -> bool:

@@ -8,6 +8,7 @@ line, hatched against plain), so that a print in grey can be read. `save` writes
 import functools
 import io
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from framseg.annotations import (
     CLIP_SECONDS,
     TOP_SALIENCY,
     Row,
+    annotator_distance,
     class_balance,
     clips,
     frame_labels,
@@ -118,17 +120,18 @@ def _picture(height: float) -> Picture:
 
 @_styled
 def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
-    """Six panels over the splits by name: queries a video, windows a query, window lengths, clip saliency, the share of
-    queries whose moments cover each position of the video, and the class balance of `frames` frames a video beside the
-    paper's. Splits without labels are in the first panel only.
+    """Nine panels over the splits by name: queries a video, windows a query, window lengths; clip saliency, how far two
+    annotators of a clip are apart, the share of queries whose moments cover each position of the video; words a query,
+    the commonest words, and the class balance of `frames` frames a video beside the paper's. Splits without labels are
+    in the panels about videos and words only.
     """
     labelled = {name: [row for row in rows if row.labelled] for name, rows in splits.items()}
     labelled = {name: rows for name, rows in labelled.items() if rows}
     if not labelled:
         raise ValueError(f"none of the splits {', '.join(splits)} has labels; give at least one that has")
     colours = dict(zip(splits, sns.color_palette("colorblind", len(splits)), strict=True))
-    figure = _picture(4.6)
-    (videos, counts, lengths), (saliency, position, balance) = figure.subplots(2, 3)
+    figure = _picture(6.6)
+    (videos, counts, lengths), (saliency, apart, position), (sizes, words, balance) = figure.subplots(3, 3)
 
     _shares(videos, {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}, colours)
     videos.set(title="Queries a video", xlabel="queries", ylabel="share of videos")
@@ -143,17 +146,34 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         sums = [sum(three) for row in rows for three in row.saliency_scores]
         share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
         saliency.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colours[name])
+        found = annotator_distance(rows)
+        apart.plot(found.measured, marker="o", markersize=3, color=colours[name])
+        apart.plot(found.chance, linestyle=":", color=colours[name])
         covered = np.mean([frame_labels(row, frames) for row in rows], axis=0)
         position.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
     for limit in (10, 30):  # short, middle, long
         lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
     lengths.set(title="Window lengths", xlabel="seconds (dotted: 10 and 30)", ylabel="share of windows", xlim=(0, None))
     saliency.set(title="Clip saliency", xlabel="mean of three annotators", ylabel="share of relevant clips")
+    apart.set(title="Annotators apart", xlabel="points (dotted: by chance)", ylabel="pairs of annotators")
     position.set(title="Where moments lie", xlabel="position in the video", ylabel="queries covering it")
     position.xaxis.set_major_formatter(PercentFormatter(1))
-    for axes in (lengths, saliency, position):
+
+    spoken = {name: [set(_WORD.findall(row.query.lower())) for row in rows] for name, rows in splits.items()}
+    for name, rows in splits.items():
+        many = [len(row.query.split()) for row in rows]
+        share = np.bincount(np.minimum(many, 30), minlength=31) / len(many)
+        sizes.stairs(share, np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
+    sizes.set(title="Words a query", xlabel="words (30: or more)", ylabel="share of queries", xlim=(0, None))
+    for axes in (lengths, saliency, apart, position, sizes):
         axes.set_ylim(0, None)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    everyone = [one for queries in spoken.values() for one in queries]
+    common = Counter(word for query in everyone for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
+    words.barh([word for word, _ in common], [many / len(everyone) for _, many in common], color=GREY)
+    words.invert_yaxis()
+    words.set(title="Commonest words", xlabel="share of all queries")
+    words.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
     found = {name: class_balance(rows, frames) for name, rows in labelled.items()}
     bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [
@@ -170,6 +190,13 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
     return figure
 
 
+_WORD = re.compile(r"[^\W\d_]+")
+# Words of English that say nothing of what a query is about.
+_FUNCTION_WORDS = frozenset(
+    "a an the and or but of in on at to into onto from with without for by as about is are was be been being has have "
+    "had do does her his him he she it its they them their there this that while who which up down out off over some "
+    "one s".split()
+)
 _READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
 
 

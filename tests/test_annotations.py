@@ -183,3 +183,11 @@ def test_class_balance_needs_both_classes():
     assert (balance.foreground, balance.background) == (3, 2)
     with pytest.raises(AnnotationError, match="0 background"):
         annotations.class_balance([replace(ROW, relevant_windows=((0, 10),))], 5)
+
+
+def test_annotators_are_compared_in_pairs_and_with_chance():
+    found = annotations.annotator_distance([replace(ROW, relevant_clip_ids=(1,), saliency_scores=((4, 4, 2),))])
+    np.testing.assert_allclose(found.measured, [1 / 3, 0, 2 / 3, 0, 0])
+    np.testing.assert_allclose(found.chance, [5 / 9, 0, 4 / 9, 0, 0])
+    with pytest.raises(AnnotationError, match="no row has a relevant clip"):
+        annotations.annotator_distance([Row(1, "no labels", 10, "video_0")])

@@ -1,9 +1,14 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small import tiny
 
@@ -112,6 +117,36 @@ def test_saved_and_loaded_again(model, batch, tmp_path):
     assert all(name.startswith("vlm.") for name in load_file(next(tmp_path.glob("*.safetensors"))))
 
 
+def test_shards_are_loaded_one_tensor_at_a_time(tmp_path):
+    """In a process of its own, loading in another dtype than the files' takes the model's size, not twice as much."""
+    profile = tiny(model__language__hidden_size=768, model__language__intermediate_size=3072, model__language__layers=10)
+    torch.manual_seed(0)
+    model = blip3.Blip3(profile.model)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    assert size > 300e6
+    state = {blip3.PREFIX + name: value.bfloat16() for name, value in model.state_dict().items()}
+    save_torch_state_dict(state, tmp_path, max_shard_size="50MB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 4
+    config.save(profile, tmp_path / "profile.yaml")
+    code = (
+        "import re, sys\n"
+        "from framseg import blip3, config\n"
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "section = config.load(sys.argv[1] + '/profile.yaml').model\n"
+        "before = peak()\n"
+        "model = blip3.Blip3.load_published(section, sys.argv[1])\n"
+        "print(peak() - before)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 1.4 * size
+    again = blip3.Blip3.load_published(profile.model, tmp_path).state_dict()
+    assert all(torch.equal(again[name], state[blip3.PREFIX + name].float()) for name in again)
+
+
 def test_a_checkpoint_of_another_shape_lists_all_that_is_wrong(model, tmp_path):
     model.save_published(tmp_path)
     file = next(tmp_path.glob("*.safetensors"))
@@ -154,6 +189,8 @@ def test_adapting_changes_nothing_and_the_export_gives_the_trained_logits(model,
         trained = adapted(**batch)
         assert relative(trained, before) > 1e-2
 
+    merged = tmp_path / "merged"
+
     class Saved:  # what save_trained needs of a tokenizer
         @staticmethod
         def save(path):
@@ -165,6 +202,34 @@ def test_adapting_changes_nothing_and_the_export_gives_the_trained_logits(model,
         assert relative(loaded(**batch), trained) < 1e-4
     assert again == profile
     assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.save_published(merged)
+    with torch.no_grad():
+        assert torch.equal(blip3.Blip3.load_published(profile.model, merged)(**batch), loaded(**batch))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 4e-2)])
+def test_peft_loads_the_exported_adapter_on_the_original_base(model, batch, tmp_path, dtype, tolerance):
+    base = tmp_path / "base"
+    model.save_published(base)
+    profile = tiny(model__weights=str(base), model__dtype=dtype)
+    batch["pixel_values"] = batch["pixel_values"].to(getattr(torch, dtype))
+    plain, adapted = blip3.base(profile), blip3.base(profile)
+    start = adapted.adapt(profile.adapter, seed=3)
+    adapted.eval()
+    with torch.no_grad():
+        before = plain(**batch)
+        assert relative(adapted(**batch), before) < tolerance
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+        trained = adapted(**batch)
+    lora, tensors = adapted.adapter(start)
+    lora.save_pretrained(tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert relative(trained, before) > 3 * tolerance
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()  # not merged: peft's own forward
+    with torch.no_grad():
+        assert relative(loaded(**batch), trained) < max(tolerance, 1e-4)
 
 
 def test_the_same_seed_gives_the_same_pissa(model, tmp_path):

@@ -97,13 +97,16 @@ def test_overview_counts(pictures):
     train = [row(1, 0, 60, vid="a"), row(2, 30, 60, vid="a"), row(3, 0, 150, vid="b")]
     test = [Row(9, "who knows", 150, "c")]
     figure = figures.data_overview({"train": train, "test": test}, F)
-    videos, windows, lengths, saliency, position, balance = figure.axes
+    videos, windows, lengths, saliency, apart, position, sizes, words, balance = figure.axes
     # One of train's two videos has one query and one has two; test's only video has one.
     assert [bar.get_height() for bar in bars(videos)] == [0.5, 0.5, 1, 0]
     assert [bar.get_height() for bar in bars(windows)] == [1]
     share, edges, _ = lengths.patches[0].get_data()
     assert {int(edges[i]): share[i] for i in share.nonzero()[0]} == pytest.approx({30: 1 / 3, 60: 1 / 3, 140: 1 / 3})
     assert saliency.lines[0].get_ydata()[9] == 1  # (2 + 3 + 4) / 3
+    np.testing.assert_allclose(apart.lines[0].get_ydata(), annotations.annotator_distance(train).measured)
+    assert sizes.patches[1].get_data().values[2] == 1  # "who knows" has two words
+    assert {label.get_text() for label in words.get_yticklabels()} >= {"knows"}
     expected = np.mean([annotations.frame_labels(one, F) for one in train], axis=0)
     np.testing.assert_array_equal(position.lines[0].get_ydata(), expected)
     found = annotations.class_balance(train, F)

@@ -176,6 +176,7 @@ def test_with_the_real_annotations(chain, shared):
     """Chapters 1, 2 and 4 on the real set: class balance, golden prompt, the released predictions' scores."""
     balance = json.loads((chain.metrics / "data.json").read_text())["real QVHighlights"]
     assert balance == {"train": pytest.approx(2.3582, abs=5e-5), "val": pytest.approx(2.5583, abs=5e-5)}
+    assert (chain.figures / "data_overview_qvhighlights.png").is_file()
     soft = said(chain, 1, "real").split("qid 2579: ")[1].split("\n")[0]
     assert soft.split() == ["0.0"] * 14 + (
         "0.4167 0.3333 0.5833 0.5833 0.6667 0.6667 0.6667 0.6667 0.5833 0.6667 0.5833".split()
