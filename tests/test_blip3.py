@@ -119,7 +119,9 @@ def test_saved_and_loaded_again(model, batch, tmp_path):
 
 def test_shards_are_loaded_one_tensor_at_a_time(tmp_path):
     """In a process of its own, loading in another dtype than the files' takes the model's size, not twice as much."""
-    profile = tiny(model__language__hidden_size=768, model__language__intermediate_size=3072, model__language__layers=10)
+    profile = tiny(
+        model__language__hidden_size=768, model__language__intermediate_size=3072, model__language__layers=10
+    )
     torch.manual_seed(0)
     model = blip3.Blip3(profile.model)
     size = sum(value.nbytes for value in model.state_dict().values())
