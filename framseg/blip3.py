@@ -362,11 +362,8 @@ def save_trained(
     config.save(profile, folder / "profile.yaml")
 
 
-def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
-    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
-
-    Raises CheckpointError if the folder is incomplete or its tensors do not fit the profile's model.
-    """
+def complete(folder: Path | str) -> Path:
+    """The folder, if it holds a trained checkpoint. Raises CheckpointError with what is missing."""
     folder = Path(folder)
     needed = [
         "profile.yaml",
@@ -379,6 +376,15 @@ def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
         raise CheckpointError(
             f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
         )
+    return folder
+
+
+def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
+    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
+
+    Raises CheckpointError if the folder is incomplete or its tensors do not fit the profile's model.
+    """
+    folder = complete(folder)
     profile = config.load(folder / "profile.yaml")
     model = base(profile)
     dtype = getattr(torch, profile.model.dtype)

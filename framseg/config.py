@@ -147,6 +147,7 @@ class Training(Section):
     epochs: Count
     micro_batch: Count  # samples a process and forward pass
     accumulation: Count
+    remainder: Literal["drop", "carry"]  # samples that fill no micro-batch: left out of the epoch, or in the next one
     learning_rate: Positive
     weight_decay: NotNegative
     betas: tuple[Share, Share]

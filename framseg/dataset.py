@@ -1,6 +1,6 @@
 """A profile's data: its rows, its frame store, and the samples that training reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,9 @@ class Samples(Dataset):
         self.tokenizer = tokenizer
         self.rows = split_rows
         self.store = store(profile)
+        # Prompts differ in their queries alone.
+        queries = tokenizer.encode_batch([row.query for row in split_rows], add_special_tokens=False)
+        self.lengths = [len(query.ids) for query in queries]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,25 +121,52 @@ def pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).movedim(-1, -3).contiguous()
 
 
-class MicroBatches:
-    """The endless sequence of micro-batches of one process, as lists of `Samples` indexes.
+def samples_an_epoch(profile: config.Profile, rows: int) -> int:
+    """Samples that one epoch over `rows` rows trains on: all, or what fills whole micro-batches on every process."""
+    group = profile.training.micro_batch * profile.training.processes
+    if rows < group:
+        raise ValueError(
+            f"{rows} training rows do not fill one micro-batch of {profile.training.micro_batch} on "
+            f"{profile.training.processes} processes; lower training.micro_batch"
+        )
+    return rows if profile.training.remainder == "carry" else rows // group * group
 
-    Every epoch is a new permutation from the seed; its remainder that fills no micro-batch on every process is
-    left out, as in the paper's run (225 micro-batches of 2 x 16 out of 7,218 samples).
+
+class MicroBatches:
+    """The endless sequence of micro-batches of process `rank`, as lists of `Samples` indexes.
+
+    Every epoch is a new permutation from the seed. Its remainder that fills no micro-batch on every process goes into
+    the next epoch's first one (`training.remainder: carry`), or is left out as in the paper's run (`drop`: 225
+    micro-batches of 2 x 16 out of 7,218 samples). Among the micro-batches of one optimizer step, samples of like length
+    stand together, which saves padding and changes no gradient: a step sums over all of them.
     """
 
-    def __init__(self, count: int, profile: config.Profile, rank: int, world: int, first: int = 0):
-        self.count, self.seed, self.rank, self.world, self.first = count, profile.seed, rank, world, first
-        self.size = profile.training.micro_batch
-        self.an_epoch = count // (self.size * world)
-        if not self.an_epoch:
-            raise ValueError(f"{count} training rows do not fill one micro-batch of {self.size} on {world} processes")
+    def __init__(self, lengths: Sequence[int], profile: config.Profile, rank: int, first: int = 0):
+        section = profile.training
+        self.lengths, self.seed, self.rank, self.first = np.asarray(lengths), profile.seed, rank, first
+        self.shape = section.accumulation, section.processes, section.micro_batch
+        self.an_epoch = samples_an_epoch(profile, len(self.lengths))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, skip = divmod(self.first, self.an_epoch)
+        step, skip = divmod(self.first, self.shape[0])
         while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            order = order[: self.an_epoch * self.world * self.size].reshape(self.an_epoch, self.world, self.size)
-            for batch in order[skip:, self.rank]:
-                yield [(epoch, int(number)) for number in batch]
-            epoch, skip = epoch + 1, 0
+            epochs, numbers = self._step(step)
+            for micro_batch in range(skip, self.shape[0]):
+                at = micro_batch, self.rank
+                yield list(zip(epochs[at].tolist(), numbers[at].tolist(), strict=True))
+            step, skip = step + 1, 0
+
+    def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and row of every sample of an optimizer step, each [accumulation, processes, micro_batch]."""
+        size = int(np.prod(self.shape))
+        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.an_epoch)
+        numbers = np.concatenate(
+            [
+                np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))[places[epochs == epoch]]
+                for epoch in np.unique(epochs).tolist()
+            ]
+        )
+        # A micro-batch has the loss weights of the epoch it begins in, so none of its samples may leave that epoch.
+        begun = np.repeat(epochs.reshape(self.shape[0], -1)[:, 0], size // self.shape[0])
+        order = np.lexsort((self.lengths[numbers], begun))
+        return epochs[order].reshape(self.shape), numbers[order].reshape(self.shape)

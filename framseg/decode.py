@@ -4,8 +4,11 @@ The prompt's keys and values are computed once a sample and shared by its beams,
 queries that ask about it. An answer has exactly f digits.
 """
 
+import argparse
+import glob
 import hashlib
 import json
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,14 +27,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from framseg import blip3, config, dataset, moments, prompt
+from framseg import blip3, config, dataset, launcher, moments, prompt
 from framseg.annotations import Row, json_lines, parse_object, write_lines
-from framseg.evaluate import SALIENCY, WINDOWS, PredictionError
+from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
 from framseg.frames import Store, StoreError, Video, VideoError
 
 TRAINED_SECONDS = 150  # length of nearly every video of the dataset
 LONGEST_SECONDS = 1.5 * TRAINED_SECONDS  # f frames of a longer video stand too far apart
+POLL = 0.5  # seconds between two looks at what is finished
 SAMPLED = 64  # values of each parameter that tell one set of weights from another
+
+
+class DecodeError(RuntimeError):
+    """Decoding that did not end well; the message says where its log is."""
 
 
 @dataclass(frozen=True)
@@ -242,23 +250,73 @@ def split(
 ) -> list[dict]:
     """Decode `rows`, write the records (see `records`) to `path` as JSON lines and return them, in the rows' order.
 
-    What is finished is kept beside it in `path`.part, and a call that follows an interrupted one goes on from there if
-    weights, settings and prompt are the same; videos that failed are tried again.
+    What is finished is kept beside it in `path`.part…, and a call that follows an interrupted one goes on from there if
+    weights, settings and prompt are the same; videos that failed are tried again. Where torch.distributed is
+    initialised, its processes share the work by videos, and the first one writes `path`.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
     made_by = {"made_by": _fingerprint(model, tokenizer, profile)}
-    done = _finished(part, made_by, rows)
-    write_lines(part, [made_by, *done.values()], PredictionError)
-    with part.open("a", encoding="utf-8") as file:
-        for record in records(model, tokenizer, profile, [row for row in rows if row.qid not in done], progress):
+    done = _finished(path, made_by, rows)
+    mine = share([row for row in rows if row.qid not in done], rank, world)
+    if together:
+        torch.distributed.barrier()  # nobody writes before all have read
+    own = _parts(path, rank)
+    kept = _finished(path, made_by, rows, rank)
+    write_lines(own, [made_by, *kept.values()], PredictionError)
+    with own.open("a", encoding="utf-8") as file:
+        for record in records(model, tokenizer, profile, mine, progress):
             file.write(json.dumps(record) + "\n")
             file.flush()
             done[record["qid"]] = record
+    if together:
+        torch.distributed.barrier()
+        done = _finished(path, made_by, rows, failed=True)
     predictions = [done[row.qid] for row in rows]
-    write_lines(path, predictions, PredictionError)
-    part.unlink()
+    if together:
+        torch.distributed.barrier()  # nobody takes the parts away before all have read
+    if rank == 0:
+        write_lines(path, predictions, PredictionError)
+        for part in _parts(path):
+            part.unlink()
     return predictions
+
+
+def share(rows: Sequence[Row], rank: int, world: int) -> list[Row]:
+    """A process's rows: every video belongs to one process, which encodes it once."""
+    number = {vid: i for i, vid in enumerate(dict.fromkeys(row.vid for row in rows))}
+    return [row for row in rows if number[row.vid] % world == rank]
+
+
+def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
+    """Decode split `name` (val or test) with the run's checkpoint into `run.predicted(name)`; the records in row order.
+
+    With several processes in the profile, the DeepSpeed launcher starts them and each decodes its share. Goes on after
+    an interruption as `split` does. Raises CheckpointError for a run without a checkpoint, DecodeError if a process
+    fails.
+    """
+    rows, path = dataset.rows(profile, name), run.predicted(name)
+    if profile.training.processes == 1:
+        model, _, tokenizer = _checkpoint(run.checkpoint)
+        return split(model, tokenizer, profile, rows, path)
+    blip3.complete(run.checkpoint)
+    run.predictions.mkdir(parents=True, exist_ok=True)
+    aside, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
+    config.save(profile, aside)
+    arguments = ["--profile", str(aside), "--run-dir", str(run.root), "--split", name]
+    process = launcher.start("framseg.decode", profile, log, arguments)
+    try:
+        with tqdm(desc=f"decoding {name}", total=len(rows), unit="query") as bar:
+            while process.poll() is None:
+                time.sleep(POLL)
+                lines = [part.read_text(encoding="utf-8").count("\n") - 1 for part in _parts(path)]
+                bar.update(max(0, sum(lines)) - bar.n if lines else 0)
+    finally:
+        launcher.end(process)
+    if process.returncode:
+        raise DecodeError(f"decoding {name} failed (exit code {process.returncode}); {log}:\n{launcher.tail(log)}")
+    return read_predictions(path)
 
 
 def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | str) -> Prediction | list[Prediction]:
@@ -278,9 +336,7 @@ def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | st
             f"{video}: is {opened.length:.0f} s long, and the model has learned from videos of {TRAINED_SECONDS} s; "
             f"cut it into videos of at most {LONGEST_SECONDS:g} s"
         )
-    folder = Path(checkpoint).expanduser().resolve()
-    changed = max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0)
-    model, profile, tokenizer = _loaded(folder, changed)
+    model, profile, tokenizer = _checkpoint(checkpoint)
     count, inference = profile.frames.count, profile.inference
     numbers = opened.numbers(opened.length, count)[:, 0]
     vision = _encoded(model, opened.frames(numbers, profile.model.vision.image_size)[None])
@@ -295,11 +351,17 @@ def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | st
     return out[0] if isinstance(query, str) else out
 
 
+def _checkpoint(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
+    """Model, profile and tokenizer of a checkpoint; the last one stays loaded until its folder changes."""
+    folder = Path(checkpoint).expanduser().resolve()
+    return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0))
+
+
 @lru_cache(maxsize=1)
 def _loaded(folder: Path, changed: int) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
     """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
     model, profile = blip3.load_trained(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), profile, prompt.load(folder)
+    return model.to(launcher.device()).eval(), profile, prompt.load(folder)
 
 
 @torch.inference_mode()
@@ -373,13 +435,49 @@ def _fingerprint(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profi
     return found.hexdigest()
 
 
-def _finished(part: Path, made_by: dict, rows: Sequence[Row]) -> dict[int, dict]:
-    """Records by qid of an earlier call that made the same; a line that was cut off and failed videos are left out."""
-    if not part.exists():
-        return {}
-    found = [record for _, line in json_lines(part, PredictionError) if (record := parse_object(line)[0])]
-    if found[:1] != [made_by]:
-        return {}
+def _parts(path: Path, rank: int | None = None) -> list[Path] | Path:
+    """The files beside `path` that hold what is finished: all of them, or a process's own."""
+    if rank is not None:
+        return path.with_name(f"{path.name}.part{rank}")
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
+
+
+def _finished(
+    path: Path, made_by: dict, rows: Sequence[Row], rank: int | None = None, failed: bool = False
+) -> dict[int, dict]:
+    """Records by qid that the same settings made, of all processes or one; lines that were cut off are left out.
+
+    Failed videos are left out too, to be tried again, unless asked for.
+    """
     asked = {row.qid: (row.query, row.vid, row.duration) for row in rows}
-    same = (r for r in found[1:] if "error" not in r and (r["query"], r["vid"], r["duration"]) == asked.get(r["qid"]))
-    return {record["qid"]: record for record in same}
+    out = {}
+    for part in _parts(path) if rank is None else [_parts(path, rank)]:
+        if not part.exists():
+            continue
+        found = [record for _, line in json_lines(part, PredictionError) if (record := parse_object(line)[0])]
+        if found[:1] != [made_by]:
+            continue
+        for record in found[1:]:
+            same = (record["query"], record["vid"], record["duration"]) == asked.get(record["qid"])
+            if same and ("error" not in record or (failed and record["qid"] not in out)):
+                out[record["qid"]] = record
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m framseg.decode", description="One process of a split's decoding.")
+    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--split", choices=("val", "test"), required=True)
+    options = parser.parse_args()
+    profile = config.load(options.profile)
+    run = config.Run(profile, options.run_dir)
+    launcher.join(profile)
+    model, _, tokenizer = _checkpoint(run.checkpoint)
+    rows = dataset.rows(profile, options.split)
+    split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,10 +7,7 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from framseg import annotations, blip3, config, dataset, decode, evaluate, losses, prompt
+from framseg import annotations, blip3, config, dataset, decode, evaluate, launcher, losses, prompt
 
 POLL = 0.5  # seconds between two looks at the step log
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
-TAIL = 30  # lines of the launcher's output shown when training fails
 
 
 class TrainError(RuntimeError):
@@ -60,12 +56,9 @@ def deepspeed_config(profile: config.Profile) -> dict:
 
 def total_steps(profile: config.Profile, rows: int) -> int:
     """Optimizer steps of a whole training over `rows` samples; for the paper's 7,218 and 11 epochs 618."""
-    return profile.training.epochs * _batches(profile, rows) // profile.training.accumulation
-
-
-def _batches(profile: config.Profile, rows: int) -> int:
-    """Micro-batches of one process in an epoch."""
-    return rows // (profile.training.micro_batch * profile.training.processes)
+    section = profile.training
+    group = section.micro_batch * section.processes
+    return section.epochs * dataset.samples_an_epoch(profile, rows) // group // section.accumulation
 
 
 def missing(profile: config.Profile) -> list[str]:
@@ -144,14 +137,8 @@ def launch(profile: config.Profile, run: config.Run) -> None:
     stop = run.train / "stop"
     stop.unlink(missing_ok=True)
     log = run.train / "output.log"
-    with open(log, "a", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            _command(profile, run),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(profile),
-            start_new_session=True,  # the terminal's Ctrl-C is ours; training is asked to stop below
-        )
+    arguments = ["--profile", str(run.profile), "--run-dir", str(run.root)]
+    process = launcher.start("framseg.train", profile, log, arguments)
     try:
         _watch(process, run, total)
     except KeyboardInterrupt:
@@ -163,14 +150,10 @@ def launch(profile: config.Profile, run: config.Run) -> None:
             print(f"no answer within {PATIENCE} s: killed; the last checkpoint stands")
         raise
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        launcher.end(process)
         stop.unlink(missing_ok=True)
     if process.returncode or _progress(run)[0] < total:
-        tail = "".join(
-            f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines(True)[-TAIL:]
-        )
-        raise TrainError(f"training failed (exit code {process.returncode}); the end of {log}:\n{tail}")
+        raise TrainError(f"training failed (exit code {process.returncode}); the end of {log}:\n{launcher.tail(log)}")
 
 
 def _refuse_other_settings(profile: config.Profile, run: config.Run) -> None:
@@ -193,33 +176,6 @@ def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
             yield from _differences(old[key], value, f"{at}{key}.")
         elif old[key] != value:
             yield f"{at}{key}: {old[key]} there, {value} now"
-
-
-def _command(profile: config.Profile, run: config.Run) -> list[str]:
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
-    if launcher is None:
-        raise TrainError(
-            "the DeepSpeed launcher is not installed beside this Python: install what environment.yml lists"
-        )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # The launcher's own scripts start "python": it must be this one.
-    return [
-        sys.executable, launcher, f"--num_gpus={profile.training.processes}", "--master_addr=127.0.0.1",
-        f"--master_port={port}", "--no_local_rank", "--module", "framseg.train",
-        "--profile", str(run.profile), "--run-dir", str(run.root),
-    ]  # fmt: skip
-
-
-def _environment(profile: config.Profile) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    if profile.training.threads:
-        environment["OMP_NUM_THREADS"] = str(profile.training.threads)
-    return environment
 
 
 def _progress(run: config.Run) -> tuple[int, dict]:
@@ -264,25 +220,18 @@ class Trainer:
     def __init__(self, profile: config.Profile, run: config.Run):
         import deepspeed
 
-        # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed()
-        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if self.world != profile.training.processes:
-            raise TrainError(f"training.processes is {profile.training.processes}, {self.world} were started")
-        if profile.training.threads:
-            torch.set_num_threads(profile.training.threads)
+        self.rank, self.world = launcher.join(profile)
         self.profile, self.run = profile, run
         self.tokenizer = prompt.load(profile.model.tokenizer)
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
         self.samples = dataset.Samples(profile, self.tokenizer, self._readable(dataset.rows(profile, "train")))
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
-        self.batches = _batches(profile, len(self.samples))
+        self.an_epoch = dataset.samples_an_epoch(profile, len(self.samples))
+        self.group = profile.training.micro_batch * self.world  # samples of a micro-batch on all processes
         self.total = total_steps(profile, len(self.samples))
         torch.manual_seed(profile.seed + self.rank)
         self.model = blip3.base(profile)
-        if torch.cuda.is_available():
-            self.model.cuda(int(os.environ["LOCAL_RANK"]))
+        self.model.to(launcher.device())
         self.step = 0
         if not self.run.resume.is_dir():
             self._validate(0)
@@ -314,9 +263,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end of the last epoch, or until asked to stop; then export the checkpoint."""
         section = self.profile.training
-        stream = dataset.MicroBatches(
-            len(self.samples), self.profile, self.rank, self.world, self.step * section.accumulation
-        )
+        stream = dataset.MicroBatches(self.samples.lengths, self.profile, self.rank, self.step * section.accumulation)
         loader = iter(
             DataLoader(
                 self.samples,
@@ -330,11 +277,10 @@ class Trainer:
         self._learn()
         while self.step < self.total:
             self._step(loader)
-            epoch, passed = divmod(self.step * section.accumulation, self.batches)
-            ended = epoch >= 1 and passed < section.accumulation  # the first whole step at or after an epoch's end
-            if ended or self.step == self.total:
-                finished = epoch if self.step < self.total else section.epochs
-                self._validate(finished)
+            epoch = int(self._epoch(self.step))
+            # The first whole step at or after an epoch's end.
+            if epoch > int(self._epoch(self.step - 1)) or self.step == self.total:
+                self._validate(epoch if self.step < self.total else section.epochs)
                 self._learn()
                 self._save_state()
             elif self._asked_to_stop():
@@ -361,7 +307,7 @@ class Trainer:
             group["lr"] = rate
         sums = torch.zeros(1 + len(losses.NAMES))
         for i in range(section.accumulation):
-            weights = losses.weights(1 + (self.step * section.accumulation + i) // self.batches, self.profile.losses)
+            weights = losses.weights(1 + int(self._epoch(self.step, i)), self.profile.losses)
             batch = next(loader)
             parts = self._losses(batch)
             loss = sum(weight * part for weight, part in zip(weights, parts, strict=True))
@@ -380,7 +326,7 @@ class Trainer:
                 self.run.step_log,
                 {
                     "step": self.step,
-                    "epoch": self.step * section.accumulation / self.batches,
+                    "epoch": self._epoch(self.step),
                     "loss": means[0],
                     **dict(zip(losses.NAMES, means[1:], strict=True)),
                     "weights": weights,
@@ -408,8 +354,7 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         """Decode val, each process its share, and log the metrics; epoch 0 is the untouched base."""
         began = time.monotonic()
-        number = {vid: i for i, vid in enumerate(dict.fromkeys(row.vid for row in self.val))}
-        mine = [row for row in self.val if number[row.vid] % self.world == self.rank]  # a video is encoded once
+        mine = decode.share(self.val, self.rank, self.world)
         records = list(decode.records(self.model, self.tokenizer, self.profile, mine, progress=False))
         shares: list = [None] * self.world
         torch.distributed.all_gather_object(shares, records)
@@ -482,12 +427,14 @@ class Trainer:
             )
         self.model.load_state_dict(load_file(self.run.resume / "weights.safetensors"), strict=False)
         for log in (self.run.step_log, self.run.validation_log):  # what came after the checkpoint is done again
-            done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r["epoch"] <= self._epoch() + 1e-9]
+            passed = self._epoch(self.step) if self.step < self.total else self.profile.training.epochs
+            done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r["epoch"] <= passed]
             if self.rank == 0:
                 log.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
 
-    def _epoch(self) -> float:
-        return self.step * self.profile.training.accumulation / self.batches if self.step < self.total else 1e9
+    def _epoch(self, step: int, micro_batch: int = 0) -> float:
+        """Epochs passed before that micro-batch of a step, counted from 0."""
+        return (step * self.profile.training.accumulation + micro_batch) * self.group / self.an_epoch
 
     def _load_state(self) -> None:
         saved = load_file(self.run.resume / f"process_{self.rank}.safetensors")

@@ -42,39 +42,70 @@ def test_a_batch_reads_the_answer_where_it_is_predicted(samples):
     assert batch["attention_mask"].sum(1).tolist() == [len(samples[0, i]["ids"]) for i in (0, 4)]
 
 
-def batches(count, profile, rank, world, first, number):
-    stream = iter(dataset.MicroBatches(count, profile, rank, world, first))
+LENGTHS = np.random.default_rng(0).integers(5, 40, 7218).tolist()
+
+
+def batches(profile, rank, first, number):
+    stream = iter(dataset.MicroBatches(LENGTHS, profile, rank, first))
     return [next(stream) for _ in range(number)]
 
 
 def test_processes_share_an_epoch_without_loss_or_doubling():
     profile = config.load("paper")
-    shares = [batches(7218, profile, rank, 2, 0, 225) for rank in range(2)]
+    shares = [batches(profile, rank, 0, 225) for rank in range(2)]
     seen = [index for share in shares for batch in share for index in batch]
     assert len(set(seen)) == len(seen) == 7200
     assert {epoch for epoch, _ in seen} == {0}
-    assert {epoch for epoch, _ in batches(7218, profile, 0, 2, 225, 1)[0]} == {1}
+    assert {epoch for epoch, _ in batches(profile, 0, 225, 1)[0]} == {1}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_carried_remainder_is_neither_lost_nor_doubled(processes):
+    profile = config.load("paper", {"training.remainder": "carry", "training.processes": processes})
+    number = 3 * 7218 // (16 * processes)  # what fills whole micro-batches of three epochs
+    shares = [batches(profile, rank, 0, number + number % 4) for rank in range(processes)]
+    seen = [index for share in shares for batch in share for index in batch]
+    assert len(set(seen)) == len(seen)
+    for epoch in range(2):
+        assert sorted(n for e, n in seen if e == epoch) == list(range(7218))
+    assert all(len(batch) == 16 for share in shares for batch in share)
+
+
+def test_samples_of_like_length_stand_together_within_their_step():
+    profile = config.load("paper")
+    found = batches(profile, 0, 8, 4)
+    longest = [[LENGTHS[number] for _, number in batch] for batch in found]
+    assert all(max(one) <= min(other) for one, other in zip(longest, longest[1:], strict=False))
+    kept = config.load("paper", {"training.accumulation": 1})
+    step = {index for rank in range(2) for batch in batches(profile, rank, 8, 4) for index in batch}
+    assert step == {index for rank in range(2) for batch in batches(kept, rank, 8, 4) for index in batch}
+
+
+def test_no_micro_batch_of_a_step_leaves_its_epoch():
+    """Step 56 of the paper takes one micro-batch from the first epoch, three from the second."""
+    found = batches(config.load("paper"), 1, 224, 4)
+    assert [{epoch for epoch, _ in batch} for batch in found] == [{0}, {1}, {1}, {1}]
 
 
 def test_going_on_in_the_middle_gives_the_same_batches():
     profile = config.load("paper")
-    assert batches(7218, profile, 1, 2, 0, 240)[230:] == batches(7218, profile, 1, 2, 230, 10)
+    assert batches(profile, 1, 0, 240)[230:] == batches(profile, 1, 230, 10)
 
 
 def test_two_processes_see_the_step_of_one_with_twice_the_accumulation():
-    profile = config.load("paper")
-    one = batches(7218, profile, 0, 1, 0, 2)
-    two = [batches(7218, profile, rank, 2, 0, 1)[0] for rank in range(2)]
-    assert one == two
+    one = batches(config.load("paper", {"training.processes": 1, "training.accumulation": 8}), 0, 0, 8)
+    two = [batch for rank in range(2) for batch in batches(config.load("paper"), rank, 0, 4)]
+    assert sorted(sum(one, [])) == sorted(sum(two, []))
 
 
 def test_the_paper_trains_618_steps():
     assert train.total_steps(config.load("paper"), 7218) == 618
+    assert train.total_steps(config.load("h100"), 7218) == 620
 
 
 def test_too_few_rows_are_refused():
     with pytest.raises(ValueError, match="5 training rows do not fill one micro-batch of 16 on 2 processes"):
-        dataset.MicroBatches(5, config.load("paper"), 0, 2)
+        dataset.MicroBatches(LENGTHS[:5], config.load("paper"), 0)
 
 
 def test_a_missing_video_is_reported_and_the_others_are_extracted(small_set, tmp_path):

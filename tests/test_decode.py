@@ -372,7 +372,7 @@ def test_interrupted_split_goes_on_where_it_was(setup, monkeypatch):
         interrupt(patch, calls=1)
         with pytest.raises(Interrupted):
             run(setup)
-    part = setup.path.with_name("val.jsonl.part")
+    part = setup.path.with_name("val.jsonl.part0")
     assert not setup.path.exists()
     with part.open("a") as file:
         file.write(part.read_text().splitlines()[-1][:50])  # killed in the middle of a line

@@ -114,6 +114,8 @@ def test_chapter_3_trains_and_shows_it(chain):
     table = numbers(said(chain, 3, "validation"))
     for record in log:
         assert f"{record['metrics']['brief']['MR-full-mAP']:.2f}" in table
+    work = said(chain, 3, "schedule")
+    assert "paper, " in work and re.search(r"of the \d+\.\d+ TFLOP/s of matrix products: \d+%", work)
     assert "43.74" in table and "2.22" in table  # Table IV's ends
     assert json.loads(said(chain, 3, "deepspeed"))["zero_optimization"]["stage"] == 2
     assert (chain.checkpoint / "adapter/adapter_model.safetensors").is_file()

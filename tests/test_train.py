@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -10,7 +11,7 @@ import torch
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from framseg import blip3, config, dataset, evaluate, losses, train
+from framseg import blip3, config, dataset, decode, evaluate, losses, prompt, train
 
 
 def test_the_paper_s_deepspeed_configuration():
@@ -43,7 +44,7 @@ def test_the_log_has_every_step(trained):
     profile, run = trained
     steps = train.read_log(run.step_log)
     rows = len(dataset.rows(profile, "train"))
-    assert len(steps) == train.total_steps(profile, rows) == 2 * (rows // 2) // 2
+    assert len(steps) == train.total_steps(profile, rows) == 2 * rows // 2 // 2
     assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
     for record in steps:
         parts = sum(w * record[name] for w, name in zip(record["weights"], losses.NAMES, strict=True))
@@ -165,6 +166,40 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(small_set, tmp_p
     assert [(p["qid"], p["mask"]) for p in shared_out] == [(p["qid"], p["mask"]) for p in alone]
     for first, second in zip(shared_out, alone, strict=True):
         assert first["probability"] == pytest.approx(second["probability"], abs=1e-4)  # other batches round otherwise
+
+
+def test_two_processes_decode_a_split_as_one(trained, tmp_path):
+    profile, run = trained
+    two = small_profile(profile.data.folder, training__processes=2)
+    alone = decode.whole(profile, run, "val")
+    path = run.predicted("val")
+    assert evaluate.read_predictions(path) == alone
+    path.unlink()
+
+    # What one process finished before it was interrupted is kept by two, a line that was cut off is not.
+    model, _ = blip3.load_trained(run.checkpoint)
+    made_by = decode._fingerprint(model, prompt.load(run.checkpoint), two)
+    kept = alone[1] | {"pred_saliency_scores": [0.5] * 75}
+    lines = [json.dumps({"made_by": made_by}), json.dumps(kept), json.dumps(alone[0])[:40]]
+    path.with_name("val.jsonl.part7").write_text("\n".join(lines))
+    shared_out = decode.whole(two, run, "val")
+    assert [record["qid"] for record in shared_out] == [row.qid for row in dataset.rows(profile, "val")]
+    assert shared_out[1] == kept
+    for one, other in zip(shared_out, alone, strict=True):
+        assert one["mask"] == other["mask"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)  # other batches round otherwise
+    assert evaluate.read_predictions(path) == shared_out and not list(run.predictions.glob("*.part*"))
+
+
+def test_a_process_that_fails_to_decode_is_said(trained, tmp_path):
+    profile, run = trained
+    broken = config.Run(profile, tmp_path / "broken")
+    shutil.copytree(run.checkpoint, broken.checkpoint)
+    (broken.checkpoint / "resampler.safetensors").write_bytes(b"not tensors")
+    two = small_profile(profile.data.folder, training__processes=2)
+    with pytest.raises(decode.DecodeError, match=r"decoding val failed \(exit code 1\)(.|\n)*does not fit the profile"):
+        decode.whole(two, broken, "val")
+    assert subprocess.run(["pgrep", "-f", str(broken.root)], capture_output=True).returncode == 1
 
 
 def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_path):

@@ -1,0 +1,132 @@
+"""What a sample costs: floating-point operations and bytes of a profile, counted, and what a device can do.
+
+Counted are the matrix products that the method needs, a multiplication and an addition as two operations: attention
+over the positions a causal mask and the sliding window leave, logits of the answer alone, and backward passes without
+the weight gradients of what is frozen.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from framseg import config
+
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of one sample."""
+
+    encoder: float  # forward alone, at training too: it is frozen
+    resampler: float
+    language: float
+    resampler_backward: float
+    language_backward: float
+    recomputation: float  # of the language model, if the profile recomputes its layers
+
+    @property
+    def inference(self) -> float:
+        """Up to the first digit; the digits themselves add less than a hundredth."""
+        return self.encoder + self.resampler + self.language
+
+    @property
+    def training(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Memory on the device, in bytes."""
+
+    weights: float
+    trained_state: float  # gradients, and the optimizer's float32 copy and two moments unless offloaded
+    cache_a_sample: float  # keys and values of one prompt
+    read_a_digit: float  # what one decoding step reads for a whole batch: all weights of Phi-3 and the prompts' caches
+
+
+def operations(profile: config.Profile, positions: int) -> Operations:
+    """Operations of a sample of `positions` expanded positions (`prompt.Report.sample_positions`).
+
+    With the paper's setting and 3,621 positions: 17, 1.5 and 29 TFLOP forward, 81 to train, 30 more to recompute.
+    """
+    vision, resampler, language = profile.model.vision, profile.model.resampler, profile.model.language
+    frames, patches, width = profile.frames.count, _patches(vision), vision.hidden_size
+    layer = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * patches**2 * width
+    encoder = frames * (2 * patches * 3 * vision.patch_size**2 * width + vision.layers * layer)
+
+    inner, latents = resampler.heads * resampler.head_dim, resampler.latents
+    layer = (
+        2 * latents * 2 * width * inner  # queries, output
+        + 2 * (patches + latents) * width * 2 * inner  # keys, values
+        + 4 * latents * (patches + latents) * inner  # attention
+        + 2 * latents * 2 * width * 4 * width  # feed-forward
+    )
+    tokens = frames * (resampler.layers * layer + 2 * latents * width * language.hidden_size)
+
+    window = min(language.sliding_window or positions, positions)
+    pairs = window * (window + 1) / 2 + (positions - window) * window
+    attention = language.layers * 4 * pairs * language.hidden_size
+    linear = language.layers * 2 * positions * _layer_weights(language)
+    adapter = language.layers * 2 * positions * profile.adapter.rank * _layer_borders(language)
+    head = 2 * (frames + 1) * language.hidden_size * (language.used_vocab + language.extra_rows)
+    forward = linear + attention + adapter + head
+    return Operations(
+        encoder=encoder,
+        resampler=tokens,
+        language=forward,
+        resampler_backward=2 * tokens,
+        language_backward=linear + head + 2 * (attention + adapter),
+        recomputation=forward - head if profile.training.gradient_checkpointing else 0.0,
+    )
+
+
+def memory(profile: config.Profile, positions: int) -> Bytes:
+    """Bytes that do not depend on how layers are computed; what autograd keeps for a backward pass comes on top."""
+    size = 2 if profile.model.dtype == "bfloat16" else 4
+    vision, language, resampler = profile.model.vision, profile.model.language, profile.model.resampler
+    width, inner = vision.hidden_size, resampler.heads * resampler.head_dim
+    encoder = vision.layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+    resampled = resampler.layers * (4 * width * inner + 8 * width**2) + width * language.hidden_size
+    layers = language.layers * _layer_weights(language)
+    tables = (1 if language.tie_embeddings else 2) * language.vocab_size * language.hidden_size
+    trained = resampled + language.layers * profile.adapter.rank * _layer_borders(language)
+    states = 0 if profile.training.offload_optimizer else 12
+    cache = 2 * size * language.layers * language.hidden_size * positions
+    return Bytes(
+        weights=size * (encoder + resampled + layers + tables),
+        trained_state=trained * (size + states / profile.training.processes),
+        cache_a_sample=cache,
+        read_a_digit=size * layers + profile.inference.batch * cache,
+    )
+
+
+def matrix_rate(device: torch.device | str, dtype: torch.dtype, width: int = 4096, seconds: float = 1.0) -> float:
+    """Operations a second that square matrix products of `width` reach on the device: the limit to measure against."""
+    one, other = torch.randn(2, width, width, device=device).to(dtype)
+    done, began = 0, time.perf_counter()
+    for warm_up in (True, False):
+        done, began = 0, time.perf_counter()
+        while time.perf_counter() - began < (seconds / 4 if warm_up else seconds):
+            one @ other
+            done += 1
+            if one.is_cuda and done % 16 == 0:
+                torch.cuda.synchronize()
+        if one.is_cuda:
+            torch.cuda.synchronize()
+    return done * 2 * width**3 / (time.perf_counter() - began)
+
+
+def _patches(vision: config.Vision) -> int:
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def _layer_weights(language: config.Language) -> int:
+    """Weights of one layer's four linear maps: qkv, output, gate and up, down."""
+    return 4 * language.hidden_size**2 + 3 * language.hidden_size * language.intermediate_size
+
+
+def _layer_borders(language: config.Language) -> int:
+    """Inputs and outputs of these four maps: what a pair of rank 1 has as parameters."""
+    return 8 * language.hidden_size + 3 * language.intermediate_size

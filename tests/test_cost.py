@@ -1,0 +1,83 @@
+import pytest
+import torch
+from small import tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from framseg import blip3, config, cost
+
+TEXT = 12  # ids beside the images, with the answer
+
+
+@pytest.fixture(scope="module")
+def profile() -> config.Profile:
+    return tiny(model__language__sliding_window=None, adapter__init="gaussian", adapter__dropout=0.0)
+
+
+def test_the_papers_sample():
+    """method.md: about 17 + 5 + 59 TFLOP to train, 30 more with recomputation, 47 at inference."""
+    found = cost.operations(config.load("paper"), 3621)
+    assert found.encoder / cost.TERA == pytest.approx(17, abs=0.5)
+    assert (found.resampler + found.resampler_backward) / cost.TERA == pytest.approx(5, abs=0.5)
+    assert (found.language + found.language_backward) / cost.TERA == pytest.approx(59, abs=1)
+    assert found.recomputation / cost.TERA == pytest.approx(30, abs=1.5)
+    assert found.inference / cost.TERA == pytest.approx(47, abs=0.5)
+    assert cost.operations(config.load("h100"), 3621).training == found.training - found.recomputation
+
+
+@sdpa_kernel(SDPBackend.MATH)  # torch does not count the CPU's fused attention
+def test_operations_are_those_that_torch_counts(profile):
+    """torch counts attention over all pairs, also those that the causal mask leaves out."""
+    torch.manual_seed(0)
+    model = blip3.Blip3(profile.model)
+    model.adapt(profile.adapter, 0)
+    tokens, frames = profile.model.tokens, profile.frames.count
+    ids = torch.randint(0, 200, (1, TEXT + frames))
+    ids[0, 1 : 1 + frames] = tokens.image
+    positions = torch.arange(TEXT + frames - frames - 2, TEXT + frames - 1)[None]
+    length = TEXT + frames * profile.model.resampler.latents
+    expected = cost.operations(profile, length)
+    language = profile.model.language
+    beyond = language.layers * 4 * language.hidden_size * (length**2 - length * (length + 1) / 2)
+
+    pixels = torch.rand(1, frames, 3, 56, 56)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model.vision_features(pixels[0])
+    assert counted.get_total_flops() == expected.encoder
+    with FlopCounterMode(display=False) as counted:
+        vision = model.vision_tokens(pixels)
+    assert counted.get_total_flops() == expected.encoder + expected.resampler
+    with FlopCounterMode(display=False) as counted:
+        logits = model(None, ids, torch.ones_like(ids), positions, vision)
+    assert counted.get_total_flops() == expected.language + beyond
+    with FlopCounterMode(display=False) as counted:
+        logits.sum().backward()
+    backward = expected.language_backward + expected.resampler_backward
+    assert counted.get_total_flops() == pytest.approx(backward + 2 * beyond, rel=0.01)
+
+
+def test_bytes_are_those_of_the_model(profile):
+    model = blip3.Blip3(profile.model)
+    found = cost.memory(profile, 100)
+    assert found.weights == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
+    model.adapt(profile.adapter, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert cost.memory(config.load("paper"), 1).trained_state == pytest.approx(2 * 135_067_392, rel=0.01)
+    offloaded = profile.training.model_copy(update={"offload_optimizer": False, "processes": 1})
+    found = cost.memory(profile.model_copy(update={"training": offloaded}), 100)
+    assert found.trained_state == pytest.approx(16 * trained, rel=0.05)
+    language = profile.model.language
+    assert found.cache_a_sample == 2 * 4 * language.layers * language.hidden_size * 100
+
+
+def test_a_window_leaves_fewer_pairs(profile):
+    near = tiny(model__language__sliding_window=16)
+    language = near.model.language
+    pairs = sum(min(position + 1, 16) for position in range(100))
+    less = cost.operations(profile, 100).language - cost.operations(near, 100).language
+    assert less == language.layers * 4 * language.hidden_size * (100 * 101 / 2 - pairs)
+
+
+def test_matrix_rate_is_of_this_device():
+    small = cost.matrix_rate("cpu", torch.float32, width=256, seconds=0.05)
+    assert 1e8 < small < 1e15
