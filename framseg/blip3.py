@@ -3,6 +3,7 @@
 Parameter names are those of the published checkpoint (without its leading ``vlm.``), so that it loads as it is.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from framseg import config
 
 PREFIX = "vlm."  # what the published checkpoint puts before every name
 ADAPTER = "default"
+SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
 class CheckpointError(ValueError):
@@ -180,7 +182,11 @@ class Blip3(nn.Module):
         """pixel_values [B, f, 3, H, W] (see `vision_features`) -> [B, f, latents, language width]."""
         with torch.no_grad():
             features = self.vision_features(pixel_values.flatten(0, 1))
-        return self.vision_tokenizer(features).unflatten(0, pixel_values.shape[:2])
+        return self.resampled(features.unflatten(0, pixel_values.shape[:2]))
+
+    def resampled(self, features: Tensor) -> Tensor:
+        """vision_features [B, f, patches, vision width] -> vision tokens [B, f, latents, language width]."""
+        return self.vision_tokenizer(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
     def expand(self, ids: Tensor, mask: Tensor, vision_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put each image's vectors where its <image> id stands.
@@ -212,17 +218,21 @@ class Blip3(nn.Module):
         attention_mask: Tensor,
         positions: Tensor | None = None,
         vision_tokens: Tensor | None = None,
+        vision_features: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Next-token logits.
 
-        pixel_values: [B, f, 3, H, W] uint8 or [-1, 1] floats; or give `vision_tokens` [B, f, latents, width].
+        pixel_values: [B, f, 3, H, W] uint8 or [-1, 1] floats; or None, and `vision_features` [B, f, patches, width] or
+        `vision_tokens` [B, f, latents, width] made of them.
         input_ids, attention_mask: [B, L], each sample with f <image> ids, padded left or right.
         positions: [B, P] indexes into input_ids; their logits alone are computed, [B, P, used + extra ids].
         Without them all expanded positions are: [B, L + f (latents - 1), used + extra ids].
         cache: filled with keys and values, for decoding on.
         """
-        if vision_tokens is None:
+        if vision_features is not None:
+            vision_tokens = self.resampled(vision_features)
+        elif vision_tokens is None:
             vision_tokens = self.vision_tokens(pixel_values)
         embeds, mask, where = self.expand(input_ids, attention_mask, vision_tokens)
         hidden = self.lang_model.model(
@@ -331,6 +341,16 @@ class Blip3(nn.Module):
                 tensors[f"base_model.model.{name}.{half}.weight"] = torch.cat(pair, dim).contiguous()
         rank = len(tensors[f"base_model.model.{targets[0]}.lora_A.weight"])
         return LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=targets, inference_mode=True), tensors
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hexadecimal digits of a few values of every parameter: tells one set of weights from another."""
+    found = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // SAMPLED)][:SAMPLED]
+        found.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def local_weights(name: str) -> Path | None:

@@ -1,15 +1,19 @@
 """A profile's data: its rows, its frame store, and the samples that training reads."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from framseg import annotations, config, demo, frames, prompt
+from framseg import annotations, blip3, config, demo, frames, prompt
 
 
 def prepare(profile: config.Profile) -> None:
@@ -62,15 +66,62 @@ def extract(
     )
 
 
+@dataclass(frozen=True)
+class Features:
+    """The frozen encoder's output on disk, one safetensors file a video: [f, 2 * neighbours + 1, patches, width].
+
+    `of` names the folder by the frame store and the encoder's weights, so that others are never read by mistake.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, profile: config.Profile, model: blip3.Blip3) -> "Features":
+        frames_folder = store(profile).folder
+        return cls(frames_folder.with_name(f"{frames_folder.name}_features_{blip3.fingerprint(model.vision_encoder)}"))
+
+    def path(self, vid: str) -> Path:
+        return self.folder / f"{vid}.safetensors"
+
+    def make(self, profile: config.Profile, model: blip3.Blip3, vids: Iterable[str]) -> None:
+        """Encode the videos that are not there yet, each variation of every frame; files appear whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept, section = store(profile), profile.frames
+        for vid in vids:
+            if self.path(vid).is_file():
+                continue
+            every = [
+                model.vision_features(pixels(kept.read(vid, np.full(section.count, number))).to(model.device)).cpu()
+                for number in range(2 * section.neighbours + 1)
+            ]
+            aside = self.folder / f".{vid}.{os.getpid()}"
+            save_file({"features": torch.stack(every, dim=1)}, aside)
+            aside.replace(self.path(vid))
+
+    def read(self, vid: str, choice: np.ndarray) -> Tensor:
+        """Features of each frame's chosen variation, [f, patches, width]."""
+        with safe_open(self.path(vid), "pt") as file:
+            part = file.get_slice("features")
+            return torch.stack([part[frame, variation] for frame, variation in enumerate(choice.tolist())])
+
+
 class Samples(Dataset):
     """Training samples: frames drawn from their variations, token ids of prompt and answer, soft targets.
+
+    With `features`, a sample holds the encoder's output of its frames instead of the frames.
 
     Indexed by (epoch, number of the row), so that every draw follows from the seed alone and a resumed run sees
     what an uninterrupted one would have seen.
     """
 
-    def __init__(self, profile: config.Profile, tokenizer: Tokenizer, split_rows: list[annotations.Row]):
-        self.profile = profile
+    def __init__(
+        self,
+        profile: config.Profile,
+        tokenizer: Tokenizer,
+        split_rows: list[annotations.Row],
+        features: Features | None = None,
+    ):
+        self.profile, self.features = profile, features
         self.tokenizer = tokenizer
         self.rows = split_rows
         self.store = store(profile)
@@ -87,9 +138,12 @@ class Samples(Dataset):
         draw = np.random.default_rng([self.profile.seed, epoch, row.qid])
         choice = draw.integers(2 * section.neighbours + 1, size=section.count)
         mask = "".join(map(str, annotations.frame_labels(row, section.count)))
-        return {
+        if self.features is None:
+            seen = {"frames": self.store.read(row.vid, choice)}
+        else:
+            seen = {"features": self.features.read(row.vid, choice)}
+        return seen | {
             "qid": row.qid,
-            "frames": self.store.read(row.vid, choice),
             "ids": prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count)
             + prompt.answer_ids(tokens, mask),
             "soft_targets": annotations.soft_targets(row, section.count),
@@ -98,16 +152,20 @@ class Samples(Dataset):
     def collate(self, samples: list[dict]) -> dict[str, Tensor | list[int]]:
         """Batch of B samples, padded on the left.
 
-        pixel_values uint8 [B, f, 3, H, W]; input_ids, attention_mask [B, L]; positions [B, f + 1], whose logits
-        predict answer_ids [B, f + 1]; soft_targets float32 [B, f]; qids.
+        pixel_values uint8 [B, f, 3, H, W], or vision_features [B, f, patches, width]; input_ids, attention_mask [B, L];
+        positions [B, f + 1], whose logits predict answer_ids [B, f + 1]; soft_targets float32 [B, f]; qids.
         """
         count = self.profile.frames.count + 1
         ids, mask = prompt.pad_left([sample["ids"] for sample in samples], self.profile.model.tokens.pad)
         ids = torch.from_numpy(ids)
         ends = torch.arange(ids.shape[1] - count, ids.shape[1]).expand(len(samples), -1)
+        if self.features is None:
+            seen = {"pixel_values": pixels(np.stack([sample["frames"] for sample in samples]))}
+        else:
+            seen = {"vision_features": torch.stack([sample["features"] for sample in samples])}
         return {
             "qids": [sample["qid"] for sample in samples],
-            "pixel_values": pixels(np.stack([sample["frames"] for sample in samples])),
+            **seen,
             "input_ids": ids,
             "attention_mask": torch.from_numpy(mask),
             "positions": ends - 1,

@@ -224,14 +224,15 @@ class Trainer:
         self.profile, self.run = profile, run
         self.tokenizer = prompt.load(profile.model.tokenizer)
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
-        self.samples = dataset.Samples(profile, self.tokenizer, self._readable(dataset.rows(profile, "train")))
+        rows = self._readable(dataset.rows(profile, "train"))
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
-        self.an_epoch = dataset.samples_an_epoch(profile, len(self.samples))
+        self.an_epoch = dataset.samples_an_epoch(profile, len(rows))
         self.group = profile.training.micro_batch * self.world  # samples of a micro-batch on all processes
-        self.total = total_steps(profile, len(self.samples))
+        self.total = total_steps(profile, len(rows))
         torch.manual_seed(profile.seed + self.rank)
         self.model = blip3.base(profile)
         self.model.to(launcher.device())
+        self.samples = dataset.Samples(profile, self.tokenizer, rows, self._features(rows))
         self.step = 0
         if not self.run.resume.is_dir():
             self._validate(0)
@@ -259,6 +260,17 @@ class Trainer:
                 f"{' …' if len(lost) > 5 else ''}; notebook 01 extracts them, failures.jsonl there says what failed"
             )
         return rows
+
+    @torch.inference_mode()
+    def _features(self, rows: list[annotations.Row]) -> dataset.Features | None:
+        """The encoder's output of all training videos on disk, each process having made its share; None without."""
+        if not self.profile.training.cache_features:
+            return None
+        self.model.eval()
+        features = dataset.Features.of(self.profile, self.model)
+        features.make(self.profile, self.model, sorted({row.vid for row in rows})[self.rank :: self.world])
+        torch.distributed.barrier()
+        return features
 
     def train(self) -> None:
         """Train to the end of the last epoch, or until asked to stop; then export the checkpoint."""
@@ -342,7 +354,7 @@ class Trainer:
         """LM, BCE, Tversky and generalized Dice of one micro-batch."""
         batch = {key: value.to(self.model.device) for key, value in batch.items() if isinstance(value, Tensor)}
         answers, soft = batch.pop("answer_ids"), batch.pop("soft_targets")
-        logits = self.engine(**batch)
+        logits = self.engine(batch.pop("pixel_values", None), **batch)
         digits, section = self.model.digit_logits(logits[:, :-1]), self.profile.losses
         return (
             losses.lm(logits, answers),

@@ -2,9 +2,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,9 +150,48 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, inte
     assert metrics[0] == metrics[1]
 
 
-def test_two_processes_train_as_one_with_twice_the_accumulation(small_set, tmp_path):
+def test_cached_features_train_the_same(trained, tmp_path):
+    profile, whole = trained
+    section = profile.training.model_copy(update={"cache_features": True})
+    run = config.Run(profile, tmp_path / "cached")
+    train.launch(profile.model_copy(update={"training": section}), run)
+    assert [r["loss"] for r in logged(run)] == pytest.approx([r["loss"] for r in logged(whole)], rel=1e-4)
+    assert same_weights(run, whole, tolerance=1e-4)
+    features = dataset.Features.of(profile, blip3.base(profile))
+    files = {path.stem for path in features.folder.iterdir()}
+    assert files == {row.vid for row in dataset.rows(profile, "train")}
+    [size] = {path.stat().st_size for path in features.folder.iterdir()}
+    vision = profile.model.vision
+    values = 25 * 3 * (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
+    assert 4 * values < size < 4 * values + 500
+
+
+def on_two_nodes(run: config.Run, folder: Path) -> None:
+    """The README's command for several nodes, on two loopback addresses of this machine."""
+    (folder / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n", encoding="utf-8")
+    command = f"--no_ssh --master_addr 127.0.0.1 --master_port {free_port()} --no_local_rank --module framseg.train"
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = [
+        subprocess.Popen(
+            ["deepspeed", "--hostfile", str(folder / "hosts"), "--node_rank", str(rank), *command.split()]
+            + ["--profile", str(run.profile), "--run-dir", str(run.root)],
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_and_two_nodes_train_as_one_with_twice_the_accumulation(small_set, tmp_path):
     runs = []
-    for processes, accumulation in ((2, 1), (1, 2)):
+    for name, processes, accumulation in (("two", 2, 1), ("one", 1, 2), ("nodes", 2, 1)):
         profile = small_profile(
             small_set,
             training__processes=processes,
@@ -157,12 +199,19 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(small_set, tmp_p
             training__epochs=1,
             adapter__dropout=0.0,
         )
-        runs.append(config.Run(profile, tmp_path / f"{processes} processes"))
-        train.launch(profile, runs[-1])
-    assert same_weights(*runs, tolerance=2e-5)
-    two, one = (train.read_log(run.step_log) for run in runs)
-    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)
-    shared_out, alone = (evaluate.read_predictions(run.predicted("val", 0)) for run in runs)
+        run = config.Run(profile, tmp_path / f"run of {name}")
+        runs.append(run)
+        if name == "nodes":
+            run.root.mkdir()
+            config.save(profile, run.profile)
+            on_two_nodes(run, tmp_path)
+        else:
+            train.launch(profile, run)
+    two, one, nodes = runs
+    assert same_weights(two, one, tolerance=2e-5) and same_weights(two, nodes)
+    assert logged(two) == logged(nodes)
+    assert [a["loss"] for a in logged(two)] == pytest.approx([b["loss"] for b in logged(one)], rel=1e-4)
+    shared_out, alone = (evaluate.read_predictions(run.predicted("val", 0)) for run in (two, one))
     assert [(p["qid"], p["mask"]) for p in shared_out] == [(p["qid"], p["mask"]) for p in alone]
     for first, second in zip(shared_out, alone, strict=True):
         assert first["probability"] == pytest.approx(second["probability"], abs=1e-4)  # other batches round otherwise
