@@ -1,0 +1,137 @@
+"""The README's tables of measurements, made from the records beside this file, and the plot of how the cost grows.
+
+python tests/benchmarks/tables.py           writes them into README.md, between the markers with their names, and
+                                            records/growth.png
+python tests/benchmarks/tables.py --check   exits with 1 if README.md holds others
+"""
+
+import argparse
+import json
+import re
+import sys
+
+import common
+from matplotlib.figure import Figure
+
+from framseg import config, figures
+
+README = config.REPOSITORY / "README.md"
+SHOWN = ("MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP", "HL-min-VeryGood-mAP", "HL-min-VeryGood-Hit1")
+HEAD = ("R1@0.5", "R1@0.7", "mAP", "HL mAP", "HIT@1")
+UNMEASURED = "unmeasured"
+
+
+def record(name: str) -> dict | None:
+    """A record, or None where nobody has measured it yet."""
+    path = common.RECORDS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def demo() -> str:
+    found = record("demo_seeds")
+    first = next(iter(found["seeds"].values()))
+    answers = {
+        f"trained, seed {seed} ({one['training seconds']:.0f} s)": one["epochs"][-1]
+        for seed, one in found["seeds"].items()
+    }
+    answers |= {"untouched base": first["base"], **found["trivial"]}
+    answers["query ignored (seed 1's answers shuffled among videos)"] = first["query ignored"]
+    rows = [[name, *(f"{scores[column]:.2f}" for column in SHOWN)] for name, scores in answers.items()]
+    return f"{table(('', *HEAD), rows)}\n\nDevice: {about(found)}."
+
+
+def performance() -> str:
+    """One line a measurement: what, how fast, beside what, share of what the device's matrix products reach."""
+    rows = []
+    for name, where in (("demo", "demo model"), ("h100", "full size, random weights")):
+        found = record(f"training_{name}")
+        rows.append([f"training, {where}", *_training(found)] if found else _missing(f"training, {where}", name))
+    for name, where in (("demo", "demo model"), ("h100", "full size, random weights")):
+        found = record(f"decoding_{name}")
+        rows.append([f"decoding, {where}", *_decoding(found)] if found else _missing(f"decoding, {where}", name))
+    if found := record("evaluator"):
+        evaluated = f"{found['median']:.2f} s for {found['queries']:,} queries"
+        rows.append(["scoring val", evaluated, "every metric as the dataset's own evaluator", "–", found["device"]])
+    return table(("what", "here", "beside", "share of the matrix rate", "device"), rows)
+
+
+def growth() -> str:
+    found = record("decoding_demo")["milliseconds a query by"]
+    lines = []
+    for name, values in found.items():
+        cells = " · ".join(f"{value}: {float(milliseconds):.1f} ms" for value, milliseconds in values.items())
+        lines.append([name, cells])
+    return table(("a query's cost by", "milliseconds"), lines)
+
+
+def plot() -> Figure:
+    """A query's milliseconds over frames, beams and queries a video, and what growth in proportion would be."""
+    found = record("decoding_demo")["milliseconds a query by"]
+    figure = Figure(figsize=(7.2, 2.4), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        at = [int(value) for value in values]
+        measured = list(values.values())
+        axes.plot(at, measured, marker="o", color=figures.BLUE)
+        if name == "frames":
+            axes.plot(at, [measured[0] * x / at[0] for x in at], linestyle=":", color=figures.GREY)
+        axes.set(xlabel=name, xticks=at, ylim=(0, None))
+    figure.axes[0].set(ylabel="milliseconds a query", title="dotted: in proportion")
+    return figure
+
+
+def about(found: dict) -> str:
+    versions = found["versions"]
+    return f"{found['device']}, torch {versions['torch']}"
+
+
+def _training(found: dict) -> list[str]:
+    beside = "2.49 samples/s reported for a GPU of 2 x H100" if found["profile"] != "demo" else "–"
+    speed = f"{found['samples a second']['median']:.2f} samples/s"
+    return [speed, beside, f"{found['share of the matrix rate']:.1%}", found["device"]]
+
+
+def _decoding(found: dict) -> list[str]:
+    speed = found["queries a second"]
+    beside = f"{speed['generate']:.2f} with the library's `generate` ({found['ratio']:.1f} x)"
+    if found["profile"] != "demo":
+        beside += "; 0.98 reported for one H100"
+    return [f"{speed['ours']:.2f} queries/s", beside, f"{found['share of the matrix rate']:.1%}", found["device"]]
+
+
+def _missing(what: str, profile: str) -> list[str]:
+    return [what, UNMEASURED, "–", "–", f"needs a GPU (profile `{profile}`)"]
+
+
+TABLES = {"demo": demo, "performance": performance, "growth": growth}
+
+
+def filled(text: str) -> str:
+    """The README's text with every table made anew."""
+    for name, make in TABLES.items():
+        marked = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not marked.search(text):
+            raise ValueError(f"{README}: has no place for the table {name!r}")
+        content = make()
+        text = marked.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)  # noqa: B023
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if options.check and before != after:
+        sys.exit("README.md does not show what the records say: run python tests/benchmarks/tables.py")
+    README.write_text(after, encoding="utf-8")
+    plot().savefig(common.RECORDS / "growth.png", dpi=160)
+
+
+if __name__ == "__main__":
+    main()
