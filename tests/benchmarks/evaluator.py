@@ -2,7 +2,7 @@
 
 FRAMSEG_SHARED=… python tests/benchmarks/evaluator.py
 
-Writes records/evaluator.json: seconds of `evaluate` on the golden predictions (read and checked beforehand), and whether
+Writes records/evaluator.json: seconds of `evaluate` on the golden predictions (read beforehand), and whether
 every metric equals the official ones.
 """
 
