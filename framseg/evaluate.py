@@ -8,6 +8,7 @@ with one number for each 2-second clip; other fields pass unread.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -289,7 +290,8 @@ def _highlight_precision(predictions: list[dict], rows: list[Row], truth: np.nda
 
 def _best_clip(predictions: list[dict], rows: list[Row], truth: np.ndarray) -> np.ndarray:
     """The highest saliency [queries] any annotator gave the best-scored clip; 0 for one past the end."""
-    best = np.array([int(np.argmax(record[SALIENCY])) for record in predictions])
+    scores = [list(record[SALIENCY]) for record in predictions]
+    best = np.array([one.index(max(one)) for one in scores])
     counts = np.array([clips(row.duration) for row in rows])
     found = truth.max(axis=2)[np.arange(len(rows)), best.clip(max=truth.shape[1] - 1)]
     return np.where(best < counts, found, 0)
@@ -398,7 +400,10 @@ def _window_reason(window: Any) -> str | None:
 def _not_finite(values: Sequence) -> int | None:
     """The place of the first entry that is not a finite number; None if all are."""
     # Whole lists of plain floats pass here at once: a split has 100,000 of them.
-    if set(map(type, values)) <= {float} and np.isfinite(values).all():
+    kinds = set(map(type, values))
+    if kinds == {float} and all(map(math.isfinite, values)):
+        return None
+    if kinds <= {float, int} and all(-1e300 < value < 1e300 for value in values):
         return None
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, Real) or not -1e300 < value < 1e300:
