@@ -364,7 +364,10 @@ def local_weights(name: str) -> Path | None:
 def base(profile: config.Profile) -> Blip3:
     """The untouched base model of the profile; a Hugging Face repository's weights are fetched (safetensors alone)."""
     name = profile.model.weights
-    folder = local_weights(name) or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    folder = local_weights(name)
+    if folder is None and (Path(name).is_absolute() or name.count("/") != 1):
+        raise CheckpointError(f"{name}: the base model's folder is not here; set model.weights to where it is")
+    folder = folder or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     return Blip3.load_published(profile.model, folder)
 
 

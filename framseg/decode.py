@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from framseg import blip3, config, dataset, launcher, moments, prompt
+from framseg import blip3, config, dataset, hub, launcher, moments, prompt
 from framseg.annotations import Row, json_lines, parse_object, write_lines
 from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
 from framseg.frames import Store, StoreError, Video, VideoError
@@ -352,7 +352,7 @@ def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | st
 
 def _checkpoint(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
     """Model, profile and tokenizer of a checkpoint; the last one stays loaded until its folder changes."""
-    folder = Path(checkpoint).expanduser().resolve()
+    folder = hub.local(checkpoint)
     return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0))
 
 

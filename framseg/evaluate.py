@@ -36,6 +36,14 @@ from framseg.annotations import (
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
 LENGTHS = {"full": (0, np.inf), "long": (30, np.inf), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
+# What tables and figures show, by the official names.
+METRICS = {
+    "MR-full-R1@0.5": "R1@0.5",
+    "MR-full-R1@0.7": "R1@0.7",
+    "MR-full-mAP": "mAP",
+    "HL-min-VeryGood-mAP": "HL mAP",
+    "HL-min-VeryGood-Hit1": "HIT@1",
+}
 LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # least saliency of a highlight
 
 

@@ -35,7 +35,7 @@ from framseg.annotations import (
     frame_labels,
     frame_times,
 )
-from framseg.evaluate import SALIENCY, WINDOWS, per_query
+from framseg.evaluate import METRICS, SALIENCY, WINDOWS, per_query
 
 BLUE, ORANGE, GREEN, RED, PINK, BROWN, _, GREY, _, SKY = sns.color_palette("colorblind").as_hex()
 TRUE, PREDICTED, PROBABILITY, OTHER = GREEN, RED, BLUE, GREY
@@ -56,13 +56,6 @@ WIDTH = 7.2  # inches: the width of a page's text
 DPI = 160
 
 LOSSES = {"lm": "LM", "bce": "BCE", "tversky": "Tversky", "dice": "generalized Dice"}
-METRICS = {
-    "MR-full-R1@0.5": "R1@0.5",
-    "MR-full-R1@0.7": "R1@0.7",
-    "MR-full-mAP": "mAP",
-    "HL-min-VeryGood-mAP": "HL mAP",
-    "HL-min-VeryGood-Hit1": "HIT@1",
-}
 
 CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
 WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the one, with the first window scored the other or more

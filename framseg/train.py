@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from framseg import annotations, blip3, config, dataset, decode, evaluate, launcher, losses, prompt
+from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, launcher, losses, prompt
 
 POLL = 0.5  # seconds between two looks at the step log
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
@@ -304,6 +304,7 @@ class Trainer:
             blip3.save_trained(aside, self.model, self.start, self.profile, self.tokenizer)
             last = read_log(self.run.validation_log)[-1]
             (aside / "metrics.json").write_text(json.dumps(last["metrics"], indent=2) + "\n", encoding="utf-8")
+            (aside / hub.CARD).write_text(hub.card(self.profile, last["metrics"]), encoding="utf-8")
             shutil.rmtree(self.run.checkpoint, ignore_errors=True)
             aside.rename(self.run.checkpoint)
 

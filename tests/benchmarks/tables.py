@@ -14,10 +14,9 @@ import common
 from matplotlib.figure import Figure
 
 from framseg import config, figures
+from framseg.evaluate import METRICS
 
 README = config.REPOSITORY / "README.md"
-SHOWN = ("MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP", "HL-min-VeryGood-mAP", "HL-min-VeryGood-Hit1")
-HEAD = ("R1@0.5", "R1@0.7", "mAP", "HL mAP", "HIT@1")
 UNMEASURED = "unmeasured"
 
 
@@ -41,8 +40,8 @@ def demo() -> str:
     }
     answers |= {"untouched base": first["base"], **found["trivial"]}
     answers["query ignored (seed 1's answers shuffled among videos)"] = first["query ignored"]
-    rows = [[name, *(f"{scores[column]:.2f}" for column in SHOWN)] for name, scores in answers.items()]
-    return f"{table(('', *HEAD), rows)}\n\nDevice: {about(found)}."
+    rows = [[name, *(f"{scores[column]:.2f}" for column in METRICS)] for name, scores in answers.items()]
+    return f"{table(('', *METRICS.values()), rows)}\n\nDevice: {about(found)}."
 
 
 def performance() -> str:
