@@ -1,5 +1,6 @@
 """Starting a module of framseg through the DeepSpeed launcher, once for each process of a profile, and ending it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -58,10 +59,10 @@ def device() -> torch.device:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill what is left of the launcher and its processes."""
-    if process.poll() is None:
+    """Kill what is left of the launcher and its processes, also where the launcher itself is gone already."""
+    with contextlib.suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def tail(log: Path) -> str:

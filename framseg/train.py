@@ -4,14 +4,17 @@
 """
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +24,7 @@ from tqdm.auto import tqdm
 from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, launcher, losses, prompt
 
 POLL = 0.5  # seconds between two looks at the step log
+KEPT = 2  # resumable states: should the last one be damaged, there is one before it
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
 
 
@@ -179,8 +183,8 @@ def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
 
 
 def _progress(run: config.Run) -> tuple[int, dict]:
-    lines = run.step_log.read_text(encoding="utf-8").splitlines() if run.step_log.is_file() else []
-    return len(lines), json.loads(lines[-1]) if lines else {}
+    steps = read_log(run.step_log)
+    return len(steps), steps[-1] if steps else {}
 
 
 def _watch(process: subprocess.Popen, run: config.Run, total: int) -> None:
@@ -208,7 +212,10 @@ def _watch(process: subprocess.Popen, run: config.Run, total: int) -> None:
 
 def read_log(path: Path) -> list[dict]:
     """Records of a JSONL log; a missing file has none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    # What stands behind the last newline is being written, or was when its process was killed.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 # --- the child: one process of the training --------------------------------------------------------------------
@@ -229,12 +236,14 @@ class Trainer:
         self.an_epoch = dataset.samples_an_epoch(profile, len(rows))
         self.group = profile.training.micro_batch * self.world  # samples of a micro-batch on all processes
         self.total = total_steps(profile, len(rows))
-        torch.manual_seed(profile.seed + self.rank)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(profile.seed + self.rank)
         self.model = blip3.base(profile)
         self.model.to(launcher.device())
         self.samples = dataset.Samples(profile, self.tokenizer, rows, self._features(rows))
-        self.step = 0
-        if not self.run.resume.is_dir():
+        self.step, state = 0, self._newest_state()
+        if state is None:
+            self._forget(-1)
             self._validate(0)
         self.start = self.model.adapt(profile.adapter, profile.seed)
         if profile.training.gradient_checkpointing:
@@ -243,13 +252,13 @@ class Trainer:
             for layer in self.model.lang_model.model.layers:
                 layer.compile()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if self.run.resume.is_dir():
-            self._load_weights()
+        if state is not None:
+            self._load_weights(state)
         self.engine, *_ = deepspeed.initialize(
             model=self.model, model_parameters=trained, config=deepspeed_config(profile)
         )
-        if self.run.resume.is_dir():
-            self._load_state()
+        if state is not None:
+            self._load_state(state)
 
     def _readable(self, rows: list[annotations.Row]) -> list[annotations.Row]:
         store = dataset.store(self.profile)
@@ -390,14 +399,15 @@ class Trainer:
         torch.distributed.all_reduce(asked)  # all processes leave at the same step
         return bool(asked)
 
-    # Resumable state: the trained weights and where PiSSA began, and for each process its share of the optimizer and
-    # its random generator. Safetensors and JSON only, written aside and renamed.
+    # Resumable states, a folder a step, the last two of them: the trained weights and where PiSSA began, and for each
+    # process its share of the optimizer and its random generators. Safetensors and JSON only, written aside and
+    # renamed; state.json comes last, with a checksum of every other file.
 
     def _save_state(self) -> None:
-        aside = self.run.resume.with_name("resume.part")
+        aside, folder = self.run.resume / "part", self.run.resume / f"step_{self.step:06d}"
         if self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
+            aside.mkdir(parents=True)
             trained = {
                 name: p.detach().contiguous().cpu() for name, p in self.model.named_parameters() if p.requires_grad
             }
@@ -405,14 +415,38 @@ class Trainer:
             save_file(
                 {name: value.contiguous().cpu() for name, value in self.start.items()}, aside / "start.safetensors"
             )
-            (aside / "state.json").write_text(json.dumps({"step": self.step, "world": self.world}), encoding="utf-8")
         torch.distributed.barrier()
-        save_file(self._partition() | {"random": torch.get_rng_state()}, aside / f"process_{self.rank}.safetensors")
+        save_file(self._partition() | _generators(), aside / f"process_{self.rank}.safetensors")
         torch.distributed.barrier()
         if self.rank == 0:
-            shutil.rmtree(self.run.resume, ignore_errors=True)
-            aside.rename(self.run.resume)
+            sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+            about = {"step": self.step, "world": self.world, "sha256": sums}
+            (aside / "state.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            aside.rename(folder)
+            for old in _states(self.run)[:-KEPT]:
+                shutil.rmtree(old)
         torch.distributed.barrier()
+
+    def _newest_state(self) -> Path | None:
+        """The newest state whose files are whole; damaged ones are removed with a warning, and trained again."""
+        chosen: list = [None]
+        if self.rank == 0:
+            for folder in reversed(_states(self.run)):
+                if reason := _damage(folder):
+                    print(f"warning: {folder} is damaged ({reason}): going on from the state before it", flush=True)
+                    shutil.rmtree(folder)
+                else:
+                    chosen[0] = folder
+                    break
+        torch.distributed.broadcast_object_list(chosen)
+        return chosen[0]
+
+    def _forget(self, epoch: float) -> None:
+        """Take out of the logs what came after the step and epoch that training goes on from."""
+        if self.rank == 0:
+            for log in (self.run.step_log, self.run.validation_log):
+                done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r["epoch"] <= epoch]
+                annotations.write_lines(log, done, TrainError)
 
     def _partition(self) -> dict[str, Tensor]:
         zero = self.engine.optimizer
@@ -423,34 +457,30 @@ class Trainer:
                 out[f"{i}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
         return out
 
-    def _load_weights(self) -> None:
-        state = json.loads((self.run.resume / "state.json").read_text(encoding="utf-8"))
+    def _load_weights(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["world"] != self.world:
             raise TrainError(
-                f"{self.run.resume} was written by {state['world']} processes and cannot go on with {self.world}: "
+                f"{folder} was written by {state['world']} processes and cannot go on with {self.world}: "
                 f"set training.processes back, or remove {self.run.train} to start anew"
             )
         self.step = state["step"]
-        start = load_file(self.run.resume / "start.safetensors")
+        start = load_file(folder / "start.safetensors")
         differing = [name for name, value in start.items() if not torch.equal(self.start[name].cpu(), value)]
         if differing:
             raise TrainError(
-                f"{self.run.resume}: PiSSA now begins elsewhere ({differing[0]}): other base weights, seed or library; "
+                f"{folder}: PiSSA now begins elsewhere ({differing[0]}): other base weights, seed or library; "
                 f"remove {self.run.train} to start anew"
             )
-        self.model.load_state_dict(load_file(self.run.resume / "weights.safetensors"), strict=False)
-        for log in (self.run.step_log, self.run.validation_log):  # what came after the checkpoint is done again
-            passed = self._epoch(self.step) if self.step < self.total else self.profile.training.epochs
-            done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r["epoch"] <= passed]
-            if self.rank == 0:
-                log.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
+        self.model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+        self._forget(self._epoch(self.step) if self.step < self.total else self.profile.training.epochs)
 
     def _epoch(self, step: int, micro_batch: int = 0) -> float:
         """Epochs passed before that micro-batch of a step, counted from 0."""
         return (step * self.profile.training.accumulation + micro_batch) * self.group / self.an_epoch
 
-    def _load_state(self) -> None:
-        saved = load_file(self.run.resume / f"process_{self.rank}.safetensors")
+    def _load_state(self, folder: Path) -> None:
+        saved = load_file(folder / f"process_{self.rank}.safetensors")
         zero = self.engine.optimizer
         for i, master in enumerate(zero.single_partition_of_fp32_groups):
             master.data.copy_(saved[f"{i}.master"])
@@ -459,7 +489,47 @@ class Trainer:
                 key.split(".", 1)[1]: saved[key] if saved[key].dim() == 0 else saved[key].to(master.device)
                 for key in names
             }
-        torch.set_rng_state(saved["random"])
+        _set_generators(saved)
+
+
+def _generators() -> dict[str, Tensor]:
+    """States of every random generator of this process: torch's (dropout), the GPU's, Python's, NumPy's."""
+    _, words, _ = random.getstate()  # the third is a spare value of random.gauss, which nothing here draws
+    numpy = np.random.get_state(legacy=False)
+    out = {
+        "random.torch": torch.get_rng_state(),
+        "random.python": torch.tensor(words),
+        "random.numpy": torch.from_numpy(np.append(numpy["state"]["key"].astype(np.int64), numpy["state"]["pos"])),
+    }
+    return out | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_generators(saved: dict[str, Tensor]) -> None:
+    torch.set_rng_state(saved["random.torch"])
+    random.setstate((3, tuple(saved["random.python"].tolist()), None))
+    *key, position = saved["random.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position))
+    if "random.cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["random.cuda"])
+
+
+def _states(run: config.Run) -> list[Path]:
+    return sorted(run.resume.glob("step_*"))
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a resumable state, None if its files are as they were written."""
+    try:
+        sums = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
+        wrong = [name for name, expected in sums.items() if _checksum(folder / name) != expected]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"state.json or a file it lists cannot be read: {error}"
+    return f"the checksum of {', '.join(wrong)} is another" if wrong else None
 
 
 def _append(path: Path, record: dict) -> None:

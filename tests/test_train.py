@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import small_profile
@@ -142,12 +145,86 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, inte
         train.launch(profile, run)
     done = len(train.read_log(run.step_log))
     assert 2 <= done < len(train.read_log(whole.step_log))
-    assert (run.resume / "state.json").is_file() and not run.checkpoint.exists()
+    assert list(run.resume.glob("step_*/state.json")) and not run.checkpoint.exists()
     train.launch(profile, run)
     assert logged(run) == logged(whole)
     assert same_weights(run, whole)
-    metrics = [[record["metrics"] for record in train.read_log(r.validation_log)] for r in (run, whole)]
-    assert metrics[0] == metrics[1]
+    assert validated(run) == validated(whole)
+
+
+def processes_of(run: config.Run) -> list[psutil.Process]:
+    """The launcher and the training processes of a run."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(run.root) in " ".join(p.info["cmdline"] or [])]
+
+
+def alive(run: config.Run) -> list[psutil.Process]:
+    """Those that a moment after the end still run; the killed take one to go."""
+    return psutil.wait_procs(processes_of(run), timeout=5)[1]
+
+
+def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_path):
+    """SIGKILL for the launcher and the process in turn, while it starts, trains, decodes or writes its state."""
+    profile, whole = trained
+    run = config.Run(profile, tmp_path / "killed")
+    draw = random.Random(0)
+    steps = len(train.read_log(whole.step_log))
+    for number, at in enumerate((0, 2, steps // 2, steps)):
+
+        def kill(number=number, at=at):
+            deadline = time.monotonic() + 240
+            while len(train.read_log(run.step_log)) < at or not processes_of(run):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(draw.random())
+            # A launcher that is killed leaves its process, which the caller must end.
+            victims = sorted(processes_of(run), key=lambda process: process.pid)
+            if victims:
+                victims[0 if number % 2 else -1].send_signal(signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        if at < steps:
+            with pytest.raises(train.TrainError, match="training failed"):
+                train.launch(profile, run)
+            assert not alive(run)
+        else:  # it may have finished before it is hit
+            try:
+                train.launch(profile, run)
+            except train.TrainError as error:
+                assert "training failed" in str(error)
+        killer.join()
+    train.launch(profile, run)
+    assert logged(run) == logged(whole) and same_weights(run, whole)
+    assert validated(run) == validated(whole)
+
+
+def test_a_damaged_state_is_seen_and_the_one_before_it_used(trained, tmp_path, capfd):
+    profile, whole = trained
+    run = config.Run(profile, tmp_path / "damaged")
+    shutil.copytree(whole.root, run.root)
+    shutil.rmtree(run.checkpoint)
+    first, last = sorted(run.resume.iterdir())
+    content = bytearray((last / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (last / "weights.safetensors").write_bytes(content)
+    with open(run.step_log, "a") as file:
+        file.write('{"step": 99, "epo')  # killed while it wrote a line
+    train.launch(profile, run)
+    assert logged(run) == logged(whole) and same_weights(run, whole) and validated(run) == validated(whole)
+    log = (run.train / "output.log").read_text()
+    assert f"warning: {last} is damaged (the checksum of weights.safetensors is another)" in log
+    assert sorted(path.name for path in run.resume.iterdir()) == [first.name, last.name]
+
+
+def test_every_random_generator_is_part_of_the_state():
+    saved = train._generators()
+    drawn = [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)]
+    train._set_generators(saved)
+    assert [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)] == drawn
+
+
+def validated(run: config.Run) -> list[dict]:
+    return [record["metrics"] for record in train.read_log(run.validation_log)]
 
 
 def test_cached_features_train_the_same(trained, tmp_path):
