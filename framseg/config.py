@@ -168,8 +168,8 @@ class Training(Section):
 class Inference(Section):
     beams: Count
     batch: Count
-    windows: Literal["mask", "thresholds"]  # policy of framseg.moments.windows
-    saliency: Literal["overlap", "interpolation"]  # method of framseg.moments.saliency
+    windows: Literal["mask", "thresholds", "ranked"]  # policy of framseg.moments.windows
+    saliency: Literal["overlap", "interpolation", "gaussian"]  # method of framseg.moments.saliency
 
 
 class Profile(Section):

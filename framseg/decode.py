@@ -318,16 +318,23 @@ def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
     return read_predictions(path)
 
 
-def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | str) -> Prediction | list[Prediction]:
+def predict(
+    video: Path | str,
+    query: str | Sequence[str],
+    checkpoint: Path | str,
+    windows: moments.Policy = moments.BEST_WINDOWS,
+    saliency: moments.Method = moments.BEST_SALIENCY,
+) -> Prediction | list[Prediction]:
     """Moments and highlights for one's own video file.
 
     query: one text, or several about the same video (which is then encoded once); several give a list of Predictions
-    in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``). The model stays
-    loaded for the next call.
+    in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``). windows,
+    saliency: policy and method of framseg.moments, by default the best ones, whatever the checkpoint's profile says;
+    ``"mask"`` and ``"overlap"`` are the authors'. The model stays loaded for the next call.
 
     Raises VideoError if the video cannot be decoded, ValueError if it is longer than 225 s (the model has learned
     from videos of 150 s: cut a longer one), PromptError for an empty query, CheckpointError for a folder that is no
-    checkpoint.
+    checkpoint, ValueError for an unknown policy or method.
     """
     opened = Video(video)
     if opened.length > LONGEST_SECONDS:
@@ -336,7 +343,8 @@ def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | st
             f"cut it into videos of at most {LONGEST_SECONDS:g} s"
         )
     model, profile, tokenizer = _checkpoint(checkpoint)
-    count, inference = profile.frames.count, profile.inference
+    count = profile.frames.count
+    inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
     numbers = opened.numbers(opened.length, count)[:, 0]
     vision = _encoded(model, opened.frames(numbers, profile.model.vision.image_size)[None])
     queries = [query] if isinstance(query, str) else list(query)
@@ -345,8 +353,8 @@ def predict(video: Path | str, query: str | Sequence[str], checkpoint: Path | st
         some = queries[begin : begin + inference.batch]
         answers = _answers(model, tokenizer, profile, some, vision.expand(len(some), -1, -1, -1))
         for text, mask, probability in zip(some, *answers, strict=True):
-            valid, mask, windows, saliency = _understood(mask, probability, opened.length, inference)
-            out.append(Prediction(str(video), text, opened.length, windows, saliency, mask, probability, valid))
+            valid, mask, found, scores = _understood(mask, probability, opened.length, inference)
+            out.append(Prediction(str(video), text, opened.length, found, scores, mask, probability, valid))
     return out[0] if isinstance(query, str) else out
 
 

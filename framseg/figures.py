@@ -423,6 +423,23 @@ def comparison(metrics: Mapping[str, dict]) -> Figure:
     return figure
 
 
+@_styled
+def intervals(systems: Mapping[str, dict]) -> Figure:
+    """Scores with their intervals, a panel a metric, the last system set apart.
+
+    systems: name -> {"scores": {metric: percent}, "interval": {metric: (low, high)}}, all with the same metrics.
+    """
+    figure = _picture(0.7 + 0.24 * len(systems))
+    metrics = list(next(iter(systems.values()))["scores"])
+    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
+        for place, found in enumerate(systems.values()):
+            colour = PROBABILITY if place == len(systems) - 1 else "#8a8a8a"
+            axes.plot(found["interval"][metric], [place, place], color=colour, linewidth=1.5)
+            axes.plot(found["scores"][metric], place, "o", color=colour)
+        axes.set(title=metric, yticks=range(len(systems)), yticklabels=list(systems), ylim=(len(systems) - 0.5, -0.5))
+    return figure
+
+
 # One query
 
 

@@ -121,7 +121,7 @@ def test_a_profile_changes_the_one_it_extends(tmp_path):
         ({"losses.schedule": "table", "losses.table": []}, "losses.table: .*at least 1 item"),
         ({"training.learning_rate": 0}, "training.learning_rate: .*greater than 0"),
         ({"training.learning_rate": float("inf")}, "training.learning_rate: .*finite number"),
-        ({"inference.windows": "masks"}, "inference.windows: .*'mask' or 'thresholds'"),
+        ({"inference.windows": "masks"}, "inference.windows: .*'mask', 'thresholds' or 'ranked'"),
         ({"adapter.dropout": 1}, "adapter.dropout"),
         ({"frames.count": 40}, "frames.count: 40 frames of 128 vectors need more than the model's context"),
         ({"training.warmup_steps": 1125}, "warmup_steps must be smaller"),

@@ -312,6 +312,7 @@ def test_split_answers_every_row_in_order_and_encodes_a_video_once(setup):
     assert [record["qid"] for record in found] == [row.qid for row in ROWS]
     assert found == [json.loads(line) for line in setup.path.read_text().splitlines()]
     assert list(setup.path.parent.iterdir()) == [setup.path]
+    inference = setup.profile.inference
     for row, record in zip(ROWS, found, strict=True):
         expected = alone(setup, row)
         mask, t = record["mask"], row.duration
@@ -323,8 +324,9 @@ def test_split_answers_every_row_in_order_and_encodes_a_video_once(setup):
         digits = "".join(map(str, expected.mask[0].tolist()))
         assert record["valid"] == ("1" in digits) and mask == (digits if record["valid"] else "1" * FRAMES)
         np.testing.assert_allclose(record["probability"], expected.probability[0], atol=1e-5)
-        assert record["pred_relevant_windows"] == moments.windows(mask, record["probability"], t)
-        assert record["pred_saliency_scores"] == moments.saliency(record["probability"], t).tolist()
+        assert record["pred_relevant_windows"] == moments.windows(mask, record["probability"], t, inference.windows)
+        chosen = moments.saliency(record["probability"], t, inference.saliency).tolist()
+        assert record["pred_saliency_scores"] == chosen
     assert len({record["mask"] for record in found}) > 1
     evaluate.matched(found, ROWS)
 
@@ -478,7 +480,13 @@ def test_predict(setup, checkpoint, tmp_path, monkeypatch):
     assert several[0].mask == one.mask and len(one.mask) == FRAMES
     np.testing.assert_allclose(several[0].probability, one.probability, atol=1e-4)
     assert one.saliency.shape == (10,)
-    assert one.windows == moments.windows(one.mask, one.probability, one.duration)
+    read = one.mask, one.probability, one.duration
+    assert one.windows == moments.windows(*read, moments.BEST_WINDOWS)
+    assert one.saliency.tolist() == moments.saliency(*read[1:], moments.BEST_SALIENCY).tolist()
+    authors = framseg.predict(video, "a dog runs", checkpoint, windows="mask", saliency="overlap")
+    assert (
+        authors.windows == moments.windows(*read) and authors.saliency.tolist() == moments.saliency(*read[1:]).tolist()
+    )
 
     images, duration = frames.read_video(video, FRAMES, 28)
     model, _ = load(checkpoint)

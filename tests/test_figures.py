@@ -199,6 +199,16 @@ def test_validation_by_epoch():
     assert axes.get_legend().get_texts()[1].get_text() == "R1@0.7  20.00"
 
 
+def test_intervals_are_drawn_where_they_lie():
+    one = {"scores": {"mAP": 40.0, "HIT@1": 60.0}, "interval": {"mAP": [38.0, 43.0], "HIT@1": [57.0, 62.0]}}
+    other = {"scores": {"mAP": 35.0, "HIT@1": 58.0}, "interval": {"mAP": [33.0, 36.0], "HIT@1": [55.0, 60.5]}}
+    figure = figures.intervals({"a": other, "b": one})
+    assert [axes.get_title("left") for axes in figure.axes] == ["mAP", "HIT@1"]
+    first = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+    assert first == [([33, 36], [0, 0]), ([35], [0]), ([38, 43], [1, 1]), ([40], [1])]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["a", "b"]
+
+
 def test_comparison_shows_what_was_scored():
     rows = [row(1, 0, 60), row(2, 60, 90)]
     full = evaluate.evaluate([prediction(one, inside(*one.relevant_windows[0])) for one in rows], rows)

@@ -148,6 +148,15 @@ def test_chapter_4_packs_a_submission_that_scores_the_same(chain, small_set):
     assert said(chain, 4, "codalab").count("scores as above: True") == 2
 
 
+def test_chapter_4_shows_the_better_policies_as_recorded(chain):
+    record = json.loads((config.REPOSITORY / "tests/benchmarks/records/ranked_policy.json").read_text())
+    shown = said(chain, 4, "ranked")
+    assert all(name in shown for name in [*record["systems"], *record["trials"]])
+    for one in [*record["systems"].values(), *record["difference of ranked, out of fold, to"].values()]:
+        assert {f"{abs(value):.2f}" for value in one["scores"].values()} <= numbers(shown)
+    assert (chain.figures / "ranked.png").is_file()
+
+
 def test_chapter_5_shows_chosen_queries_the_browser_and_predict(chain, small_set):
     profile = config.load(chain.profile)
     rows = annotations.read(small_set / profile.data.val)
@@ -194,6 +203,10 @@ def test_with_the_real_annotations(chain, shared):
         reference = {key: value for key, value in expected[row].items() if key != "what"}
         assert written[f"{name} measured here"] | reference == written[f"{name} measured here"]
         assert {f"{reference['MR-full-mAP']:.2f}"} <= numbers(said(chain, 4, "released-scores"))
+    record = json.loads((config.REPOSITORY / "tests/benchmarks/records/ranked_policy.json").read_text())
+    best = written["the same, read by the best policies measured here"]
+    assert best["MR-full-mAP"] == record["in sample, as shipped"]["mAP"]
+    assert best["HL-min-VeryGood-Hit1"] == record["in sample, as shipped"]["HIT@1"]
 
 
 def test_a_chapter_runs_alone(small_set, tmp_path):

@@ -3,7 +3,8 @@
 python tests/benchmarks/demo_seeds.py [--seeds 1 2 3]      (about five minutes a seed on two cores)
 
 Writes records/demo_seeds.json: for each seed the metrics of the untouched base, of every epoch and of the trained
-model, all decoded, beside the trivial answers.
+model, all decoded, beside the trivial answers; and the trained model's answers read in several ways: the authors'
+policies, the ones of the profile, and these with 2 to 8 beams whose other masks have a say in the windows.
 """
 
 import argparse
@@ -15,9 +16,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from framseg import config, dataset, evaluate, train
+import numpy as np
+import torch
+
+from framseg import annotations, blip3, config, dataset, decode, evaluate, moments, prompt, train
 
 RECORD = Path(__file__).parent / "records" / "demo_seeds.json"
+BEAMS = (2, 4, 8)
 SHOWN = ("MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP", "HL-min-VeryGood-mAP", "HL-min-VeryGood-Hit1")
 
 
@@ -28,6 +33,57 @@ def short(metrics: dict) -> dict:
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def beams_of(run: config.Run, rows: list[annotations.Row], beams: int) -> list[tuple[np.ndarray, ...]]:
+    """Each row's masks [k, f], scores [k] and probabilities [k, f], best beam first."""
+    model, profile = blip3.load_trained(run.checkpoint)
+    model, tokenizer, store = model.eval(), prompt.load(run.checkpoint), dataset.store(profile)
+    count, tokens, out = profile.frames.count, profile.model.tokens, {}
+    for vid in dict.fromkeys(row.vid for row in rows):
+        asked = [row for row in rows if row.vid == vid]
+        ids = [prompt.prompt_ids(tokenizer, tokens, row.query, count) for row in asked]
+        vision = decode._encoded(model, store.read(vid)[None]).expand(len(asked), -1, -1, -1)
+        padded = (torch.from_numpy(x) for x in prompt.pad_left(ids, tokens.pad))
+        found = decode.beam_search(model, vision, *padded, count, beams)
+        answers = (found.masks.numpy(), found.scores.double().numpy(), found.probabilities.double().numpy())
+        out |= {row.qid: answer for row, *answer in zip(asked, *answers, strict=True)}
+    return [out[row.qid] for row in rows]
+
+
+def read_beams(row: annotations.Row, masks: np.ndarray, scores: np.ndarray, probabilities: np.ndarray) -> dict:
+    """The best policies with every beam's say by its probability; the first window is the winning beam's."""
+    weight = np.exp(scores - scores.max())
+    weight /= weight.sum()
+    likely = weight @ [moments.run_probability(m, p) for m, p in zip(masks, probabilities, strict=True)]
+    first = moments.moved(moments.best_run(masks[0], probabilities[0]), probabilities[0])
+    return answer(
+        row, moments.ranked(first, likely, row.duration), moments.gaussian(weight @ probabilities, row.duration)
+    )
+
+
+def answer(row: annotations.Row, windows: list, saliency: np.ndarray) -> dict:
+    return {"qid": row.qid, evaluate.WINDOWS: windows, evaluate.SALIENCY: saliency.tolist()}
+
+
+def readings(run: config.Run, rows: list[annotations.Row]) -> dict:
+    """Scores of the trained model by how its answers are read."""
+    out = {}
+    for beams in BEAMS:
+        found = beams_of(run, rows, beams)
+        ways = {"mask, overlap": ("mask", "overlap"), "ranked, gaussian": ("ranked", "gaussian")}
+        made = {
+            name: [
+                answer(
+                    row, moments.windows(m[0], p[0], row.duration, policy), moments.saliency(p[0], row.duration, method)
+                )
+                for row, (m, _, p) in zip(rows, found, strict=True)
+            ]
+            for name, (policy, method) in ways.items()
+        }
+        made["ranked, gaussian, every beam"] = [read_beams(row, *one) for row, one in zip(rows, found, strict=True)]
+        out |= {f"{beams} beams: {name}": short(evaluate.evaluate(some, rows)) for name, some in made.items()}
+    return out
 
 
 def main() -> None:
@@ -58,14 +114,16 @@ def main() -> None:
             predictions = evaluate.read_predictions(run.predicted("val", profile.training.epochs))
             ignored = evaluate.evaluate(evaluate.shuffled(predictions, val, seed), val)
             steps = len(train.read_log(run.step_log))
+            read = readings(run, val)
         record["seeds"][seed] = {
             "training seconds": round(seconds, 1),
             "steps": steps,
             "base": epochs[0],
             "epochs": epochs[1:],
             "query ignored": short(ignored),
+            "read as": read,
         }
-        print(seed, record["seeds"][seed]["base"], epochs[-1])
+        print(seed, record["seeds"][seed]["base"], epochs[-1], json.dumps(read, indent=1))
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

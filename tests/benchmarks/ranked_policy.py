@@ -1,0 +1,403 @@
+"""The policies `ranked` and `gaussian` of framseg.moments: fits their constants and measures them out of fold.
+
+FRAMSEG_SHARED=FOLDER python tests/benchmarks/ranked_policy.py      (about two minutes on two cores)
+
+Data: the 1,550 val predictions of the paper's model that its authors released, with the val labels. Many of the 1,519
+videos are cut from one recording, so folds and bootstrap go by the 474 recordings. Every figure called out of fold
+pools five folds, each predicted with constants fitted on the other four, and is computed once on all queries.
+Writes records/ranked_policy.json: figures only. What it prints as `fitted` are the constants in framseg/moments.py.
+"""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from framseg import annotations, evaluate, moments
+from framseg.annotations import Row
+
+RECORD = Path(__file__).parent / "records" / "ranked_policy.json"
+SHOWN = {
+    "R1@0.5": "MR-full-R1@0.5",
+    "R1@0.7": "MR-full-R1@0.7",
+    "mAP": "MR-full-mAP",
+    "HL mAP": "HL-min-VeryGood-mAP",
+    "HIT@1": "HL-min-VeryGood-Hit1",
+}
+FOLDS, SEEDS, RESAMPLED = 5, (0, 1, 2, 3, 4), 2000  # the first seed's folds give the reported figures
+RIDGE = 1e-3  # on standardised features, for both fits
+KERNELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SOFTNESS = 0.1  # of the IoU thresholds while the ends are fitted
+STEPS, RATE = 200, 0.02
+
+
+@dataclass(frozen=True)
+class Released:
+    """The released predictions in the order of the val rows: masks and probabilities [N, f]; recordings by number."""
+
+    rows: list[Row]
+    masks: np.ndarray
+    probabilities: np.ndarray
+    recording: np.ndarray
+
+    def fold(self, seed: int = SEEDS[0]) -> np.ndarray:
+        order = np.random.default_rng(seed).permutation(self.recording.max() + 1)
+        return order[self.recording] % FOLDS
+
+
+def read(shared: Path) -> Released:
+    rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
+    by_qid = {}
+    for line in csv.DictReader((shared / "golden/released_val_scores.csv").read_text().splitlines()):
+        probability = np.array([float(line[f"p{i}"]) for i in range(25)])
+        mask, edges = np.zeros(25, dtype=np.int8), [round(i * int(line["duration"]) / 25) for i in range(26)]
+        for window in line["windows"].split("|"):
+            start, end, _ = window.split("/")
+            mask[edges.index(float(start)) : edges.index(float(end))] = 1
+        by_qid[int(line["qid"])] = mask, probability
+    masks, probabilities = (np.stack(x) for x in zip(*(by_qid[row.qid] for row in rows), strict=True))
+    # vid: the recording's eleven characters, then the seconds it was cut at.
+    recording = np.unique([row.vid[:11] for row in rows], return_inverse=True)[1]
+    return Released(rows, masks, probabilities, recording)
+
+
+def true_windows(data: Released) -> np.ndarray:
+    """In frames, float64 [N, most, 2]; missing ones lie far away and are empty to every IoU."""
+    frames = data.masks.shape[1]
+    out = np.full((len(data.rows), max(len(row.relevant_windows) for row in data.rows), 2), [-1e6, -1e6 + 1])
+    for i, row in enumerate(data.rows):
+        out[i, : len(row.relevant_windows)] = np.array(row.relevant_windows) * frames / row.duration
+    return out
+
+
+def features(data: Released) -> np.ndarray:
+    """[N, runs, 6] of `moments.run_features`."""
+    return np.stack([moments.run_features(m, p) for m, p in zip(data.masks, data.probabilities, strict=True)])
+
+
+def targets(data: Released) -> np.ndarray:
+    """Each true window gives its share of a query to the run nearest to it: [N, runs], rows sum to 1."""
+    first, after = moments.run_edges(data.masks.shape[1])
+    out = np.zeros((len(data.rows), len(first)))
+    for i, (row, windows) in enumerate(zip(data.rows, true_windows(data), strict=True)):
+        start, end = windows[: len(row.relevant_windows)].T
+        shared = np.minimum(after, end[:, None]) - np.maximum(first, start[:, None])
+        hull = np.maximum(after, end[:, None]) - np.minimum(first, start[:, None])
+        np.add.at(out[i], (shared / hull).argmax(axis=1), 1 / len(start))
+    return out
+
+
+def fit_runs(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights [6] of the softmax over runs by maximum likelihood with a ridge: Newton's method, convex."""
+    mean, deviation = features.mean(axis=(0, 1)), features.std(axis=(0, 1))
+    x = (features - mean) / deviation
+
+    def state(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        score = x @ weights
+        score -= score.max(axis=1, keepdims=True)
+        score -= np.log(np.exp(score).sum(axis=1, keepdims=True))
+        return RIDGE * weights @ weights - (targets * score).sum() / len(x), np.exp(score)
+
+    weights = np.zeros(x.shape[-1])
+    loss, likely = state(weights)
+    for _ in range(50):
+        expected = np.einsum("nr,nrk->nk", likely, x)
+        gradient = np.einsum("nr,nrk->k", likely - targets, x) / len(x) + 2 * RIDGE * weights
+        hessian = np.tensordot(x * likely[..., None], x, axes=([0, 1], [0, 1])) - expected.T @ expected
+        step = np.linalg.solve(hessian / len(x) + 2 * RIDGE * np.eye(len(weights)), gradient)
+        if np.abs(step).max() < 1e-6:
+            break
+        while (tried := state(weights - step))[0] > loss:
+            step = step / 2
+        weights, (loss, likely) = weights - step, tried
+    return weights / deviation
+
+
+def fit_ends(features: np.ndarray, runs: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Weights [2, 3] that move the ends of each query's first run to the best R1 at .5 and .7, made smooth.
+
+    features: [N, 2, 3] of `moments.edge_features`. runs: [N, 2] in frames. true: [N, most, 2] in frames.
+    """
+    frames = 25
+    mean, deviation = features.mean(axis=0), features.std(axis=0)
+    mean[:, 0], deviation[deviation == 0] = 0, 1
+    x = torch.from_numpy((features - mean) / deviation)
+    base, start, end = torch.from_numpy(runs).double(), *torch.from_numpy(true).unbind(-1)
+    # Not from zero: there the ends lie on those of true windows, where IoU has a kink.
+    weights = torch.tensor([[-0.05, 0.01, 0.01]] * 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([weights])
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        optimizer.zero_grad()
+        moved = (base + (x * weights).sum(-1)).clamp(0, frames)[..., None]
+        shared = torch.minimum(moved[:, 1], end) - torch.maximum(moved[:, 0], start)
+        hull = torch.maximum(moved[:, 1], end) - torch.minimum(moved[:, 0], start)
+        iou = (shared / hull).amax(1)
+        reached = sum(torch.sigmoid((iou - threshold) / SOFTNESS).mean() for threshold in (0.5, 0.7))
+        (RIDGE * (weights**2).sum() - reached).backward()
+        optimizer.step()
+    out = weights.detach().numpy() / deviation
+    out[:, 0] -= (out * mean)[:, 1:].sum(axis=1)
+    return out
+
+
+def first_runs(data: Released) -> np.ndarray:
+    """The mask's best run of every query, int [N, 2]."""
+    return np.array([moments.best_run(m, p) for m, p in zip(data.masks, data.probabilities, strict=True)])
+
+
+def ends_features(data: Released, runs: np.ndarray) -> np.ndarray:
+    return np.stack([moments.edge_features(p, *run) for p, run in zip(data.probabilities, runs, strict=True)])
+
+
+def fit_kernel(hits: np.ndarray, some: np.ndarray) -> int:
+    """Which of KERNELS has the best sum of HL mAP and HIT@1; hits: [kernels, folds], `some` says which folds count."""
+    return int(hits[:, some].mean(axis=1).argmax())
+
+
+def fit(data: Released) -> moments.Ranking:
+    """The policy's constants from all queries, as they ship: three decimals."""
+    runs = first_runs(data)
+    start, end = fit_ends(ends_features(data, runs), runs, true_windows(data))
+    weights = fit_runs(features(data), targets(data))
+    return moments.Ranking(*(tuple(x.round(3).tolist()) for x in (weights, start, end)))
+
+
+# ---- out of fold -----------------------------------------------------------------------------------------------------
+
+
+def likely_runs(x: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """P(run) [N, runs], of each fold by weights fitted on the others."""
+    out = np.empty(x.shape[:2])
+    for k in range(FOLDS):
+        score = x[fold == k] @ fit_runs(x[fold != k], y[fold != k])
+        out[fold == k] = np.exp(score - score.max(axis=1, keepdims=True))
+    return out / out.sum(axis=1, keepdims=True)
+
+
+def moved_ends(data: Released, x: np.ndarray, fold: np.ndarray) -> list[tuple[float, float]]:
+    """Each query's first run with its ends moved by weights fitted on the other folds; x: [N, 2, 3] edge features."""
+    runs, true = first_runs(data), true_windows(data)
+    by_fold = [moments.Ranking((), *fit_ends(x[fold != k], runs[fold != k], true[fold != k])) for k in range(FOLDS)]
+    each = zip(runs.tolist(), data.probabilities, fold, strict=True)
+    return [moments.moved(tuple(run), p, by_fold[k]) for run, p, k in each]
+
+
+def expected_first(likely: np.ndarray) -> list[tuple[int, int]]:
+    """The run that finds most in expectation, of every query."""
+    first, after = moments.run_edges(25)
+    shared = (np.minimum(after[:, None], after) - np.maximum(first[:, None], first)).clip(min=0)
+    iou = shared / (np.maximum(after[:, None], after) - np.minimum(first[:, None], first))
+    best = (likely @ ((iou - 0.45) / 0.5).clip(0, 1)).argmax(axis=1)
+    return list(zip(first[best].tolist(), after[best].tolist(), strict=True))
+
+
+def listed(data: Released, best: Sequence[tuple[float, float]], likely: np.ndarray) -> list[list[list[float]]]:
+    return [
+        moments.ranked(*one, row.duration) for one, row in zip(zip(best, likely, strict=True), data.rows, strict=True)
+    ]
+
+
+def each(data: Released, policy: str, *rounding: str) -> list[list[list[float]]]:
+    triples = zip(data.masks, data.probabilities, data.rows, strict=True)
+    return [moments.windows(m, p, row.duration, policy, *rounding) for m, p, row in triples]
+
+
+def first_trials(data: Released) -> list[list[list[float]]]:
+    """The mask's windows, then those at cuts of .95 to .05 by mean probability."""
+    out = []
+    for m, p, row in zip(data.masks, data.probabilities, data.rows, strict=True):
+        found = moments.windows(m, p, row.duration)
+        cut = [
+            w for c in range(95, 0, -5) if (p >= c / 100).any() for w in moments.windows(p >= c / 100, p, row.duration)
+        ]
+        for window in sorted(cut, key=lambda w: -w[2]):
+            if window[:2] not in [w[:2] for w in found]:
+                found.append(window)
+        out.append([[start, end, 1 - rank / 100] for rank, (start, end, _) in enumerate(found)])
+    return out
+
+
+def smoothed(values: np.ndarray, data: Released, width: float = moments.KERNEL) -> list[np.ndarray]:
+    return [moments.gaussian(v, row.duration, width) for v, row in zip(values, data.rows, strict=True)]
+
+
+def answers(data: Released, windows: Sequence | None, saliency: Sequence | None) -> list[dict]:
+    out = [{"qid": row.qid} for row in data.rows]
+    for name, given in ((evaluate.WINDOWS, windows), (evaluate.SALIENCY, saliency)):
+        for record, one in zip(out, given or (), strict=given is not None):
+            record[name] = one if name == evaluate.WINDOWS else one.tolist()
+    return out
+
+
+def score(data: Released, windows: Sequence | None = None, saliency: Sequence | None = None) -> dict[str, float]:
+    brief = evaluate.evaluate(answers(data, windows, saliency), data.rows)["brief"]
+    return {name: brief[key] for name, key in SHOWN.items() if key in brief}
+
+
+def by_recording(data: Released, windows: Sequence, saliency: Sequence) -> np.ndarray:
+    """Sums of the metrics over each recording's queries, percent: [recordings, 5]."""
+    given, out = answers(data, windows, saliency), []
+    for number in range(data.recording.max() + 1):
+        at = np.flatnonzero(data.recording == number)
+        brief = evaluate.evaluate([given[i] for i in at], [data.rows[i] for i in at])["brief"]
+        out.append([brief[key] * len(at) for key in SHOWN.values()])
+    return np.array(out)
+
+
+def intervals(values: np.ndarray, sizes: np.ndarray) -> dict[str, list[float]]:
+    """95-% bootstrap intervals over recordings of the means over queries; values: sums [recordings, metrics]."""
+    random = np.random.default_rng(SEEDS[0])
+    drawn = random.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=RESAMPLED)
+    means = drawn @ values / (drawn @ sizes)[:, None]
+    return dict(zip(SHOWN, np.percentile(means, (2.5, 97.5), axis=0).T.round(2).tolist(), strict=True))
+
+
+def kernel_folds(data: Released, fold: np.ndarray) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """Saliency by kernel, and HL mAP + HIT@1 summed over each fold's queries [kernels, folds], of a mean per query."""
+    smooth = [smoothed(data.probabilities, data, kernel) for kernel in KERNELS]
+    sums = np.zeros((len(KERNELS), FOLDS))
+    for j, one in enumerate(smooth):
+        given = answers(data, None, one)
+        for k in range(FOLDS):
+            at = np.flatnonzero(fold == k)
+            brief = evaluate.evaluate([given[i] for i in at], [data.rows[i] for i in at])["brief"]
+            sums[j, k] = sum(brief[SHOWN[name]] for name in ("HL mAP", "HIT@1")) * len(at)
+    return smooth, sums
+
+
+def chosen_saliency(data: Released, fold: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
+    """Saliency by the kernel that is best on the other folds, and which it was, fold by fold."""
+    smooth, sums = kernel_folds(data, fold)
+    choice = [fit_kernel(sums, np.arange(FOLDS) != k) for k in range(FOLDS)]
+    return [smooth[choice[k]][i] for i, k in enumerate(fold)], [KERNELS[c] for c in choice]
+
+
+def out_of_fold(data: Released, seed: int = SEEDS[0]) -> tuple[list, list[np.ndarray], list[float]]:
+    """Windows and saliency of every query with all constants chosen on the other folds; the kernels chosen."""
+    fold = data.fold(seed)
+    best = moved_ends(data, ends_features(data, first_runs(data)), fold)
+    return listed(data, best, likely_runs(features(data), targets(data), fold)), *chosen_saliency(data, fold)
+
+
+def train_prior(rows: list[Row]) -> np.ndarray:
+    """Logarithm of the share of true windows near each run, [runs]; near: normal, one frame at either end."""
+    counts = targets(Released(rows, np.zeros((1, 25)), np.empty(0), np.empty(0))).sum(axis=0)
+    ends = np.stack(moments.run_edges(25), axis=1)
+    near = np.exp(-((ends[:, None] - ends) ** 2).sum(axis=-1) / 2)
+    return np.log(near / near.sum(axis=0) @ counts + 0.5)
+
+
+def trials(data: Released, train: list[Row]) -> dict[str, dict[str, float]]:
+    """What else was tried, out of fold where something is fitted."""
+    fold, x, y, runs = data.fold(), features(data), targets(data), first_runs(data)
+    best, likely = moved_ends(data, ends_features(data, runs), fold), likely_runs(x, y, fold)
+    kept = [tuple(run) for run in runs.tolist()]
+    independent = likely_runs(x[..., :2], y, fold)
+    edges = np.stack(moments.run_edges(25), axis=1)
+    by_probability = []
+    for i, row in enumerate(data.rows):
+        order = edges[likely[i].argsort()[::-1][:9]] * row.duration / 25
+        first = moments.ranked(best[i], likely[i], row.duration)[0]
+        by_probability.append([first] + [[s, e, first[2] * (1 - r / 10)] for r, (s, e) in enumerate(order.tolist(), 1)])
+    prior = np.broadcast_to(train_prior(train)[:, None], (*x.shape[:2], 1))
+    windows = {
+        "mask first, then cuts .95 to .05 by mean probability": first_trials(data),
+        "ranked, first window's ends as in the mask": listed(data, kept, likely),
+        "ranked, first the run expected to find most": listed(data, expected_first(likely), likely),
+        "ranked, first the most likely run": listed(data, [tuple(e) for e in edges[likely.argmax(1)].tolist()], likely),
+        "ranked, next the most likely runs, near or not": by_probability,
+        "independent frames, first the run expected to find most": listed(
+            data, expected_first(independent), independent
+        ),
+        "ranked by independent frames": listed(data, best, independent),
+        "ranked with the train windows' prior of length and place": listed(
+            data, best, likely_runs(np.concatenate((x, prior), axis=2), y, fold)
+        ),
+    }
+    names = ("sum", "length", "steps at the ends", "video's ends", "mask's ends", "soft IoU")
+    for i, name in enumerate(names):
+        windows[f"ranked without {name}"] = listed(data, best, likely_runs(np.delete(x, i, axis=2), y, fold))
+    inside = (np.arange(25) >= edges[:, :1]) & (np.arange(25) < edges[:, 1:])
+    logit = np.log(data.probabilities.clip(1e-6, 1 - 1e-6) / (1 - data.probabilities.clip(1e-6, 1 - 1e-6)))
+    outer = np.pad(data.probabilities, ((0, 0), (1, 1)), mode="edge")
+    three = 0.1 * outer[:, :-2] + 0.8 * data.probabilities + 0.1 * outer[:, 2:]
+    saliency = {
+        "interpolation": [
+            moments.saliency(p, r.duration, "interpolation") for p, r in zip(data.probabilities, data.rows, strict=True)
+        ],
+        "interpolation of (.1 .8 .1)-smoothed": [
+            moments.saliency(p, r.duration, "interpolation") for p, r in zip(three, data.rows, strict=True)
+        ],
+        "gaussian of tanh(logit / 4)": smoothed((np.tanh(logit / 4) + 1) / 2, data),
+        "gaussian of P(frame in a likely run)": smoothed((likely @ inside).clip(0, 1), data),
+        "gaussian, half of each": smoothed(
+            (data.probabilities + (likely @ inside).clip(0, 1)) / 2, data, moments.KERNEL
+        ),
+    }
+    saliency |= {f"gaussian, {kernel} frames": smoothed(data.probabilities, data, kernel) for kernel in KERNELS}
+    out = {name: score(data, windows=found) for name, found in windows.items()}
+    return out | {f"saliency: {name}": score(data, saliency=found) for name, found in saliency.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # more are slower on arrays this small
+    shared = Path(os.environ["FRAMSEG_SHARED"])
+    data = read(shared)
+    sizes = np.bincount(data.recording)
+    fitted = fit(data)
+    kernel = KERNELS[fit_kernel(kernel_folds(data, data.fold())[1], np.ones(FOLDS, dtype=bool))]
+    print("fitted:", fitted, kernel)
+
+    overlap = [moments.saliency(p, row.duration) for p, row in zip(data.probabilities, data.rows, strict=True)]
+    windows, saliency, kernels = out_of_fold(data)
+    began = time.perf_counter()
+    shipped = each(data, "ranked")
+    shipped_saliency = smoothed(data.probabilities, data)
+    seconds = time.perf_counter() - began
+    systems = {
+        "as submitted": (each(data, "thresholds", "nearest"), overlap),
+        "mask": (
+            [moments.filled(w, row.duration) for w, row in zip(each(data, "mask", "nearest"), data.rows, strict=True)],
+            overlap,
+        ),
+        "ranked, out of fold": (windows, saliency),
+    }
+    sums = {name: by_recording(data, *given) for name, given in systems.items()}
+    mine = sums["ranked, out of fold"]
+    record = {
+        "queries": len(data.rows),
+        "videos": len({row.vid for row in data.rows}),
+        "recordings": len(sizes),
+        "fitted on all": {**fitted._asdict(), "kernel": kernel},
+        "seconds for all queries": round(seconds, 2),
+        "systems": {
+            name: {"scores": score(data, *given), "interval": intervals(sums[name], sizes)}
+            for name, given in systems.items()
+        },
+        "difference of ranked, out of fold, to": {
+            name: {
+                "scores": dict(
+                    zip(SHOWN, ((mine - sums[name]).sum(axis=0) / sizes.sum()).round(2).tolist(), strict=True)
+                ),
+                "interval": intervals(mine - sums[name], sizes),
+            }
+            for name in ("as submitted", "mask")
+        },
+        "in sample, as shipped": score(data, shipped, shipped_saliency),
+        "kernels chosen by fold": kernels,
+        "other folds": {seed: score(data, *out_of_fold(data, seed)[:2]) for seed in SEEDS[1:]},
+        "trials": trials(data, annotations.read(shared / "qvhighlights/highlight_train_release.jsonl")),
+    }
+    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
