@@ -75,11 +75,11 @@ def site(monkeypatch):
             for start in range(0, len(body), 1 << 16):
                 time.sleep(site.pause)
                 piece = body[start : start + (1 << 16)]
+                site.sent[name] = site.sent.get(name, 0) + len(piece)  # before the other end can have them all
                 try:
                     self.wfile.write(piece)
                 except OSError:  # the other end is gone
                     return
-                site.sent[name] = site.sent.get(name, 0) + len(piece)
 
         def log_message(self, *_):
             pass
@@ -335,7 +335,7 @@ def test_two_runs_in_one_folder_do_not_mix(site, data):
     site.files["videos.tar.gz"], site.pause = tar_gz({f"{vid}.mp4": BIG for vid in VIDS}, level=0), 0.02
     first = threading.Thread(target=download.get, args=(data,))
     first.start()
-    while not (data / "videos.tar.gz.part").is_file():
+    while first.is_alive() and not (data / "videos.tar.gz.part").is_file():
         time.sleep(0.01)
     with pytest.raises(DownloadError, match="another download is at work"):
         download.get(data)
