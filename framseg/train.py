@@ -76,11 +76,14 @@ def missing(profile: config.Profile) -> list[str]:
         for split in ("train", "val", "test", "test_labels"):
             if not dataset.annotation_file(profile, split).is_file():
                 out.append(
-                    f"annotations: {dataset.annotation_file(profile, split)} is not there; put the four "
-                    f"QVHighlights files into {folder} or set data.folder"
+                    f"annotations: {dataset.annotation_file(profile, split)} is not there; fetch it with "
+                    f"python -m framseg.download {folder}, or set data.folder to a folder that has it"
                 )
         if not dataset.videos(profile).is_dir():
-            out.append(f"videos: {dataset.videos(profile)} is not there; it must hold {{vid}}.mp4 of every row")
+            out.append(
+                f"videos: {dataset.videos(profile)} is not there; it must hold {{vid}}.mp4 of every row: fetch "
+                f"them with python -m framseg.download {folder}"
+            )
     weights = profile.model.weights
     if blip3.local_weights(weights) is None and not _on_hub(weights):
         out.append(

@@ -189,4 +189,5 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):
     said = "\n".join(train.missing(profile))
     for what in ("highlight_train_release.jsonl", "videos", "weights", "tokenizer", "GPU"):
         assert what in said
+    assert said.count(f"python -m framseg.download {tmp_path}") == 5  # four annotation files and the videos
     assert train.missing(config.load("demo")) == []

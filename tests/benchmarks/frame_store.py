@@ -1,0 +1,194 @@
+"""What the frame store costs: bytes a video and a sample, time to extract, time to read a training sample.
+
+python tests/benchmarks/frame_store.py [--videos 6]      (some twelve minutes on two cores)
+
+Draws videos of 150 s, 640 x 360, 30 frames a second: scenes of moving texture whose amplitudes fall with the frequency
+as those of natural pictures do, shapes and noise, H.264 at 640 kbit/s with a key frame every 5 s (QVHighlights' archive
+has some 757 kbit for each second of its videos, with the sound). Bytes depend on the content, which is synthetic: real
+videos will differ. Extracts them with the paper profile's settings and writes records/frame_store.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+from PIL import Image
+
+from framseg import config, frames
+
+RECORD = Path(__file__).parent / "records" / "frame_store.json"
+WIDTH, HEIGHT, FPS, SECONDS, BITS, KEYS = 640, 360, 30, 150, 640_000, 150
+IN_QVHIGHLIGHTS = 10_148  # videos in its four annotation files
+READS = 5  # of every video, each with other variations
+ROUNDS = 4  # one worker and two take turns
+
+
+def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3] whose amplitudes fall with the frequency; channels go mostly together."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+    slope = rng.uniform(1.2, 1.7)  # in between, a picture takes as many bytes as a photograph does
+    noise = np.fft.rfft2(rng.standard_normal((4, height, width))) / frequency**slope
+    grey, *colours = np.fft.irfft2(noise, (height, width))
+    picture = np.stack([grey + 0.25 * colour for colour in colours], -1)
+    picture = rng.uniform(90, 160, 3) + rng.uniform(35, 60) * picture / picture.std()
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def write_video(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "g": str(KEYS)})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = WIDTH, HEIGHT, "yuv420p", BITS
+        left = 0
+        for _ in range(SECONDS * FPS):
+            if not left:  # another scene: 2 to 10 s
+                left = age = int(rng.integers(2 * FPS, 10 * FPS))
+                ground = texture(rng, 2 * HEIGHT, 2 * WIDTH)
+                corner, drift = rng.uniform(100, 200, 2), rng.uniform(-0.3, 0.3, 2)
+                shapes = [
+                    (
+                        rng.uniform(0, [HEIGHT, WIDTH]),
+                        rng.uniform(-2, 2, 2),
+                        rng.uniform(15, 70),
+                        rng.integers(0, 256, 3),
+                    )
+                    for _ in range(rng.integers(1, 5))
+                ]
+            at = age - left
+            y, x = (corner + drift * at).astype(int)
+            picture = ground[y : y + HEIGHT, x : x + WIDTH].copy()
+            for middle, speed, radius, colour in shapes:
+                y, x = (middle + speed * at) % (HEIGHT, WIDTH)
+                picture[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = colour
+            grain = rng.integers(-4, 5, (HEIGHT, WIDTH, 1), dtype=np.int16)
+            picture = (picture + grain).clip(0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            left -= 1
+        container.mux(stream.encode())
+
+
+def timed(call, *arguments) -> tuple[float, float]:
+    """Seconds by the clock and of the processors, children included."""
+    clock, cpu = time.perf_counter(), cpu_seconds()
+    call(*arguments)
+    return time.perf_counter() - clock, cpu_seconds() - cpu
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def sequential(path: Path) -> int:
+    reader = decord.VideoReader(str(path), num_threads=1)
+    return sum(reader.next().asnumpy().shape[0] > 0 for _ in range(len(reader)))
+
+
+def seeks(path: Path, numbers: np.ndarray, size: int) -> list[Image.Image]:
+    reader = decord.VideoReader(str(path), num_threads=1)
+    pictures = (Image.fromarray(reader[number].asnumpy()) for number in numbers.ravel().tolist())
+    return [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+
+
+def spread(values: list[int]) -> dict:
+    return {"min": min(values), "mean": round(np.mean(values)), "max": max(values)}
+
+
+def average(times: list[tuple[float, float]]) -> dict:
+    clock, cpu = np.mean(times, axis=0)
+    return {"seconds a video": round(clock, 2), "CPU seconds a video": round(cpu, 2)}
+
+
+def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: float, workers: int) -> None:
+    durations = dict.fromkeys(vids, float(SECONDS))
+    options = {"time_limit": time_limit, "duration_tolerance": 1.0, "workers": workers, "progress": False}
+    report = frames.extract(durations, folder, store, **options)
+    assert report.done == len(vids), report.failed
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    from framseg import dataset  # here: workers import this file, and would wait for torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=6)
+    count = parser.parse_args().videos
+    section, size = config.load("paper").frames, config.load("paper").model.vision.image_size
+    pictures = f"{section.count} x {2 * section.neighbours + 1} of {size} px, JPEG quality {section.jpeg_quality}"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        paths = {f"{seed}": folder / f"{seed}.mp4" for seed in range(count)}
+        for seed, path in enumerate(paths.values()):
+            write_video(path, seed)
+        load = os.getloadavg()[0]
+        decoding = {"plain sequential decode": [], "whole pass for 75 pictures": [], "75 single-frame seeks": []}
+        for path in paths.values():  # one after the other, so that the same neighbours disturb them
+            video = frames.Video(path)
+            numbers = video.numbers(SECONDS, section.count, section.neighbours, section.neighbour_distance)
+            calls = [(sequential, path), (video.frames, numbers, size), (seeks, path, numbers, size)]
+            for seconds, call in zip(decoding.values(), calls, strict=True):
+                seconds.append(timed(*call))
+        extracting = {1: [], 2: []}
+        for turn in range(ROUNDS):
+            for workers, seconds in extracting.items():
+                store = dataset.store(config.load("paper", {"data.folder": str(folder / f"{turn}{workers}")}))
+                seconds.append(timed(extract, list(paths), folder, store, section.time_limit, workers))
+        extraction = {}
+        for workers, seconds in extracting.items():
+            clock, cpu = min(seconds)
+            extraction[f"workers: {workers}"] = average([(clock / count, cpu / count)]) | {
+                "videos/s": round(count / clock, 3),
+                "frames/s": round(count * SECONDS * FPS / clock),
+                "frames a CPU second": round(count * SECONDS * FPS / cpu),
+            }
+        rng = np.random.default_rng(0)
+        bytes_a_sample, reading = [], []
+        for _ in range(READS):
+            for vid in paths:
+                choice = rng.integers(2 * section.neighbours + 1, size=section.count)
+                reading.append(timed(store.read, vid, choice))
+                with zipfile.ZipFile(store.path(vid)) as archive:
+                    sizes = [archive.getinfo(f"{frame:03d}_{k}.jpg").file_size for frame, k in enumerate(choice)]
+                bytes_a_sample.append(sum(sizes))
+        stored = [store.bytes(vid) for vid in paths]
+        source = [path.stat().st_size for path in paths.values()]
+    clock, cpu = np.median(reading, axis=0)
+    record = {
+        "device": f"{processor()}, {os.cpu_count()} cores of a shared machine, load {load:.1f} before the timings",
+        "versions": {name: version(name) for name in ("decord2", "pillow", "av", "numpy")},
+        "content": f"synthetic, {count} videos of {SECONDS} s, {WIDTH} x {HEIGHT}, {FPS} frames/s, H.264",
+        "pictures a video": pictures,
+        "source bytes a video": spread(source),
+        "stored bytes a video": spread(stored),
+        "stored bytes a sample": spread(bytes_a_sample),
+        f"GB for {IN_QVHIGHLIGHTS} videos": round(np.mean(stored) * IN_QVHIGHLIGHTS / 1e9, 1),
+        "decoding in one process": {name: average(seconds) for name, seconds in decoding.items()},
+        f"extraction, best of {ROUNDS}": extraction,
+        "reading a sample in one process": {
+            "ms, median": round(1000 * clock, 1),
+            "samples/s": round(1 / clock, 1),
+            "samples a CPU second": round(1 / cpu, 1),
+        },
+    }
+    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(RECORD.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
