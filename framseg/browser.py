@@ -4,8 +4,10 @@ The picture of a query is drawn here as SVG, which takes milliseconds where a ma
 """
 
 import base64
+import glob
 import html
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,11 +18,17 @@ from PIL import Image
 from framseg import annotations, config, evaluate, figures
 from framseg.annotations import CLIP_SECONDS, Row
 from framseg.frames import Store, VideoError
+from framseg.stage import Stage
 
 WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, curve, one lane of windows, labels
-THUMBNAIL = 96  # pixels at most: a frame of the strip
+NARROW = 400  # pixels: width of the time axis where two are side by side
+STRIP = 48  # pixels: height of the strip of frames
+THUMBNAIL = 112  # pixels at most: a frame of the strip, which a hand over it enlarges
+PAGE = 2000  # queries that the list holds at a time; a page of more is slow
+TICKS = (1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600)  # seconds between two labels of the time axis
+NOTHING = "compare with: nothing"
 
-Entry = dict  # qid, row, prediction, iou, hit, confidence
+Entry = dict  # qid, row, prediction, iou, hit, confidence; gain: IoU above that of the compared prediction
 
 FILTERS: dict[str, Callable[[Entry], bool]] = {
     "all": lambda e: True,
@@ -40,6 +48,8 @@ SORTS: dict[str, Callable[[Entry], tuple]] = {
     "IoU, best first": lambda e: (e["iou"] is None, -(e["iou"] or 0), e["qid"]),
     "highlight missed first": lambda e: (bool(e["hit"]), e["qid"]),
     "confidence, highest first": lambda e: (-e["confidence"], e["qid"]),
+    "better than the compared, most first": lambda e: (e["gain"] is None, -(e["gain"] or 0), e["qid"]),
+    "worse than the compared, most first": lambda e: (e["gain"] is None, e["gain"], e["qid"]),
 }
 
 
@@ -48,38 +58,49 @@ def browse(
     rows: Sequence[Row] | Path | str | None = None,
     store: Store | None = None,
     compare: config.Run | Path | str | None = None,
+    videos: Path | str | None = None,
+    folder: Path | str | None = None,
 ) -> widgets.Widget:
     """The widget for a run's val predictions, or for any prediction file in the dataset's format.
 
-    run, compare: a Run, its folder, or a predictions .jsonl; `compare` is shown below the first. rows: annotations or
-    their file, and store: frames; both are taken from the run where not given. Without frames there are curves only.
+    run, compare: a Run, its folder, a predictions .jsonl, or a .csv as the paper's authors released theirs; `compare`
+    is shown beside the first and can be changed to any epoch of the run. rows: annotations or their file; store:
+    frames; videos: the folder of {vid}.mp4 (or another ending), for playing. The three are taken from the run where
+    not given; without frames there are curves only. folder: where figures and selections are saved, by default beside
+    the predictions, or where the kernel runs if that cannot be written.
     Raises PredictionError or AnnotationError for files that cannot be used.
     """
-    return Browser(run, rows, store, compare).widget
+    return Browser(run, rows, store, compare, videos, folder).widget
 
 
 class Browser:
     """What the widget's controls do, as plain methods; `widget` is the whole of it."""
 
-    def __init__(self, run, rows=None, store=None, compare=None):
+    def __init__(self, run, rows=None, store=None, compare=None, videos=None, folder=None):
         file, profile = _source(run)
-        if profile is not None and (rows is None or store is None):
+        if profile is not None and any(given is None for given in (rows, store, videos)):
             from framseg import dataset  # here, because it imports torch and a file of predictions needs none
 
             rows = dataset.rows(profile, "val") if rows is None else rows
-            store = store or dataset.store(profile)
+            store, videos = store or dataset.store(profile), videos or dataset.videos(profile)
         if rows is None:
             raise annotations.AnnotationError(f"{file}: give the annotations that belong to it (rows=…)")
-        rows = annotations.read(rows) if isinstance(rows, str | Path) else list(rows)
-        self.store = store
-        self.entries = _entries(file, rows)
-        other, _ = _source(compare) if compare is not None else (None, None)
-        self.compared = {entry["qid"]: entry for entry in _entries(other, rows)} if other else {}
-        self.titles = (_title(file), _title(other) if other else "")
-        self.folder = file.parent
+        self.rows = annotations.read(rows) if isinstance(rows, str | Path) else list(rows)
+        self.store, self.videos = store, Path(videos) if videos is not None else None
+        self.entries, self.title = _entries(file, self.rows), _title(file)
+        others = [_source(compare)[0]] if compare is not None else []
+        others += [other for other in sorted(file.parent.glob("val*.jsonl")) if profile is not None and other != file]
+        self.others: dict[str, Path] = {}
+        for other in others:
+            alike = _title(other) in (self.title, *self.others)
+            self.others[str(other) if alike else _title(other)] = other
+        self.folder = Path(folder) if folder else file.parent if os.access(file.parent, os.W_OK) else Path.cwd()
+        self.compared: dict[int, Entry] = {}
         self.shown: list[Entry] = self.entries
+        self.place = 0  # in `shown`
         self._build()
-        self._refresh()
+        self.compare.value = next(iter(self.others)) if compare is not None else NOTHING
+        self._compare()
 
     def selection(self) -> list[dict]:
         """The predictions that search and filter leave, in the order shown."""
@@ -87,21 +108,36 @@ class Browser:
 
     def show(self, qid: int) -> None:
         """Show one query; raises KeyError for one that search and filter have left out."""
-        if qid not in [entry["qid"] for entry in self.shown]:
+        place = next((place for place, entry in enumerate(self.shown) if entry["qid"] == qid), None)
+        if place is None:
             raise KeyError(f"query {qid} is not in the list shown")
-        self.list.value = qid
+        self._go(place)
 
     def next(self) -> None:
         """Go to the next query of the list; the last one stays."""
-        self._move(1)
+        self._go(self.place + 1)
 
     def previous(self) -> None:
         """Go to the previous query of the list; the first one stays."""
-        self._move(-1)
+        self._go(self.place - 1)
+
+    def play(self, second: float, end: float | None = None) -> None:
+        """Play the shown query's video from a second on, to `end` or for half a minute; what hinders it is said."""
+        vid = self.shown[self.place]["row"].vid
+        video = self._video(vid)
+        self.said.value = ""
+        try:
+            if video is None:
+                raise VideoError(f"nothing to play: no video file of {vid} is at hand (videos=…)")
+            self.picture.show_clip(video, second, end)
+        except VideoError as error:
+            self.said.value = html.escape(str(error))
+            self.picture.send({"kind": "silent"})
 
     def export(self) -> Path:
         """Write the selection as JSON lines beside the predictions; returns the file."""
         path = self.folder / "selection.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
         evaluate.write_predictions(path, self.selection())
         self.said.value = f"{len(self.shown)} predictions written to {html.escape(str(path))}"
         return path
@@ -111,12 +147,12 @@ class Browser:
 
         Where two runs are compared both are in it.
         """
-        entry = self._current()
-        if entry is None:
+        if not self.shown:
             self.said.value = "no query is shown, so there is no figure to save"
             return []
+        entry = self.shown[self.place]
         other = self.compared.get(entry["qid"])
-        against = (self.titles[1], other["prediction"]) if other else None
+        against = (self.compare.value, other["prediction"]) if other else None
         picture = figures.qualitative(entry["row"], entry["prediction"], self._frames(entry["row"]), against=against)
         paths = figures.save(picture, self.folder, f"query_{entry['qid']}")
         self.said.value = f"saved {html.escape(', '.join(str(path) for path in paths))}"
@@ -127,52 +163,77 @@ class Browser:
         self.search = widgets.Text(placeholder="search in the queries", layout=wide)
         self.filter = widgets.Dropdown(options=list(FILTERS), layout=wide)
         self.sort = widgets.Dropdown(options=list(SORTS), layout=wide)
+        self.compare = widgets.Dropdown(options=[NOTHING, *self.others], layout=wide)
         self.count = widgets.HTML()
         self.list = widgets.Select(rows=22, layout=wide)
         self.said = widgets.HTML()
-        self.picture = widgets.HTML()
-        buttons = []
+        self.picture = Stage(lambda by: self._go(self.place + by), self.play)
+        self.buttons = {}
         for text, action in (
             ("◀ previous", self.previous),
             ("next ▶", self.next),
             ("save figure", self.save_figure),
             ("export selection", self.export),
         ):
-            button = widgets.Button(description=text)
-            button.on_click(lambda _, action=action: self._try(action))
-            buttons.append(button)
+            self.buttons[text] = widgets.Button(description=text)
+            self.buttons[text].on_click(lambda _, action=action: self._try(action))
         for control in (self.search, self.filter, self.sort):
             control.observe(lambda _: self._refresh(), "value")
-        self.list.observe(lambda _: self._draw(), "value")
-        left = widgets.VBox(
-            [self.search, self.filter, self.sort, self.count, self.list], layout=widgets.Layout(width="320px")
+        self.compare.observe(lambda _: self._try(self._compare), "value")
+        self.list.observe(self._picked, "index")
+        left = [self.search, self.filter, self.sort, self.compare, self.count, self.list]
+        right = [widgets.HBox(list(self.buttons.values())), self.said, self.picture]
+        self.widget = widgets.HBox(
+            [
+                widgets.VBox(left, layout=widgets.Layout(flex="0 0 300px")),
+                widgets.VBox(right, layout=widgets.Layout(flex="1 1 0", min_width="0", padding="0 0 0 12px")),
+            ]
         )
-        self.widget = widgets.HBox([left, widgets.VBox([widgets.HBox(buttons), self.said, self.picture])])
+        self.widget.add_class("framseg")  # within it the arrow keys move
 
     def _try(self, action: Callable) -> None:
         try:
             action()
-        except OSError as error:  # the folder of someone else's predictions may be read-only
-            self.said.value = f"not written: {html.escape(str(error))}"
+        except (OSError, evaluate.PredictionError) as error:  # a read-only folder, a file that others have changed
+            self.said.value = f"not done: {html.escape(str(error))}"
+
+    def _compare(self) -> None:
+        file = self.others.get(self.compare.value)
+        self.compared = {entry["qid"]: entry for entry in _entries(file, self.rows)} if file else {}
+        for entry in self.entries:
+            other = self.compared.get(entry["qid"], {}).get("iou")
+            entry["gain"] = None if other is None or entry["iou"] is None else entry["iou"] - other
+        self._refresh()
 
     def _refresh(self) -> None:
+        before = self.shown[self.place]["qid"] if self.shown else None
         words = self.search.value.lower().split()
         kept = [e for e in self.entries if all(w in f"{e['qid']} {e['row'].query}".lower() for w in words)]
         self.shown = sorted(filter(FILTERS[self.filter.value], kept), key=SORTS[self.sort.value])
-        self.count.value = f"{len(self.shown)} of {len(self.entries)} queries"
-        before, qids = self.list.value, [entry["qid"] for entry in self.shown]
-        self.list.options = [(_label(entry), entry["qid"]) for entry in self.shown]
-        self.list.value = before if before in qids else next(iter(qids), None)
+        self.list.options = ()
+        self._go(next((place for place, entry in enumerate(self.shown) if entry["qid"] == before), 0))
+
+    def _go(self, place: int) -> None:
+        """Show the query at this place of the list, or the nearest one there is, on the list's page that holds it."""
+        self.place = min(max(place, 0), max(len(self.shown) - 1, 0))
+        first = self.place - self.place % PAGE
+        page = [(_label(entry), entry["qid"]) for entry in self.shown[first : first + PAGE]]
+        self.list.unobserve(self._picked, "index")
+        if tuple(self.list.options) != tuple(page):
+            self.list.options = page
+        self.list.index = self.place - first if page else None
+        self.list.observe(self._picked, "index")
+        listed = f", {first + 1} to {first + len(page)} are listed" if len(page) < len(self.shown) else ""
+        self.count.value = f"{len(self.shown)} of {len(self.entries)} queries{listed}: IoU, query"
         self._draw()
 
-    def _move(self, by: int) -> None:
-        qids = [entry["qid"] for entry in self.shown]
-        if qids:
-            place = qids.index(self.list.value) + by
-            self.list.value = qids[min(max(place, 0), len(qids) - 1)]
+    def _picked(self, change: dict) -> None:
+        if change["new"] is not None:
+            self._go(self.place - self.place % PAGE + change["new"])
 
-    def _current(self) -> Entry | None:
-        return next((entry for entry in self.shown if entry["qid"] == self.list.value), None)
+    def _video(self, vid: str) -> Path | None:
+        found = self.videos.glob(f"{glob.escape(vid)}.*") if self.videos is not None else []
+        return next(iter(sorted(found)), None)
 
     def _frames(self, row: Row) -> np.ndarray | None:
         try:
@@ -181,27 +242,35 @@ class Browser:
             return None  # the picture says that they are missing
 
     def _draw(self) -> None:
-        entry = self._current()
-        if entry is None:
+        self.said.value = ""
+        if not self.shown:
             self.picture.value = "<p>no query matches</p>"
             return
-        row = entry["row"]
+        entry = self.shown[self.place]
+        row, frames = entry["row"], self._frames(entry["row"])
+        lacking = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
+        if self._video(row.vid) is None:
+            lacking.append("no video file, so nothing to play")
+        shown = [(self.title, entry)] + ([(self.compare.value, self.compared.get(row.qid))] if self.compared else [])
+        width, lines = (WIDTH, 1) if len(shown) == 1 else (NARROW, 2)
         parts = [
-            f"<h3>{html.escape(row.query)}</h3>",
-            f"<p>query {row.qid} · video {html.escape(row.vid)} · {row.duration:g} s</p>",
-            _strip(self._frames(row)),
+            f'<div style="min-height:{1.4 * lines}em"><b>{html.escape(title)}</b>: {_said(row, one)}</div>'
+            + (sketch(row, one["prediction"], frames, width) if one else "")
+            for title, one in shown
         ]
-        for title, one in zip(self.titles, (entry, self.compared.get(entry["qid"])), strict=True):
-            if title:
-                parts.append(f"<p><b>{html.escape(title)}</b>: {_said(row, one)}</p>")
-                parts.append(_svg(row, one["prediction"]) if one else "")
-        self.picture.value = "".join(parts)
+        self.picture.value = (
+            f"<h3>{html.escape(row.query)}</h3>"
+            f"<p>query {row.qid} · video {html.escape(row.vid)} · {row.duration:g} s</p>"
+            + "".join(f"<p><i>{text}</i></p>" for text in lacking)
+            + beside(parts)
+            + "<p>← → previous and next · a click on a moment plays it</p>"
+        )
 
 
 def _source(run: config.Run | Path | str) -> tuple[Path, config.Profile | None]:
     """A predictions file, and the profile it was made with where it belongs to a run."""
     if not isinstance(run, config.Run):
-        if Path(run).suffix == ".jsonl":
+        if Path(run).suffix in (".jsonl", ".csv"):
             return Path(run), None
         run = config.Run("", run)
     if not run.predicted("val").is_file():
@@ -210,11 +279,13 @@ def _source(run: config.Run | Path | str) -> tuple[Path, config.Profile | None]:
 
 
 def _title(file: Path) -> str:
-    return f"{file.parent.parent.name}/{file.stem}"
+    folder = file.parent.parent if file.parent.name == "predictions" else file.parent  # of a run: the run's name
+    return f"{folder.name}/{file.stem}"
 
 
 def _entries(file: Path, rows: list[Row]) -> list[Entry]:
-    predictions, rows = evaluate.matched(evaluate.read_predictions(file), rows, intersection=True)
+    read = evaluate.read_released if file.suffix == ".csv" else evaluate.read_predictions
+    predictions, rows = evaluate.matched(read(file), rows, intersection=True)
     labelled = all(row.labelled for row in rows)
     numbers = {number["qid"]: number for number in evaluate.per_query(predictions, rows)} if labelled else {}
     return [
@@ -224,6 +295,7 @@ def _entries(file: Path, rows: list[Row]) -> list[Entry]:
             "prediction": prediction,
             "iou": numbers.get(row.qid, {}).get("iou"),
             "hit": numbers.get(row.qid, {}).get("hit"),
+            "gain": None,
             "confidence": prediction[evaluate.WINDOWS][0][2] if prediction.get(evaluate.WINDOWS) else 0.0,
         }
         for prediction, row in zip(predictions, rows, strict=True)
@@ -239,39 +311,44 @@ def _said(row: Row, entry: Entry | None) -> str:
     return html.escape(figures.scores(row, entry["prediction"])) if entry else "no prediction for this query"
 
 
-def _strip(frames: np.ndarray | None) -> str:
-    if frames is None:
-        return "<p><i>no frames: this video is not in the frame store, curves only</i></p>"
-    size = min(THUMBNAIL, frames.shape[1])
-    strip = Image.fromarray(np.concatenate(list(frames), axis=1)).resize((len(frames) * size, size))
-    buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img alt="sampled frames" src="data:image/jpeg;base64,{data}" '
-        f'style="margin-left:{LEFT}px;width:{WIDTH}px;height:{WIDTH // len(frames) * 3 // 2}px">'
-    )
+def beside(parts: Sequence[str]) -> str:
+    """HTML that puts parts side by side, or below one another where there is no room."""
+    blocks = "".join(f'<div style="flex:1 1 440px;max-width:{LEFT + WIDTH + 20}px">{part}</div>' for part in parts)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:16px">{blocks}</div>'
 
 
-def _svg(row: Row, prediction: dict) -> str:
-    """True and predicted windows over the curve of the frame probabilities and the true saliency."""
+def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
+    """SVG: the frames, true and predicted windows, the curve of the prediction over the true saliency.
+
+    frames: uint8 [f, H, W, 3], evenly spread over the row's duration. width: pixels of the time axis at full size; it
+    shrinks and grows with the page.
+    """
     duration = row.duration
 
     def x(seconds: float) -> float:
-        return LEFT + WIDTH * seconds / duration
+        return LEFT + width * seconds / duration
 
+    out, y = [], 4
+    if frames is not None:
+        out.append(
+            f'<image x="{LEFT}" y="0" width="{width}" height="{STRIP}" preserveAspectRatio="none" '
+            f'data-frames="{len(frames)}" href="{_strip(frames)}"/>'
+        )
+        edges = "".join(f"M{x(i * duration / len(frames)):.1f},0v{STRIP}" for i in range(1, len(frames)))
+        out.append(f'<path d="{edges}" stroke="white"/>')
+        y += STRIP
     lanes, left_out = figures.lanes(prediction, duration)
     truth = [[(0, start, end, 1.0) for start, end in row.relevant_windows]] if row.labelled else []
-    out, y = [], 4
     named = [("true", lane, figures.TRUE) for lane in truth]
     named += [("" if i else "predicted", lane, figures.PREDICTED) for i, lane in enumerate(lanes)]
+    bars = []
     for name, lane, colour in named:
         out.append(f'<text x="0" y="{y + 13}">{name}</text>')
         for rank, start, end, score in lane:
             tip = f"{start:g} to {end:g} s" + (f", rank {rank}, score {score:.3f}" if rank else "")
-            out.append(
+            bars.append(
                 f'<rect x="{x(start):.1f}" y="{y}" width="{max(x(end) - x(start), 1):.1f}" height="{LANE - 5}" '
-                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}"><title>{tip}</title></rect>'
+                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}" data-end="{end:g}"><title>{tip}</title></rect>'
             )
         y += LANE
     if left_out:
@@ -281,22 +358,44 @@ def _svg(row: Row, prediction: dict) -> str:
     if row.labelled:
         steps = [(x(CLIP_SECONDS * i), bottom - PLOT * v) for i, v in enumerate(figures.true_saliency(row))]
         path = f"M{x(0):.1f},{bottom}" + "".join(
-            f"V{v:.1f}H{min(x0 + WIDTH * CLIP_SECONDS / duration, LEFT + WIDTH):.1f}" for x0, v in steps
+            f"V{v:.1f}H{min(x0 + width * CLIP_SECONDS / duration, LEFT + width):.1f}" for x0, v in steps
         )
         out.append(f'<path d="{path}V{bottom}Z" fill="{figures.TRUE}" opacity="0.25"/>')
+    for value in (0, 0.5, 1):
+        at = bottom - PLOT * value
+        out.append(f'<text x="{LEFT - 26}" y="{at + 4:.1f}">{value:g}</text>')
+        out.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
     seconds, values, name = figures.predicted_curve(prediction, duration)
     if len(values):
         points = " ".join(f"{x(s):.1f},{bottom - PLOT * v:.1f}" for s, v in zip(seconds, values, strict=True))
         out.append(f'<polyline points="{points}" fill="none" stroke="{figures.PROBABILITY}" stroke-width="2"/>')
-    for value in (0, 0.5, 1):
-        at = bottom - PLOT * value
-        out.append(f'<text x="{LEFT - 26}" y="{at + 4:.1f}">{value:g}</text>')
-        out.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
-    for second in range(0, int(duration) + 1, 30 if duration > 90 else 10):
-        out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{second} s</text>')
+    apart = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
+    for second in range(0, int(duration) + 1, apart):
+        out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, apart)}</text>')
     key = f"line: {name}" + ("; shaded: true saliency (mean of the annotators / 4)" if row.labelled else "")
     out.append(f'<text x="{LEFT}" y="{bottom + 34}">{key}</text>')
-    return (
-        f'<svg width="{LEFT + WIDTH + 20}" height="{bottom + 42}" font-size="12" font-family="sans-serif" '
-        'style="background:white">' + "".join(out) + "</svg>"
+    span = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
+    out.append(f'<rect class="axis" data-duration="{duration:g}" {span} fill="transparent"/>')
+    out.append(
+        f'<line class="cursor" data-left="{LEFT}" data-width="{width}" data-duration="{duration:g}" y2="{bottom}" '
+        'stroke="black" visibility="hidden" pointer-events="none"/>'
     )
+    return (
+        f'<svg class="timed" viewBox="0 0 {LEFT + width + 20} {bottom + 42}" font-size="12" font-family="sans-serif" '
+        'style="background:white;width:100%;cursor:pointer;display:block">' + "".join(out + bars) + "</svg>"
+    )
+
+
+def _strip(frames: np.ndarray) -> str:
+    size = min(THUMBNAIL, frames.shape[1])
+    small = [np.asarray(Image.fromarray(frame).resize((size, size))) for frame in frames]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(small, axis=1)).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _clock(second: int, apart: int) -> str:
+    """A label of the time axis: seconds, or hours and minutes where the labels are minutes apart."""
+    if apart < 60:
+        return f"{second} s"
+    return f"{second // 60} min" if second < 3600 else f"{second // 3600} h {second % 3600 // 60:02d}"

@@ -8,15 +8,17 @@ import argparse
 import glob
 import hashlib
 import json
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,12 +30,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from framseg import blip3, config, dataset, hub, launcher, moments, prompt
-from framseg.annotations import Row, json_lines, parse_object, write_lines
+from framseg.annotations import Row, frame_times, json_lines, parse_object, write_lines
 from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
 from framseg.frames import Store, StoreError, Video, VideoError
 
-TRAINED_SECONDS = 150  # length of nearly every video of the dataset
-LONGEST_SECONDS = 1.5 * TRAINED_SECONDS  # f frames of a longer video stand too far apart
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAINED_SECONDS = 150  # length of nearly every video of the dataset; a longer one is asked about in parts
 POLL = 0.5  # seconds between two looks at what is finished
 
 
@@ -69,13 +73,14 @@ class Decoded:
         return self.scores[:, 0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """The answer to one query about one video of `duration` seconds.
 
     windows: moments [[start, end, score], ...] in seconds, best first. saliency: float64 [int(duration / 2)], one
-    score for each 2-second clip. mask: f characters 0 and 1. probability: float64 [f], of each frame. valid: False if
-    the model marked no frame, in which case the mask is all ones.
+    score for each 2-second clip. mask: n characters 0 and 1. probability: float64 [n], of each frame; n is f, or more
+    for a video longer than 150 s (see `predict`). valid: False if the model marked no frame, in which case the mask is
+    all ones. frames, times: f of the n frames, evenly spread, uint8 [f, H, W, 3], and their seconds [f].
     """
 
     video: str
@@ -86,6 +91,25 @@ class Prediction:
     mask: str
     probability: np.ndarray
     valid: bool
+    frames: np.ndarray = field(repr=False)
+    times: np.ndarray = field(repr=False)
+
+    @property
+    def row(self) -> Row:
+        """The question as a row without labels; -1 as qid says that it is of no set."""
+        return Row(-1, self.query, self.duration, Path(self.video).name)
+
+    @property
+    def record(self) -> dict:
+        """The answer as a prediction in the dataset's format."""
+        answer = {"mask": self.mask, "probability": self.probability.tolist(), "valid": self.valid}
+        return _about(self.row) | {WINDOWS: self.windows, SALIENCY: self.saliency.tolist()} | answer
+
+    def show(self) -> "Figure":
+        """The qualitative figure: frames, predicted windows, curve; the last line of a cell shows it."""
+        from framseg import figures  # here, because drawing takes a second to import and not every answer is drawn
+
+        return figures.qualitative(self.row, self.record, self.frames, self.times)
 
 
 class _SharedLayer(DynamicLayer):
@@ -325,37 +349,74 @@ def predict(
     windows: moments.Policy = moments.BEST_WINDOWS,
     saliency: moments.Method = moments.BEST_SALIENCY,
 ) -> Prediction | list[Prediction]:
-    """Moments and highlights for one's own video file.
+    """Moments and highlights for one's own video file, of any length.
 
-    query: one text, or several about the same video (which is then encoded once); several give a list of Predictions
-    in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``). windows,
-    saliency: policy and method of framseg.moments, by default the best ones, whatever the checkpoint's profile says;
-    ``"mask"`` and ``"overlap"`` are the authors'. The model stays loaded for the next call.
+    query: one text, or several about the same video (which is then decoded and encoded once); several give a list of
+    Predictions in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``), or
+    the name of a hub's repository that holds one. windows, saliency: policy and method of framseg.moments, by default
+    the best ones, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the authors'. The model
+    stays loaded for the next call.
 
-    Raises VideoError if the video cannot be decoded, ValueError if it is longer than 225 s (the model has learned
-    from videos of 150 s: cut a longer one), PromptError for an empty query, CheckpointError for a folder that is no
-    checkpoint, ValueError for an unknown policy or method.
+    The model has learned from f frames of 150 s. A longer video has n = t * f / 150 frames, rounded, so that they
+    stand as densely; where n is more than f, the model is asked about f of them at a time, each time half of f (rounded
+    down) further on and at last about the last f. A frame's probability is then the mean over the answers it is in,
+    weighted by its place there: 1 at either end, 2 beside it, and so on towards the middle. Its digit is 1 if the
+    answers that say 1 have at least half of the weight. Windows and clip scores follow from the two as for a short
+    video. The frames of a long video wait in a temporary file, so memory does not grow with the length.
+
+    Raises VideoError if the video cannot be decoded, PromptError for an empty query, CheckpointError for a folder that
+    is no checkpoint, ValueError for an unknown policy or method.
     """
     opened = Video(video)
-    if opened.length > LONGEST_SECONDS:
-        raise ValueError(
-            f"{video}: is {opened.length:.0f} s long, and the model has learned from videos of {TRAINED_SECONDS} s; "
-            f"cut it into videos of at most {LONGEST_SECONDS:g} s"
-        )
     model, profile, tokenizer = _checkpoint(checkpoint)
     count = profile.frames.count
     inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
-    numbers = opened.numbers(opened.length, count)[:, 0]
-    vision = _encoded(model, opened.frames(numbers, profile.model.vision.image_size)[None])
     queries = [query] if isinstance(query, str) else list(query)
+    for text in queries:  # an empty one is to be known before the video is read
+        prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
+    total = max(count, round(opened.length * count / TRAINED_SECONDS))
+    begins = [*range(0, total - count, max(1, count // 2)), total - count]
+    weight = np.minimum(np.arange(count) + 1, count - np.arange(count))
+    weights = np.zeros(total, int)
+    for begin in begins:
+        weights[begin : begin + count] += weight
+    votes, probabilities = np.zeros((len(queries), total), int), np.zeros((len(queries), total))
+    kept = np.linspace(0, total - 1, count).round().astype(int)
+    with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
+        numbers = opened.numbers(opened.length, total)[:, 0]
+        images = opened.frames(numbers, profile.model.vision.image_size, file)
+        frames = np.array(images[kept])
+        parts = _encoded_along(model, images, begins, count)
+        for begin, vision in tqdm(parts, "asking", len(begins), unit="part", disable=len(begins) == 1):
+            there = slice(begin, begin + count)
+            for first in range(0, len(queries), inference.batch):
+                some = slice(first, first + inference.batch)
+                texts = queries[some]
+                masks, probability = _answers(model, tokenizer, profile, texts, vision.expand(len(texts), -1, -1, -1))
+                votes[some, there] += weight * [[int(digit) for digit in mask] for mask in masks]
+                probabilities[some, there] += weight / weights[there] * probability
     out = []
-    for begin in range(0, len(queries), inference.batch):
-        some = queries[begin : begin + inference.batch]
-        answers = _answers(model, tokenizer, profile, some, vision.expand(len(some), -1, -1, -1))
-        for text, mask, probability in zip(some, *answers, strict=True):
-            valid, mask, found, scores = _understood(mask, probability, opened.length, inference)
-            out.append(Prediction(str(video), text, opened.length, found, scores, mask, probability, valid))
+    for text, ones, probability in zip(queries, 2 * votes >= weights, probabilities, strict=True):
+        answer = "".join("01"[one] for one in ones.astype(int))
+        valid, answer, found, scores = _understood(answer, probability, opened.length, inference)
+        answered = (found, scores, answer, probability, valid, frames, frame_times(opened.length, total)[kept])
+        out.append(Prediction(str(video), text, opened.length, *answered))
     return out[0] if isinstance(query, str) else out
+
+
+def _encoded_along(
+    model: blip3.Blip3, images: np.ndarray, begins: Sequence[int], count: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Every begin with the vision tokens [1, count, latents, width] of images [n, H, W, 3] from there on, in order.
+
+    Each image is encoded once. Neither more images nor more tokens than `count` are held.
+    """
+    tokens, last = _encoded(model, np.array(images[:count])[None]), 0
+    for begin in begins:
+        if begin > last:
+            found = _encoded(model, np.array(images[last + count : begin + count])[None])
+            tokens, last = torch.cat([tokens[:, begin - last :], found], dim=1), begin
+        yield begin, tokens
 
 
 def _checkpoint(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
@@ -404,9 +465,12 @@ def _understood(
 
 def _record(row: Row, mask: str, probability: np.ndarray, inference: config.Inference) -> dict:
     valid, mask, windows, saliency = _understood(mask, probability, row.duration, inference)
-    about = {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}
     answer = {"mask": mask, "probability": probability.tolist(), "valid": valid}
-    return about | {WINDOWS: windows, SALIENCY: saliency.tolist()} | answer
+    return _about(row) | {WINDOWS: windows, SALIENCY: saliency.tolist()} | answer
+
+
+def _about(row: Row) -> dict:
+    return {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}
 
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:

@@ -7,6 +7,7 @@ with one number for each 2-second clip; other fields pass unread.
 """
 
 import argparse
+import csv
 import json
 import math
 import sys
@@ -124,6 +125,46 @@ def parse_predictions(lines: Iterable[tuple[int, str]], name: str) -> list[dict]
         raise PredictionError(_some(bad, "\n"))
     if not records:
         raise PredictionError(f"{name}: holds no predictions; expected one JSON object a line")
+    return records
+
+
+def read_released(path: str | Path) -> list[dict]:
+    """Predictions out of a CSV as the paper's authors released theirs.
+
+    Columns: qid, duration (s), windows (start/end/score, several joined by |), p0, p1, ... (frame probabilities). The
+    windows are put best first and filled up to ten as they were submitted; clip scores follow from the probabilities.
+    Raises PredictionError with file, line and qid of every row that cannot be read.
+    """
+    names: list[str] = []
+    records, bad = [], []
+    for number, text in json_lines(path, PredictionError):
+        fields = next(csv.reader([text]))
+        if not names:
+            names = fields
+            lacks = {"qid", "duration", "windows", "p0"} - set(names)
+            if lacks:
+                raise PredictionError(f"{path}:{number}: lacks the columns {', '.join(sorted(lacks))}")
+            continue
+        cells = dict(zip(names, fields, strict=False))
+        try:
+            if len(fields) != len(names):
+                raise ValueError(f"has {len(fields)} fields, and the first line names {len(names)}")
+            duration = float(cells["duration"])
+            listed = [[float(part) for part in window.split("/")] for window in cells["windows"].split("|")]
+            probability = [float(cell) for name, cell in cells.items() if name[0] == "p" and name[1:].isdigit()]
+            record = {"qid": int(cells["qid"]), "duration": duration, WINDOWS: listed}
+            reasons = _reasons(record)
+            if not reasons:
+                record[WINDOWS] = moments.filled(sorted(listed, key=lambda window: -window[2]), duration)
+                record[SALIENCY] = moments.saliency(probability, duration).tolist()
+                record["probability"] = probability
+        except ValueError as error:
+            reasons = [str(error)]
+        records += [] if reasons else [record]
+        bad += [f"{path}:{number}: qid {cells.get('qid', 'unknown')}: {'; '.join(reasons)}"] if reasons else []
+    if bad or not records:
+        raise PredictionError(_some(bad, "\n") or f"{path}: holds no predictions")
+    _check(records)
     return records
 
 

@@ -513,7 +513,8 @@ def qualitative(
 
     frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default those of f equal parts), `shown` of them are drawn;
     without frames the figure says so and has the curves only. `against` is a name and another prediction (an earlier
-    epoch, another model) drawn beside. The true windows and saliency are left out for a row without labels.
+    epoch, another model) drawn beside. The true windows and saliency are left out for a row without labels, the qid
+    where it is below 0 (one's own video).
     """
     t = row.duration
     named = [("predicted", prediction, PREDICTED), *([(*against, OTHER)] if against else [])]
@@ -524,8 +525,8 @@ def qualitative(
     figure = _picture(sum(heights) + 0.75 + 0.17 * len(title))
     strip, spans, curve = figure.subplots(3, 1, sharex=True, height_ratios=heights)
     figure.suptitle("\n".join(title), x=0.01, ha="left", fontweight="bold", fontsize="medium", parse_math=False)
-    strip.set_title(f"qid {row.qid} · {row.vid} · {scores(row, prediction)}", fontsize="small", fontweight="normal",
-                    parse_math=False)  # fmt: skip
+    about = ([f"qid {row.qid}"] if row.qid >= 0 else []) + [row.vid, scores(row, prediction)]
+    strip.set_title(" · ".join(about), fontsize="small", fontweight="normal", parse_math=False)
 
     strip.tick_params(left=False, bottom=False, labelleft=False)
     strip.spines[:].set_visible(False)

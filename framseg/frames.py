@@ -18,6 +18,7 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import decord
 import numpy as np
@@ -32,6 +33,7 @@ FAILURES = "failures.jsonl"
 DECODER_ERRORS = (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
 # decord repeats a frame where it has lost one, unless the share of repeated frames is limited; 0 would mean no limit.
 NO_REPEATED_FRAMES = 1e-9
+PROGRAM_STREAM = b"\0\0\1\xba"  # how .mpg and .vob files begin
 CLOCK = 1e-4  # seconds; finer differences between timestamps are rounding (decord keeps them in float32)
 
 
@@ -77,6 +79,8 @@ class Video:
         self.path = Path(path)
         if not os.path.exists(self.path):
             raise VideoError(f"{self.path}: no such video file")
+        if self.path.is_file() and _begins_with(self.path, PROGRAM_STREAM):
+            raise VideoError(f"{self.path}: an MPEG program stream, whose frames decord miscounts; convert it to mp4")
         try:
             reader = self._reader()
             spans = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)
@@ -117,13 +121,15 @@ class Video:
         shown = np.where(sides < 0, np.minimum(shown, apart), np.maximum(shown, apart))
         return np.clip(shown, 0, self.count - 1)
 
-    def frames(self, numbers: np.ndarray, image_size: int) -> np.ndarray:
+    def frames(self, numbers: np.ndarray, image_size: int, file: BinaryIO | None = None) -> np.ndarray:
         """Decode the frames of these numbers, RGB uint8 [*numbers.shape, image_size, image_size, 3].
 
         Frames are resized with PIL's bicubic filter without keeping their proportions. The whole video is decoded:
-        VideoError if any frame of it is damaged or missing.
+        VideoError if any frame of it is damaged or missing. With an open `file` the array lies there and not in
+        memory, which holds one frame at a time.
         """
-        out = np.empty((*numbers.shape, image_size, image_size, 3), np.uint8)
+        shape = (*numbers.shape, image_size, image_size, 3)
+        out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
         flat = out.reshape(-1, image_size, image_size, 3)
         places: dict[int, list[int]] = {}
         for place, number in enumerate(numbers.ravel().tolist()):
@@ -379,6 +385,11 @@ def _outcome(task: pebble.ProcessFuture, path: Path, time_limit: float) -> str |
         return f"{path}: decoding took more than {time_limit:g} s and was ended"
     except pebble.ProcessExpired as error:
         return f"{path}: the decoder crashed (exit code {error.exitcode})"
+
+
+def _begins_with(path: Path, content: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(content)) == content
 
 
 def _is_stored(store: Store, vid: str) -> bool:

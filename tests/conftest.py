@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,26 @@ def small_profile(folder: Path, **changes):
     return config.load(
         "demo", SHORT | {"data.folder": folder} | {key.replace("__", "."): value for key, value in changes.items()}
     )
+
+
+def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProcess:
+    """As run_all.sh starts the notebooks, for the profile demo; it fails by its exit code, not here."""
+    from framseg import config
+
+    changes = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-P", "-m", "framseg.run", "demo", "--run-dir", str(folder), *options, *changes]
+    # So little work is done sooner by one thread than by several that wait for each other.
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def chain(request, tmp_path_factory):
+    """The run of all five notebooks on a few videos, with a training of two epochs."""
+    from framseg import config
+
+    folder = tmp_path_factory.mktemp("notebooks") / "a run"
+    small_set = request.getfixturevalue("small_set")
+    done = start(folder, **SHORT, **{"data.folder": small_set})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return config.Run("demo", folder)

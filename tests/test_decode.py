@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import av
@@ -456,14 +457,27 @@ def checkpoint(setup, tmp_path):
     return tmp_path / "checkpoint"
 
 
-def make_video(path, seconds, rate=2):
+def make_video(path, seconds, rate=2, codec="libx264", sound=None, gaps_ms=None):
+    """From black to white. `sound` is an audio codec; `gaps_ms` are the times between frames, instead of a rate."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(seconds * rate):
-            image = np.full((48, 64, 3), 255 * number // (seconds * rate), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        heard = container.add_stream(sound, rate=48000, layout="mono") if sound else None
+        times = np.concatenate([[0], np.cumsum(gaps_ms)]) if gaps_ms is not None else np.arange(seconds * rate)
+        if gaps_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times.tolist()):
+            image = np.full((48, 64, 3), 255 * number // len(times), np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000 if gaps_ms is not None else rate)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        for second in range(seconds if heard else 0):
+            tone = np.sin(np.arange(48000) / 20, dtype=np.float32)[None] / 4
+            frame = av.AudioFrame.from_ndarray(tone, "fltp", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, second * 48000, Fraction(1, 48000)
+            container.mux(heard.encode(frame))
+        container.mux(heard.encode() if heard else [])
     return path
 
 
@@ -503,8 +517,6 @@ def test_predict(setup, checkpoint, tmp_path, monkeypatch):
 
 
 def test_predict_refuses_with_a_reason(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"is 230 s long.*150 s; cut it into videos of at most 225 s"):
-        framseg.predict(make_video(tmp_path / "long.mp4", 230, rate=1), "a dog", checkpoint=checkpoint)
     short = make_video(tmp_path / "short.mp4", 4)
     with pytest.raises(prompt.PromptError, match="empty"):
         framseg.predict(short, "  ", checkpoint=checkpoint)
@@ -512,6 +524,95 @@ def test_predict_refuses_with_a_reason(checkpoint, tmp_path):
         framseg.predict(tmp_path / "none.mp4", "a dog", checkpoint=checkpoint)
     with pytest.raises(blip3.CheckpointError, match="no trained checkpoint"):
         framseg.predict(short, "a dog", checkpoint=tmp_path / "none")
+    with pytest.raises(frames.VideoError, match="damaged|cannot be opened"):
+        (tmp_path / "cut.mp4").write_bytes(short.read_bytes()[:-900])
+        framseg.predict(tmp_path / "cut.mp4", "a dog", checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("seconds", [160, 600])
+def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tmp_path, monkeypatch, seconds):
+    video = make_video(tmp_path / "long.mp4", seconds)
+    decoded, encoded = [], []
+    decode_frames, vision_tokens = frames.Video.frames, blip3.Blip3.vision_tokens
+    monkeypatch.setattr(frames.Video, "frames", lambda *a: decoded.append(a[1]) or decode_frames(*a))
+    monkeypatch.setattr(blip3.Blip3, "vision_tokens", lambda *a: encoded.append(a[1].shape[1]) or vision_tokens(*a))
+    # Three a batch, four queries: the last one is alone in its batch.
+    queries = ["a dog runs", "a cat sleeps", "night falls", "rain"]
+    answers = framseg.predict(video, queries, checkpoint=checkpoint)
+
+    n = {160: 5, 600: 20}[seconds]  # a frame every 30 s
+    assert len(decoded) == 1 and sum(encoded) == n
+    monkeypatch.undo()
+    opened = frames.Video(video)
+    images = opened.frames(opened.numbers(opened.length, n)[:, 0], 28)
+    model, _ = blip3.load_trained(checkpoint)
+    begins = {160: [0], 600: [0, 2, 4, 6, 8, 10, 12, 14, 15]}[seconds]
+    for query, answer in zip(queries, answers, strict=True):
+        weight, ones, probability = np.zeros(n), np.zeros(n), np.zeros(n)
+        ids = torch.tensor([prompt.prompt_ids(setup.tokenizer, setup.profile.model.tokens, query, FRAMES)])
+        for begin in begins:
+            with torch.inference_mode():
+                part = torch.from_numpy(images[begin : begin + FRAMES]).permute(0, 3, 1, 2)
+                found = decode.beam_search(model, model.vision_tokens(part[None]), ids, torch.ones_like(ids), FRAMES, 2)
+            for place, share in enumerate([1, 2, 3, 2, 1]):
+                weight[begin + place] += share
+                ones[begin + place] += share * int(found.mask[0, place])
+                probability[begin + place] += share * float(found.probability[0, place])
+        assert len(answer.probability) == n
+        np.testing.assert_allclose(answer.probability, probability / weight, atol=1e-4)
+        mask = "".join("1" if one >= of / 2 else "0" for one, of in zip(ones, weight, strict=True))
+        assert answer.valid == ("1" in mask) and answer.mask == (mask if "1" in mask else "1" * n)
+        assert answer.windows == moments.windows(answer.mask, answer.probability, seconds)
+        assert answer.saliency.shape == (seconds // 2,)
+        assert answer.times[[0, -1]] == pytest.approx([seconds / n / 2, seconds - seconds / n / 2])
+        np.testing.assert_array_equal(answer.frames, images[np.linspace(0, n - 1, FRAMES).round().astype(int)])
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("a.mkv", {"sound": "aac"}),
+        ("a.webm", {"codec": "libvpx-vp9", "sound": "libopus"}),
+        ("a.webm", {"codec": "libvpx"}),
+        ("a.avi", {"codec": "mpeg4", "sound": "libmp3lame"}),
+        ("a.mov", {"sound": "aac", "rate": 50}),
+        ("a.wmv", {"codec": "wmv2", "rate": 25}),
+        ("a.mp4", {"codec": "libsvtav1"}),
+        ("a.mp4", {"rate": Fraction(30000, 1001)}),
+        ("a.mkv", {"gaps_ms": [40, 900, 40, 2000, 40, 40, 3000, 40, 1900]}),
+    ],
+)
+def test_containers_codecs_and_frame_rates(checkpoint, tmp_path, name, settings):
+    path = make_video(tmp_path / name, 8, **{"rate": 10} | settings)
+    answer = framseg.predict(path, "a dog runs", checkpoint=checkpoint)
+    assert answer.duration == pytest.approx(8, abs=0.5) and len(answer.saliency) in (3, 4)
+    brightness = answer.frames.mean(axis=(1, 2, 3))
+    assert (np.diff(brightness) >= 0).all() and np.ptp(brightness) > 100
+
+
+@pytest.mark.parametrize("name", ["a.mpg", "a.ts"])
+def test_what_the_decoder_miscounts_is_refused(checkpoint, tmp_path, name):
+    path = make_video(tmp_path / name, 8, rate=25, codec="mpeg2video")
+    with pytest.raises(frames.VideoError, match="convert it to mp4"):
+        framseg.predict(path, "a dog runs", checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("count, rate", [(1, 1), (10, 10), (30, 30)])
+def test_a_video_of_a_second(checkpoint, tmp_path, count, rate):
+    answer = framseg.predict(make_video(tmp_path / "a.mp4", 1, rate), "a dog runs", checkpoint=checkpoint)
+    assert answer.duration == pytest.approx(1) and len(answer.saliency) == 0 and len(answer.probability) == FRAMES
+    assert all(0 <= start < end <= 1.001 for start, end, _ in answer.windows)
+    assert answer.show().axes
+
+
+def test_an_answer_shows_itself(checkpoint, tmp_path):
+    long = make_video(tmp_path / "my $video$.mp4", 200, rate=1)
+    answer = framseg.predict(long, "a dog runs", checkpoint=checkpoint)
+    assert len(answer.frames) == FRAMES and len(answer.mask) == 7
+    texts = [text.get_text() for axes in answer.show().axes for text in [axes.title, *axes.texts]]
+    texts += [axes.get_title(loc="left") for axes in answer.show().axes]
+    assert any("my $video$.mp4" in text and "qid" not in text for text in texts) and "14 s" in texts
+    assert answer.show()._repr_png_().startswith(b"\x89PNG")
 
 
 def test_importing_framseg_does_not_wait_for_torch():

@@ -369,3 +369,32 @@ def test_a_shuffled_model_scores_no_better_than_chance(golden):
     predictions, rows, metrics = golden
     moved = evaluate.evaluate(evaluate.shuffled(predictions, rows, seed=0), rows)["brief"]
     assert moved["MR-full-R1@0.7"] < 8 < metrics["brief"]["MR-full-R1@0.7"]
+
+
+def test_the_papers_released_predictions(shared):
+    released = evaluate.read_released(shared / "golden/released_val_scores.csv")
+    assert len(released) == 1550 and {len(one["probability"]) for one in released} == {25}
+    first = released[0]
+    assert (first["qid"], first["pred_relevant_windows"][:2]) == (2579, [[90, 150, 0.91199], [0, 150, 0]])
+    rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
+    reported = json.loads((shared / "golden/reported_scores.json").read_text())["val_released_scores_mask_policy"]
+    found = evaluate.evaluate(released, rows)["brief"]
+    assert found | {key: value for key, value in reported.items() if key != "what"} == found
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("qid,windows\n1,0/2/1\n", r"s.csv:1: lacks the columns duration, p0"),
+        ("qid,duration,windows,p0\n7,150,0/9,0.5\n", r"s.csv:2: qid 7: window 1 is not \[start, end, score\]"),
+        ("qid,duration,windows,p0\n7,150,0/9/1\n", r"s.csv:2: qid 7: has 3 fields, and the first line names 4"),
+        ("qid,duration,windows,p0\n7,long,0/9/1,0.5\n", r"s.csv:2: qid 7: could not convert .*'long'"),
+        ("qid,duration,windows,p0\n7,150,0/9/1,1.5\n", r"s.csv:2: qid 7: probability of frame 0 is 1.5"),
+        ("qid,duration,windows,p0\n7,150,0/9/1,1\n7,150,0/9/1,1\n", r"predicted twice: 1 \(qid 7\)"),
+        ("qid,duration,windows,p0\n", r"s.csv: holds no predictions"),
+    ],
+)
+def test_a_bad_released_row_says_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(evaluate.PredictionError, match=message):
+        evaluate.read_released(tmp_path / "s.csv")

@@ -5,12 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import SHORT
+from conftest import SHORT, start
 from PIL import Image
 
 from framseg import annotations, codalab, config, evaluate, figures, reported, run, train
@@ -40,24 +39,6 @@ def test_as_committed(path):
     assert 'profile = "demo"' in tagged[0].source and "run_dir = None" in tagged[0].source
     # No path of a run but those that config.Run gives.
     assert not [cell.id for cell in code if re.search(r"""["']runs/|["']data/""", cell.source)]
-
-
-def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProcess:
-    """As run_all.sh starts the notebooks, for the profile demo; it fails by its exit code, not here."""
-    changes = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-P", "-m", "framseg.run", "demo", "--run-dir", str(folder), *options, *changes]
-    # So little work is done sooner by one thread than by several that wait for each other.
-    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def chain(small_set, tmp_path_factory) -> config.Run:
-    """All five on a few videos, with a training of two epochs."""
-    folder = tmp_path_factory.mktemp("notebooks") / "a run"
-    done = start(folder, **SHORT, **{"data.folder": small_set})
-    assert done.returncode == 0, done.stderr[-4000:]
-    return config.Run("demo", folder)
 
 
 def executed(chain: config.Run, chapter: int) -> nbformat.NotebookNode:
