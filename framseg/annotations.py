@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 CLIP_SECONDS = 2
+USUAL_SECONDS = 150  # length of nearly every video of the dataset
 ANNOTATORS = 3
 TOP_SALIENCY = 4
 LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")

@@ -30,14 +30,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from framseg import blip3, config, dataset, hub, launcher, moments, prompt
-from framseg.annotations import Row, frame_times, json_lines, parse_object, write_lines
+from framseg.annotations import USUAL_SECONDS, Row, frame_times, json_lines, parse_object, write_lines
 from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
 from framseg.frames import Store, StoreError, Video, VideoError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TRAINED_SECONDS = 150  # length of nearly every video of the dataset; a longer one is asked about in parts
 POLL = 0.5  # seconds between two looks at what is finished
 
 
@@ -374,7 +373,7 @@ def predict(
     queries = [query] if isinstance(query, str) else list(query)
     for text in queries:  # an empty one is to be known before the video is read
         prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
-    total = max(count, round(opened.length * count / TRAINED_SECONDS))
+    total = max(count, round(opened.length * count / USUAL_SECONDS))
     begins = [*range(0, total - count, max(1, count // 2)), total - count]
     weight = np.minimum(np.arange(count) + 1, count - np.arange(count))
     weights = np.zeros(total, int)

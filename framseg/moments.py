@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from framseg.annotations import CLIP_SECONDS, clips, frame_times
+from framseg.annotations import CLIP_SECONDS, USUAL_SECONDS, clips, frame_times
 
 Policy = Literal["mask", "thresholds", "ranked"]
 Rounding = Literal["floor", "nearest"]
@@ -79,7 +79,7 @@ def windows(
     _known("rounding", rounding, Rounding)
     if policy == "ranked":
         first = best_run(mask, probability)
-        return ranked(moved(first, probability), run_probability(mask, probability), duration)
+        return ranked(moved(first, probability), run_probability(mask, probability, duration), duration)
     if policy == "thresholds":
         runs = [run for cut in CUTS for run in _runs(probability >= cut)]
     else:
@@ -99,12 +99,14 @@ def filled(windows: list[list[float]], duration: float) -> list[list[float]]:
     return windows[:LISTED] + [[0, duration, 0.0] for _ in range(LISTED - len(windows))]
 
 
-def run_features(mask: str | Sequence[int] | np.ndarray, probability: np.ndarray) -> np.ndarray:
+def run_features(
+    mask: str | Sequence[int] | np.ndarray, probability: np.ndarray, duration: float = USUAL_SECONDS
+) -> np.ndarray:
     """What the policy `ranked` knows of every run of frames, float64 [f * (f + 1) / 2, 6], runs as in `run_edges`.
 
-    With v = tanh(logit / 4) of a frame, -1..1, and lengths in 25ths of the video: the sum of v over the run; its
-    length; the steps of v at its two ends; how many ends are the video's; how many it shares with the mask's runs;
-    its soft IoU with the probabilities.
+    With v = tanh(logit / 4) of a frame, -1..1, and lengths in 25ths of the video, of 150 s of a longer one: the sum of
+    v over the run; its length; the steps of v at its two ends; how many ends are the video's; how many it shares with
+    the mask's runs; its soft IoU with the probabilities.
     """
     first, after, length, ends = _geometry(len(probability))
     one, zero = np.sqrt(probability), np.sqrt(1 - probability)
@@ -112,7 +114,7 @@ def run_features(mask: str | Sequence[int] | np.ndarray, probability: np.ndarray
     # The video's ends are no steps: beside them stands the frame itself.
     sides = np.concatenate((belief[:1], belief, belief[-1:]))
     total, mass = (np.concatenate(([0.0], x.cumsum())) for x in (belief, probability))
-    within, scale = mass[after] - mass[first], 25 / len(probability)
+    within, scale = mass[after] - mass[first], 25 / len(probability) * max(1.0, duration / USUAL_SECONDS)
     starts, stops = np.zeros((2, len(probability) + 1))
     for start, stop in _mask_runs(mask, len(probability)):
         starts[start] = stops[stop] = 1
@@ -135,13 +137,16 @@ def run_edges(frames: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_probability(
-    mask: str | Sequence[int] | np.ndarray, probability: np.ndarray, ranking: Ranking = RANKING
+    mask: str | Sequence[int] | np.ndarray,
+    probability: np.ndarray,
+    duration: float = USUAL_SECONDS,
+    ranking: Ranking = RANKING,
 ) -> np.ndarray:
     """How likely a true window of the query is each run of frames, float64 [f * (f + 1) / 2], sum 1.
 
     A softmax over all runs, linear in `run_features`.
     """
-    score = run_features(mask, probability) @ np.array(ranking.runs)
+    score = run_features(mask, probability, duration) @ np.array(ranking.runs)
     likely = np.exp(score - score.max())
     return likely / likely.sum()
 
