@@ -34,7 +34,7 @@ FILTERS: dict[str, Callable[[Entry], bool]] = {
     "all": lambda e: True,
     f"correct (IoU ≥ {figures.CORRECT})": lambda e: e["iou"] is not None and e["iou"] >= figures.CORRECT,
     f"missed (IoU < {figures.MISSED})": lambda e: e["iou"] is not None and e["iou"] < figures.MISSED,
-    f"over-confident (IoU < {figures.WRONG}, score ≥ {figures.CONFIDENT})": lambda e: (
+    f"over-confident (IoU < {figures.WRONG}, confidence ≥ {figures.CONFIDENT})": lambda e: (
         e["iou"] is not None and e["iou"] < figures.WRONG and e["confidence"] >= figures.CONFIDENT
     ),
     "invalid mask": lambda e: e["prediction"].get("valid") is False,
@@ -296,7 +296,7 @@ def _entries(file: Path, rows: list[Row]) -> list[Entry]:
             "iou": numbers.get(row.qid, {}).get("iou"),
             "hit": numbers.get(row.qid, {}).get("hit"),
             "gain": None,
-            "confidence": prediction[evaluate.WINDOWS][0][2] if prediction.get(evaluate.WINDOWS) else 0.0,
+            "confidence": figures.confidence(prediction, row.duration),
         }
         for prediction, row in zip(predictions, rows, strict=True)
     ]

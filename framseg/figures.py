@@ -58,14 +58,15 @@ DPI = 160
 LOSSES = {"lm": "LM", "bce": "BCE", "tversky": "Tversky", "dice": "generalized Dice"}
 
 CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
-WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the one, with the first window scored the other or more
+WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the one, with a `confidence` of the other or more
 
 RULES = {
     "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
     "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
     "inside the true windows",
     "failure": "IoU 0 and no highlight hit: the curve least like the true saliency",
-    "over-confident": f"IoU below {WRONG} and first window scored {CONFIDENT} or more: the highest score",
+    "over-confident": f"IoU below {WRONG} and confidence (mean frame probability in the first window) of at least "
+    f"{CONFIDENT}: the highest",
     "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
     "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
 }
@@ -467,6 +468,20 @@ def predicted_curve(prediction: dict, duration: float) -> tuple[np.ndarray, np.n
     return seconds, values, "clip score"
 
 
+def confidence(prediction: dict, duration: float) -> float:
+    """How sure a prediction is of its first window, 0..1: the mean probability of the frames whose times lie in it.
+
+    A prediction without frame probabilities, or with no frame there, has the window's own score; without windows 0.
+    """
+    if not prediction.get(WINDOWS):
+        return 0.0
+    start, end, score = prediction[WINDOWS][0]
+    probability = np.asarray(prediction.get("probability") or [], dtype=np.float64)
+    times = frame_times(duration, len(probability)) if len(probability) else probability
+    inside = probability[(times >= start) & (times <= end)]
+    return float(inside.mean()) if len(inside) else float(score)
+
+
 def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[tuple[int, float, float, float]]], int]:
     """Predicted windows as (rank from 1, start, end, score), put in as few lanes as keep overlapping ones apart.
 
@@ -598,13 +613,13 @@ def choose(
     close, excess = {}, {}
     for number in numbers:
         close[number["qid"]], excess[number["qid"]] = _closeness(rows_by[number["qid"]], records[number["qid"]])
-    confidence = {qid: record[WINDOWS][0][2] if WINDOWS in record else 0.0 for qid, record in records.items()}
+    confident = {qid: confidence(record, rows_by[qid].duration) for qid, record in records.items() if qid in rows_by}
     # For every rule: whether a query qualifies, and the number that must be largest.
     rules: dict[str, tuple[Callable, Callable]] = {
         "good highlight, weak moment": (lambda q, iou, hit: hit and iou < WRONG, close.get),
         "perfect moment, over-inclusive highlight": (lambda q, iou, hit: iou >= 0.9, excess.get),
         "failure": (lambda q, iou, hit: iou == 0 and not hit, lambda q: -close[q]),
-        "over-confident": (lambda q, iou, hit: iou < WRONG and confidence[q] >= CONFIDENT, confidence.get),
+        "over-confident": (lambda q, iou, hit: iou < WRONG and confident[q] >= CONFIDENT, confident.get),
         "excellent": (lambda q, iou, hit: hit and iou >= 0.9, close.get),
         "improvement": (
             lambda q, iou, hit: q in before and iou >= CORRECT and iou > before[q],

@@ -68,7 +68,7 @@ def test_search_filter_and_sort(opened):
     opened.sort.value = "IoU, best first"
     assert qids(opened) == [1, 3, 2]
     opened.sort.value = "confidence, highest first"
-    assert qids(opened) == [2, 1, 3]
+    assert qids(opened) == [2, 3, 1]
     opened.search.value = "no such words"
     assert qids(opened) == [] and "no query matches" in opened.picture.value
 
