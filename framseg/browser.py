@@ -372,8 +372,8 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     apart = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
     for second in range(0, int(duration) + 1, apart):
         out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, apart)}</text>')
-    key = f"line: {name}" + ("; shaded: true saliency (mean of the annotators / 4)" if row.labelled else "")
-    out.append(f'<text x="{LEFT}" y="{bottom + 34}">{key}</text>')
+    key = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if row.labelled else "")
+    out.append(f'<text x="0" y="{bottom + 34}">{key}</text>')
     span = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
     out.append(f'<rect class="axis" data-duration="{duration:g}" {span} fill="transparent"/>')
     out.append(

@@ -5,7 +5,7 @@ cut out of their video without encoding it again, so neither side holds more tha
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import anywidget
@@ -76,10 +76,8 @@ def _copied(video: Path, source: av.container.InputContainer, start: float, end:
     source.seek(int((start + zero) / picture.time_base), stream=picture)
     content, begin = io.BytesIO(), None
     with av.open(content, "w", format=form) as target:
-        copies = {stream.index: target.add_stream_from_template(stream) for stream in (picture, *sound)}
-        for packet in source.demux(picture, *sound):
-            if packet.pts is None or packet.dts is None:
-                continue  # the mark of a stream's end
+        copies = {stream.index: target.add_stream_from_template(stream, opaque=True) for stream in (picture, *sound)}
+        for packet in _timed(source.demux(picture, *sound)):
             second = float(packet.pts * packet.time_base - zero)
             if begin is None and packet.stream is picture:
                 begin = second
@@ -94,3 +92,19 @@ def _copied(video: Path, source: av.container.InputContainer, start: float, end:
     if begin is None:
         raise VideoError(f"{video}: has no frame at second {start:g}")
     return content.getvalue(), begin, f"video/{form}"
+
+
+def _timed(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    """Packets with decoding times, which MP4 needs, also where Matroska has none for the first ones after a jump."""
+    early: list[av.Packet] = []
+    for packet in packets:
+        if packet.pts is None:
+            continue  # the mark of a stream's end
+        if packet.dts is None:
+            early.append(packet)
+            continue
+        mine = [one for one in early if one.stream_index == packet.stream_index]
+        early = [one for one in early if one.stream_index != packet.stream_index]
+        for back, one in enumerate(reversed(mine), start=1):
+            one.dts = packet.dts - back * (packet.duration or 1)
+        yield from (*mine, packet)

@@ -1,7 +1,9 @@
+import json
 import time
 
 import numpy as np
 import pytest
+from small import make_video
 
 from framseg import annotations, browser, config, evaluate, frames
 from framseg.annotations import Row
@@ -156,6 +158,81 @@ def test_what_is_missing_is_said(predictions, tmp_path):
         browser.browse(predictions, [row(7, "else", 0, 10)])
 
 
+def test_keys_of_the_page_move_and_are_answered(opened, monkeypatch):
+    sent = []
+    monkeypatch.setattr(opened.picture, "send", sent.append)
+    for by, qid in ((1, 2), (1, 3), (1, 3), (-1, 2)):
+        opened.picture._told({"kind": "move", "by": by})
+        assert opened.list.value == qid and f"query {qid} " in opened.picture.value
+    assert sent == [{"kind": "answered"}] * 4
+
+
+def test_a_long_list_is_shown_in_pages(opened, monkeypatch):
+    monkeypatch.setattr(browser, "PAGE", 2)
+    opened.search.value = " "
+    assert [qid for _, qid in opened.list.options] == [1, 2]
+    assert opened.count.value == "3 of 3 queries, 1 to 2 are listed: IoU, query"
+    opened.next()
+    opened.next()
+    assert [qid for _, qid in opened.list.options] == [3] and opened.list.value == 3
+    opened.previous()
+    assert [qid for _, qid in opened.list.options] == [1, 2] and opened.list.value == 2
+    opened.list.index = 0
+    assert "query 1 " in opened.picture.value
+
+
+def test_a_comparison_can_be_sorted_and_ended(predictions, tmp_path):
+    other = tmp_path / "other" / "val.jsonl"
+    evaluate.write_predictions(other, [prediction(1, 0, 60, 0.3), prediction(2, 60, 66, 0.3)])  # both perfect
+    one = browser.Browser(predictions, ROWS, compare=other)
+    assert one.compare.value == "other/val"
+    one.sort.value = "worse than the compared, most first"
+    assert qids(one) == [2, 1, 3]  # by 1 and 0.03; the third is not compared
+    one.sort.value = "better than the compared, most first"
+    assert qids(one) == [1, 2, 3]
+    one.compare.value = browser.NOTHING
+    assert one.picture.value.count("<svg") == 1
+    other.write_text("{}\n")
+    one.compare.value = "other/val"
+    assert "not done: " in one.said.value and "val.jsonl:1" in one.said.value
+
+
+def test_playing_sends_a_stretch_or_says_what_is_missing(predictions, tmp_path, monkeypatch):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    make_video(videos / "video 1.mkv", 20)
+    (videos / "video 2.mp4").write_text("no video")
+    one = browser.Browser(predictions, ROWS, videos=videos)
+    sent = []
+    monkeypatch.setattr(one.picture, "send", lambda *message: sent.append(message))
+    one.picture._told({"kind": "play", "second": 7.5, "end": 9})
+    (content, (clip,)) = sent.pop()
+    assert content == {"kind": "clip", "type": "video/mp4", "begin": content["begin"], "start": 7.5, "end": 9}
+    assert content["begin"] <= 7.5 and len(clip) > 500
+    assert "nothing to play" not in one.picture.value
+    one.next()
+    one.play(3)
+    assert "cannot be played" in one.said.value and sent == [({"kind": "silent"},)]
+    one.next()
+    assert "nothing to play" in one.picture.value and one.said.value == ""
+    one.play(3)
+    assert "no video file of video 3 is at hand" in one.said.value
+
+
+def test_predictions_of_a_folder_that_cannot_be_written_are_saved_elsewhere(predictions, tmp_path, monkeypatch):
+    monkeypatch.setattr(browser.os, "access", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    assert browser.Browser(predictions, ROWS).export() == tmp_path / "selection.jsonl"
+    assert browser.Browser(predictions, ROWS, folder="some/where").export().is_file()
+
+
+def test_the_time_axis_of_an_hour_has_few_labels():
+    hour = Row(-1, "a query", 5400, "video")
+    answer = {"pred_relevant_windows": [[0, 60, 0.5]], "probability": [0.5] * 900}
+    labels = [part.split("<")[0] for part in browser.sketch(hour, answer).split('text-anchor="middle">')[1:]]
+    assert labels == ["0 min", "10 min", "20 min", "30 min", "40 min", "50 min", "1 h 00", "1 h 10", "1 h 20", "1 h 30"]
+
+
 def test_predictions_made_elsewhere(shared):
     rows = shared / "qvhighlights" / "highlight_val_release.jsonl"
     began = time.monotonic()
@@ -168,3 +245,17 @@ def test_predictions_made_elsewhere(shared):
     correct = list(browser.FILTERS)[1]
     one.filter.value = correct
     assert len(one.selection()) == round(1550 * 0.3484)  # R1@0.7 of the golden metrics
+
+
+def test_the_papers_own_predictions(shared, tmp_path):
+    rows = shared / "qvhighlights" / "highlight_val_release.jsonl"
+    released = shared / "golden" / "released_val_scores.csv"
+    official = shared / "golden" / "official_val_predictions.jsonl"
+    one = browser.Browser(released, rows, compare=official, folder=tmp_path)
+    assert len(one.entries) == 1550 and one.title == "golden/released_val_scores"
+    assert one.picture.value.count("<svg") == 2 and "frame probability" in one.picture.value
+    one.filter.value = list(browser.FILTERS)[1]
+    reported = json.loads((shared / "golden" / "reported_scores.json").read_text())["val_released_scores_mask_policy"]
+    assert 100 * len(one.selection()) / 1550 == pytest.approx(reported["MR-full-R1@0.7"], abs=0.005)
+    assert len(evaluate.read_predictions(one.export())) == len(one.selection())
+    assert len(one.save_figure()) == 2
