@@ -117,8 +117,10 @@ def test_chapter_4_scores_what_it_decoded(chain, small_set):
         assert name in shown and f"{metrics['brief']['MR-full-mAP']:.2f}" in {f"{float(n):.2f}" for n in numbers(shown)}
     table = said(chain, 4, "reported")
     assert "reported, real QVHighlights" in table and "measured here" in table
-    for row in reported.TEST.values():
+    for row in (*reported.TEST.values(), *reported.BY_EPOCH):  # Tables I and IV
         assert {f"{value:.2f}" for value in row.values()} <= numbers(table)
+    for record in train.read_log(chain.validation_log):
+        assert f"{record['metrics']['brief']['MR-full-mAP']:.2f}" in numbers(table)
 
 
 def test_chapter_4_packs_a_submission_that_scores_the_same(chain, small_set):
@@ -152,6 +154,12 @@ def test_chapter_5_shows_chosen_queries_the_browser_and_predict(chain, small_set
     assert any("application/vnd.jupyter.widget-view+json" in out.get("data", {}) for out in widget)
     asked = [row.query for row in rows if row.vid == rows[0].vid]
     assert all(query in said(chain, 5, "predict") for query in asked)
+
+
+def test_chapter_5_shows_where_answers_go_wrong(chain, shared):
+    names = {path.stem for path in chain.figures.glob("*.png")}
+    assert {"errors_val", "reach_val", "errors_qvhighlights_val", "reach_qvhighlights_val"} <= names
+    assert {"98.71", "93.68", "100.00", "98.65"} <= {f"{float(n):.2f}" for n in numbers(said(chain, 5, "errors-real"))}
 
 
 def test_figures_are_pictures(chain):
