@@ -161,6 +161,7 @@ class Training(Section):
     gradient_checkpointing: bool
     compile: bool
     cache_features: bool  # keep the frozen encoder's output of the training videos on disk: 126 MB a video in `paper`
+    may_lack: Annotated[int, Field(ge=0)]  # training videos that may be without frames; their rows are left out
     workers: Annotated[int, Field(ge=0)]  # processes that read frames, for each training process
     validation_queries: Count | None  # decode this many val queries after each epoch; None: all
 

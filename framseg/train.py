@@ -65,6 +65,24 @@ def total_steps(profile: config.Profile, rows: int) -> int:
     return section.epochs * dataset.samples_an_epoch(profile, rows) // group // section.accumulation
 
 
+def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
+    """The training rows whose frames are there, and a sentence on those that are not ("" if there are none).
+
+    Raises TrainError if more videos lack than `training.may_lack` allows.
+    """
+    store, rows = dataset.store(profile), dataset.rows(profile, "train")
+    lost = sorted({row.vid for row in rows if row.vid not in store})
+    if not lost:
+        return rows, ""
+    said = (
+        f"{len(lost)} of the training videos are not in the frame store {store.folder}: {', '.join(lost[:5])}"
+        f"{' …' if len(lost) > 5 else ''}; notebook 01 extracts them, failures.jsonl there says what failed"
+    )
+    if len(lost) > profile.training.may_lack:
+        raise TrainError(f"{said}; training.may_lack={len(lost)} trains without them")
+    return [row for row in rows if row.vid not in lost], said
+
+
 def missing(profile: config.Profile) -> list[str]:
     """What the profile needs and is not there, one sentence each, with what to do."""
     out = []
@@ -132,7 +150,10 @@ def launch(profile: config.Profile, run: config.Run) -> None:
     Raises TrainError with the end of the log if training fails.
     """
     run.train.mkdir(parents=True, exist_ok=True)
-    total = total_steps(profile, len(dataset.rows(profile, "train")))
+    rows, lacking = readable(profile)
+    if lacking:
+        print(f"training without {lacking}")
+    total = total_steps(profile, len(rows))
     if not total:
         raise TrainError(f"{profile.name}: too few rows for one optimizer step; lower micro_batch or accumulation")
     _refuse_other_settings(profile, run)
@@ -234,7 +255,7 @@ class Trainer:
         self.profile, self.run = profile, run
         self.tokenizer = prompt.load(profile.model.tokenizer)
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
-        rows = self._readable(dataset.rows(profile, "train"))
+        rows, _ = readable(profile)
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
         self.an_epoch = dataset.samples_an_epoch(profile, len(rows))
         self.group = profile.training.micro_batch * self.world  # samples of a micro-batch on all processes
@@ -262,16 +283,6 @@ class Trainer:
         )
         if state is not None:
             self._load_state(state)
-
-    def _readable(self, rows: list[annotations.Row]) -> list[annotations.Row]:
-        store = dataset.store(self.profile)
-        lost = sorted({row.vid for row in rows if row.vid not in store})
-        if lost:
-            raise TrainError(
-                f"{len(lost)} of the training videos are not in the frame store {store.folder}: {', '.join(lost[:5])}"
-                f"{' …' if len(lost) > 5 else ''}; notebook 01 extracts them, failures.jsonl there says what failed"
-            )
-        return rows
 
     @torch.inference_mode()
     def _features(self, rows: list[annotations.Row]) -> dataset.Features | None:

@@ -333,15 +333,30 @@ def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_pat
     run = config.Run(profile, tmp_path / "run")
     store = dataset.store(profile)
     vid = dataset.rows(profile, "train")[0].vid
-    aside = store.path(vid).rename(tmp_path / "aside")
+    content = store.path(vid).read_bytes()
+    store.path(vid).write_bytes(content[:1000])
     try:
-        with pytest.raises(train.TrainError) as caught:
+        with pytest.raises(train.TrainError, match="training failed") as caught:
             train.launch(profile, run)
     finally:
-        aside.rename(store.path(vid))
-    assert "1 of the training videos are not in the frame store" in str(caught.value) and vid in str(caught.value)
-    assert "output.log" in str(caught.value)
-    assert subprocess.run(["pgrep", "-f", str(run.root)], capture_output=True).returncode == 1
+        store.path(vid).write_bytes(content)
+    assert f"{vid}: its file in the frame store is damaged" in str(caught.value)
+    assert "output.log" in str(caught.value) and not alive(run)
+
+
+def test_training_videos_without_frames_are_refused_or_left_out_by_name(small_set):
+    profile = small_profile(small_set)
+    store, rows = dataset.store(profile), dataset.rows(profile, "train")
+    aside = store.path(rows[0].vid).with_suffix(".aside")
+    store.path(rows[0].vid).rename(aside)
+    try:
+        with pytest.raises(train.TrainError, match=f"{rows[0].vid}.*training.may_lack=1 trains without them"):
+            train.readable(profile)
+        kept, said = train.readable(small_profile(small_set, training__may_lack=1))
+    finally:
+        aside.rename(store.path(rows[0].vid))
+    assert rows[0].vid in said and kept == [row for row in rows if row.vid != rows[0].vid]
+    assert train.readable(profile) == (rows, "")
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):

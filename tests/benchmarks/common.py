@@ -11,13 +11,10 @@ import torch
 RECORDS = Path(__file__).parent / "records"
 
 
-def about(**more) -> dict:
-    """Device and versions, the head of every record."""
-    return {
-        "device": device(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
-        **more,
-    }
+def about(*packages: str, **more) -> dict:
+    """Device and versions, the head of every record; `packages` by default those that the model runs on."""
+    named = packages or ("torch", "transformers", "peft", "deepspeed")
+    return {"device": device(), "versions": {name: version(name) for name in named}, **more}
 
 
 def device() -> str:

@@ -4,35 +4,39 @@ python tests/benchmarks/demo_seeds.py [--seeds 1 2 3]      (about five minutes a
 
 Writes records/demo_seeds.json: for each seed the metrics of the untouched base, of every epoch and of the trained
 model, all decoded, beside the trivial answers; and the trained model's answers read in several ways: the authors'
-policies, the ones of the profile, and these with 2 to 8 beams whose other masks have a say in the windows.
+policies, the ones of the profile, and these with 2 to 8 beams whose other masks have a say in the windows. Seed 1's
+answer to the query that the rule "excellent" of notebook 05 chooses becomes the README's picture.
 """
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 
+import common
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from framseg import annotations, blip3, config, dataset, decode, evaluate, moments, prompt, train
+from framseg import (
+    annotations,
+    blip3,
+    config,
+    dataset,
+    decode,
+    evaluate,
+    figures,
+    frames,
+    moments,
+    prompt,
+    train,
+)
 
-RECORD = Path(__file__).parent / "records" / "demo_seeds.json"
 BEAMS = (2, 4, 8)
-SHOWN = ("MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP", "HL-min-VeryGood-mAP", "HL-min-VeryGood-Hit1")
 
 
 def short(metrics: dict) -> dict:
-    return {name: metrics["brief"][name] for name in SHOWN}
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {name: metrics["brief"][name] for name in evaluate.METRICS}
 
 
 def beams_of(run: config.Run, rows: list[annotations.Row], beams: int) -> list[tuple[np.ndarray, ...]]:
@@ -86,6 +90,13 @@ def readings(run: config.Run, rows: list[annotations.Row]) -> dict:
     return out
 
 
+def example(predictions: list[dict], rows: list[annotations.Row], store: frames.Store) -> Figure:
+    """The qualitative figure of the query that the rule "excellent" chooses."""
+    chosen = figures.choose(rows, predictions, evaluate.per_query(predictions, rows))["excellent"]
+    row = next(row for row in rows if row.qid == chosen)
+    return figures.qualitative(row, next(one for one in predictions if one["qid"] == chosen), store.read(row.vid))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -93,9 +104,7 @@ def main() -> None:
     dataset.prepare(profile)
     dataset.extract(profile)
     val, rows = dataset.rows(profile, "val"), dataset.rows(profile, "train")
-    record = {
-        "device": f"{processor()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+    record = common.about() | {
         "val queries": len(val),
         "trivial": {
             name: short(evaluate.evaluate(answer, val))
@@ -115,6 +124,7 @@ def main() -> None:
             ignored = evaluate.evaluate(evaluate.shuffled(predictions, val, seed), val)
             steps = len(train.read_log(run.step_log))
             read = readings(run, val)
+            picture = example(predictions, val, dataset.store(profile))
         record["seeds"][seed] = {
             "training seconds": round(seconds, 1),
             "steps": steps,
@@ -124,7 +134,9 @@ def main() -> None:
             "read as": read,
         }
         print(seed, record["seeds"][seed]["base"], epochs[-1], json.dumps(read, indent=1))
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if seed == 1:
+            picture.savefig(common.RECORDS / "demo_example.png", dpi=160)
+    common.write("demo_seeds", record)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,20 @@ videos will differ. Extracts them with the paper profile's settings and writes r
 import argparse
 import json
 import os
-import platform
 import resource
 import tempfile
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import av
+import common
 import decord
 import numpy as np
 from PIL import Image
 
 from framseg import config, frames
 
-RECORD = Path(__file__).parent / "records" / "frame_store.json"
 WIDTH, HEIGHT, FPS, SECONDS, BITS, KEYS = 640, 360, 30, 150, 640_000, 150
 IN_QVHIGHLIGHTS = 10_148  # videos in its four annotation files
 READS = 5  # of every video, each with other variations
@@ -118,11 +116,6 @@ def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: floa
     assert report.done == len(vids), report.failed
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     from framseg import dataset  # here: workers import this file, and would wait for torch
 
@@ -169,9 +162,8 @@ def main() -> None:
         stored = [store.bytes(vid) for vid in paths]
         source = [path.stat().st_size for path in paths.values()]
     clock, cpu = np.median(reading, axis=0)
-    record = {
-        "device": f"{processor()}, {os.cpu_count()} cores of a shared machine, load {load:.1f} before the timings",
-        "versions": {name: version(name) for name in ("decord2", "pillow", "av", "numpy")},
+    record = common.about("decord2", "pillow", "av", "numpy") | {
+        "load before the timings": round(load, 1),
         "content": f"synthetic, {count} videos of {SECONDS} s, {WIDTH} x {HEIGHT}, {FPS} frames/s, H.264",
         "pictures a video": pictures,
         "source bytes a video": spread(source),
@@ -186,8 +178,8 @@ def main() -> None:
             "samples a CPU second": round(1 / cpu, 1),
         },
     }
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(RECORD.read_text(encoding="utf-8"))
+    print(json.dumps(record, indent=2))
+    common.write("frame_store", record)
 
 
 if __name__ == "__main__":
