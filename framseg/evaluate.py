@@ -438,9 +438,11 @@ def _window_reason(window: Any) -> str | None:
 
 def _not_finite(values: Sequence) -> int | None:
     """The place of the first entry that is not a finite number; None if all are."""
-    # Whole lists of plain floats pass here at once: a split has 100,000 of them.
-    if set(map(type, values)) <= {float} and np.isfinite(values).all():
-        return None
+    # Whole lists of plain numbers pass here at once: a split has 100,000 of them. A sum with a NaN is no number.
+    if set(map(type, values)) <= {float, int} and -1e300 < min(values) and max(values) < 1e300:
+        total = sum(values)
+        if total == total:
+            return None
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, Real) or not -1e300 < value < 1e300:
             return i
