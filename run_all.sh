@@ -18,10 +18,16 @@ usage: ./run_all.sh [demo|paper|test|PROFILE] [options]
   PROFILE   a profile of framseg/profiles, or the path of a YAML file
 
 options of a profile:
+  --profile PROFILE another way to name the profile
   --set KEY=VALUE   change one key of the profile, e.g. --set training.epochs=2 (repeatable)
   --only 04         run that notebook alone, on what the run folder holds already
   --from 04         run that notebook and those after it
+  --force           run every notebook again
   --run-dir DIR     write there instead of runs/<profile>
+
+A notebook that ended well is skipped while its cells, the code, the profile, the data and the earlier notebooks' work
+stay the same; --only, --from and --force run it all the same. A finished training is never done again: to train anew
+give another --run-dir, or remove runs/<profile>/train. All executed notebooks are in runs/<profile>/report.html.
 
 The active environment is used if it has the dependencies of environment.yml (torch >= 2.11, transformers >= 5.17);
 otherwise they are installed once with pip into .venv. Without an NVIDIA GPU, torch's CPU wheels are a much smaller
@@ -127,27 +133,21 @@ choose_python() { # sets PYTHON
 }
 
 main() {
-  local what=demo
   case "${1:-}" in
   -h | --help)
     usage
     return
-    ;;
-  "" | -*) ;;
-  *)
-    what=$1
-    shift
     ;;
   esac
   compiler
   choose_python
   PATH=$(dirname "$PYTHON"):$PATH # the DeepSpeed launcher and ninja of the same environment
   export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-  if [ "$what" = test ]; then
+  if [ "${1:-}" = test ]; then
     cd "$ROOT"
-    exec "$PYTHON" -m pytest "$@"
+    exec "$PYTHON" -m pytest "${@:2}"
   fi
-  exec "$PYTHON" -P -m framseg.run "$what" "$@"
+  exec "$PYTHON" -P -m framseg.run "$@"
 }
 
 main "$@"

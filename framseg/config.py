@@ -307,6 +307,7 @@ class Run:
         self.predictions = self.root / "predictions"
         self.metrics = self.root / "metrics"
         self.submission = self.root / "submission.zip"
+        self.report = self.root / "report.html"  # all executed notebooks on one page
         self.figures = self.root / "figures"
 
     def predicted(self, split: str, epoch: int | None = None) -> Path:

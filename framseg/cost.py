@@ -5,8 +5,11 @@ over the positions a causal mask and the sliding window leave, logits of the ans
 the weight gradients of what is frozen.
 """
 
+import os
+import platform
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -116,6 +119,15 @@ def matrix_rate(device: torch.device | str, dtype: torch.dtype, width: int = 409
         if one.is_cuda:
             torch.cuda.synchronize()
     return done * 2 * width**3 / (time.perf_counter() - began)
+
+
+def device_name() -> str:
+    """The GPU's name, with how many there are; without one the processor's and how many of its cores."""
+    if count := torch.cuda.device_count():
+        return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _patches(vision: config.Vision) -> int:

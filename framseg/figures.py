@@ -395,6 +395,50 @@ def validation(records: Sequence[dict]) -> Figure:
     return figure
 
 
+@_styled
+def progress(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
+    """A training so far: the four losses (EMA over a faint raw curve), the learning rate, and the validations."""
+    _some(steps, "steps")
+    figure = _picture(2.7)
+    fall, rate, answers = figure.subplots(1, 3)
+    x = [line["step"] for line in steps]
+    dot = "." if len(steps) == 1 else ""
+    for (key, name), colour in zip(LOSSES.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
+        y = [line[key] for line in steps]
+        fall.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+        fall.plot(x, ema(x, y), color=colour, linewidth=1.8, marker=dot, label=f"{name} {y[-1]:.3f}")
+    steps_axis = {"xlabel": "optimizer step", "xlim": (0, max(x[-1], 10)), "ylim": (0, None)}
+    fall.set(title="Losses", **steps_axis)
+    rate.plot(x, [line["learning_rate"] for line in steps], color="black", marker=dot)
+    rate.set(title="Learning rate", **steps_axis)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    epochs = [record["epoch"] for record in validations]
+    for key, marker, colour in zip(("MR-full-R1@0.7", "MR-full-mAP"), "os", (BLUE, GREEN), strict=True):
+        values = [record["metrics"]["brief"].get(key, np.nan) for record in validations]
+        answers.plot(epochs, values, marker=marker, color=colour, label=METRICS[key])
+    answers.set(title="Decoded val", xlabel="epoch", ylabel="%", xlim=(-0.1, max([1, *epochs]) + 0.1), ylim=(0, 100))
+    answers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    answers.legend(fontsize="small")
+    figure.legend(*fall.get_legend_handles_labels(), loc="outside lower center", ncols=len(LOSSES))
+    return figure
+
+
+class Live:
+    """One picture in a notebook's output that is drawn anew with each call; `train.launch` calls it."""
+
+    def __init__(self):
+        self.handle = None
+
+    def __call__(self, steps: Sequence[dict], validations: Sequence[dict]) -> None:
+        from IPython.display import display
+
+        figure = progress(steps, validations)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+
+
 def _some(lines: Sequence[dict], what: str) -> None:
     if not lines:
         raise ValueError(f"no {what} are logged yet: train first")

@@ -1,7 +1,8 @@
 """Run the notebooks in their order for one profile: ``python -m framseg.run PROFILE [options]``.
 
 Every notebook is executed by papermill in this very Python; the executed copies lie in the run folder, beside the
-resolved profile that all of them read. Exit code 1: a notebook failed; 2: nothing was started, for the reason said.
+resolved profile that all of them read. A stamp beside each finished copy says what it was made from: while that stays
+the same, a whole run skips it. Exit code 1: a notebook failed; 2: nothing was started, for the reason said.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from framseg import config
+from framseg import config, steps
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 KERNEL = "python3"
@@ -30,14 +31,18 @@ class RunError(Exception):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run_all.sh", description="Run the notebooks 01 to 05 for one profile.")
-    parser.add_argument("profile", help="a profile's name or the path of a YAML file")
+    parser.add_argument("name", nargs="?", metavar="PROFILE", help="a profile's name or a YAML file's path; else demo")
+    parser.add_argument("--profile", metavar="PROFILE", help="the same")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, e.g. training.epochs=2"
     )
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write there instead of runs/<profile>")
+    parser.add_argument("--force", action="store_true", help="run what is finished and unchanged again, too")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--only", metavar="04", help="run this notebook alone")
-    which.add_argument("--from", dest="first", metavar="04", help="run this notebook and those after it")
+    which.add_argument("--only", metavar="04", help="run this notebook alone, finished or not")
+    which.add_argument(
+        "--from", dest="first", metavar="04", help="run this notebook and those after it, finished or not"
+    )
     return parser.parse_args(arguments)
 
 
@@ -60,13 +65,15 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, config.Run]:
 
     A part of a run (--only, --from) goes on with the profile that the run folder holds.
     """
+    if options.name and options.profile and options.name != options.profile:
+        raise RunError(f"two profiles were named, {options.name} and {options.profile}: name one")
     overrides = {}
     for change in options.set:
         key, equals, value = change.partition("=")
         if not equals:
             raise RunError(f"--set {change}: write KEY=VALUE, e.g. training.epochs=2")
         overrides[key.strip()] = value
-    profile = config.load(options.profile, overrides)
+    profile = config.load(options.name or options.profile or "demo", overrides)
     run = config.Run(profile, options.run_dir and options.run_dir.resolve())
     if (options.only or options.first) and run.profile.is_file():
         profile = config.load(run.profile, overrides)
@@ -85,6 +92,9 @@ def refuse_incomplete(profile: config.Profile) -> None:
 
 def execute(notebook: Path, run: config.Run) -> None:
     """Execute one notebook with the run's parameters; the executed copy is kept, a failed one's too."""
+    parameters = {"profile": str(run.profile), "run_dir": str(run.root)}
+    if "live" in papermill.inspect_notebook(str(notebook)):
+        parameters["live"] = False  # nobody looks on: plain lines
     with tempfile.TemporaryDirectory() as folder:
         # A kernel called python3 may be another interpreter's; first on Jupyter's path is a spec of this one.
         write_kernel_spec(str(Path(folder) / "kernels" / KERNEL))
@@ -92,19 +102,39 @@ def execute(notebook: Path, run: config.Run) -> None:
         papermill.execute_notebook(
             str(notebook),
             str(run.notebooks / notebook.name),
-            parameters={"profile": str(run.profile), "run_dir": str(run.root)},
+            parameters=parameters,
             kernel_name=KERNEL,
             language="python",
             cwd=str(NOTEBOOKS),
         )
 
 
+def step(notebook: Path, run: config.Run) -> str | None:
+    """Execute one notebook; why it failed, with the end of its traceback on stderr, or None."""
+    try:
+        execute(notebook, run)
+    except PapermillExecutionError as error:
+        lines = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)).splitlines()
+        print(*lines[-TAIL:], sep="\n", file=sys.stderr)
+        return f"cell {error.exec_count} failed with {error.ename}"
+    except DeadKernelError:
+        return "its kernel died, most often for want of memory"
+    except OSError as error:
+        return str(error)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    asked = {"--only": options.only, "--from": options.first, "--force": options.force}
+    always = next((option for option, value in asked.items() if value), None)
     try:
         profile, run = resolve(options)
-        notebooks = chosen(options.only, options.first)
-        refuse_incomplete(profile)
+        todo = [steps.Step(notebook, profile, run) for notebook in chosen(options.only, options.first)]
+        if always or any(one.changed() for one in todo):
+            refuse_incomplete(profile)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         config.save(profile, run.profile)
     except (RunError, config.ProfileError, OSError) as error:
@@ -112,29 +142,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # Notebooks import this framseg, from whatever folder they are started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    began = time.monotonic()
-    for number, notebook in enumerate(notebooks, start=1):
-        start = time.monotonic()
-        print(f"[{number}/{len(notebooks)}] {notebook.stem}", flush=True)
-        try:
-            execute(notebook, run)
-        except PapermillExecutionError as error:
-            lines = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)).splitlines()
-            print(*lines[-TAIL:], sep="\n", file=sys.stderr)
-            reason = f"cell {error.exec_count} failed with {error.ename}"
-        except DeadKernelError:
-            reason = "its kernel died, most often for want of memory"
-        except OSError as error:
-            reason = str(error)
-        except KeyboardInterrupt:
-            reason = "interrupted"
-        else:
-            print(f"      {time.monotonic() - start:.0f} s", flush=True)
+    began, skipped, reason = time.monotonic(), 0, None
+    for number, one in enumerate(todo, start=1):
+        start, name = time.monotonic(), one.notebook.stem
+        why = f"asked for by {always}" if always else one.changed()
+        if why is None:
+            skipped += 1
+            print(f"[{number}/{len(todo)}] {name}: unchanged, skipped (--force runs it again)", flush=True)
             continue
-        print(f"{notebook.stem}: {reason}. The executed copy is {run.notebooks / notebook.name}", file=sys.stderr)
-        print(f"Finished steps are kept; go on with --from {notebook.stem[:2]}", file=sys.stderr)
+        print(f"[{number}/{len(todo)}] {name}: {why}", flush=True)
+        one.begin()
+        if reason := step(one.notebook, run):
+            print(f"{name}: {reason}. The executed copy is {one.copy}", file=sys.stderr)
+            print(f"Finished steps are kept; go on with --from {name[:2]}", file=sys.stderr)
+            break
+        one.finish()
+        print(f"      {time.monotonic() - start:.0f} s", flush=True)
+    if skipped < len(todo) or not run.report.is_file():
+        from framseg import report  # here, so that a mistyped option is answered at once
+
+        report.write(profile, run)
+        print(f"report: {run.report}")
+    if reason:
         return 1
-    print(f"{len(notebooks)} notebooks in {time.monotonic() - began:.0f} s; everything is in {run.root}")
+    kept = f", {skipped} skipped" if skipped else ""
+    print(f"{len(todo) - skipped} notebooks in {time.monotonic() - began:.0f} s{kept}; everything is in {run.root}")
     return 0
 
 

@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, 
 
 POLL = 0.5  # seconds between two looks at the step log
 KEPT = 2  # resumable states: should the last one be damaged, there is one before it
+REDRAW = 3.0  # seconds between two calls of `on_progress`
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
 
 
@@ -143,11 +144,15 @@ def _flash_attention() -> bool:
 # --- the parent: starting and watching -------------------------------------------------------------------------
 
 
-def launch(profile: config.Profile, run: config.Run) -> None:
-    """Train `profile` into `run` through the DeepSpeed launcher, with a progress bar; goes on from a checkpoint.
+def launch(
+    profile: config.Profile, run: config.Run, on_progress: Callable[[list[dict], list[dict]], None] | None = None
+) -> None:
+    """Train `profile` into `run` through the DeepSpeed launcher; goes on from a checkpoint.
 
-    A finished run returns at once. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a checkpoint first.
-    Raises TrainError with the end of the log if training fails.
+    One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
+    is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
+    the end. A finished run returns at once. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a checkpoint
+    first. Raises TrainError with the end of the log if training fails.
     """
     run.train.mkdir(parents=True, exist_ok=True)
     rows, lacking = readable(profile)
@@ -157,7 +162,7 @@ def launch(profile: config.Profile, run: config.Run) -> None:
     if not total:
         raise TrainError(f"{profile.name}: too few rows for one optimizer step; lower micro_batch or accumulation")
     _refuse_other_settings(profile, run)
-    if _progress(run)[0] >= total and run.checkpoint.is_dir():
+    if len(read_log(run.step_log)) >= total and run.checkpoint.is_dir():
         print(f"trained already: {total} steps in {run.train}")
         return
     config.save(profile, run.profile)
@@ -168,7 +173,7 @@ def launch(profile: config.Profile, run: config.Run) -> None:
     arguments = ["--profile", str(run.profile), "--run-dir", str(run.root)]
     process = launcher.start("framseg.train", profile, log, arguments)
     try:
-        _watch(process, run, total)
+        _watch(process, run, total, on_progress)
     except KeyboardInterrupt:
         stop.touch()
         print("stopping after this step, with a checkpoint …")
@@ -180,7 +185,7 @@ def launch(profile: config.Profile, run: config.Run) -> None:
     finally:
         launcher.end(process)
         stop.unlink(missing_ok=True)
-    if process.returncode or _progress(run)[0] < total:
+    if process.returncode or len(read_log(run.step_log)) < total:
         raise TrainError(f"training failed (exit code {process.returncode}); the end of {log}:\n{launcher.tail(log)}")
 
 
@@ -206,32 +211,43 @@ def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
             yield f"{at}{key}: {old[key]} there, {value} now"
 
 
-def _progress(run: config.Run) -> tuple[int, dict]:
-    steps = read_log(run.step_log)
-    return len(steps), steps[-1] if steps else {}
-
-
-def _watch(process: subprocess.Popen, run: config.Run, total: int) -> None:
-    validated = 0
-    with tqdm(total=total, desc="training", unit="step") as bar:
+def _watch(process: subprocess.Popen, run: config.Run, total: int, on_progress: Callable | None) -> None:
+    first, validated = (len(read_log(log)) for log in (run.step_log, run.validation_log))
+    told, shown = 0.0, None
+    hide = None if on_progress is None else False  # None: no bar where there is no terminal, as under papermill
+    with tqdm(total=total, initial=first, desc="training", unit="step", disable=hide) as bar:
         while True:
             ended = process.poll() is not None
-            steps, last = _progress(run)
+            steps, validations = read_log(run.step_log), read_log(run.validation_log)
             if steps:
-                bar.n = steps
-                bar.set_postfix_str(
-                    f"epoch {last['epoch']:.2f}, loss {last['loss']:.3f}, {last['samples_per_second']:.1f} samples/s"
-                )
-            for record in read_log(run.validation_log)[validated:]:
-                brief = record["metrics"]["brief"]
-                bar.write(
-                    f"epoch {record['epoch']}: R1@0.5 {brief['MR-full-R1@0.5']}, R1@0.7 {brief['MR-full-R1@0.7']}, "
-                    f"mAP {brief['MR-full-mAP']}, HIT@1 {brief['HL-min-VeryGood-Hit1']}"
-                )
-                validated += 1
+                bar.set_postfix_str(_brief(steps[-1]), refresh=False)
+            bar.update(len(steps) - bar.n)
+            for record in validations[validated:]:
+                bar.write(_validated(record, steps))
+            validated = len(validations)  # fewer than before when a resumed training drops what it does again
+            news = len(steps), len(validations)
+            if on_progress and steps and news != shown and (ended or time.monotonic() - told >= REDRAW):
+                on_progress(steps, validations)
+                told, shown = time.monotonic(), news
             if ended:
                 return
             time.sleep(POLL)
+
+
+def _brief(step: dict) -> str:
+    return (
+        f"epoch {step['epoch']:.2f}, loss {step['loss']:.3f}, {step['samples_per_second']:.1f} samples/s, "
+        f"{step['memory_gib']:.1f} GiB"
+    )
+
+
+def _validated(record: dict, steps: list[dict]) -> str:
+    brief = record["metrics"]["brief"]
+    before = f" (step {len(steps)}: {_brief(steps[-1])})" if steps else ""
+    return (
+        f"epoch {record['epoch']}: R1@0.5 {brief['MR-full-R1@0.5']}, R1@0.7 {brief['MR-full-R1@0.7']}, "
+        f"mAP {brief['MR-full-mAP']}, HIT@1 {brief['HL-min-VeryGood-Hit1']}{before}"
+    )
 
 
 def read_log(path: Path) -> list[dict]:

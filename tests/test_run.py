@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import nbformat
 import pytest
 import yaml
 
-from framseg import config, run
+from framseg import config, run, steps
 
 RUN_ALL = config.REPOSITORY / "run_all.sh"
 TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
@@ -19,7 +20,9 @@ TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
 def notebook(folder, name, *cells):
     parameters = nbformat.v4.new_code_cell("profile = 'paper'\nrun_dir = None", metadata={"tags": ["parameters"]})
     code = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, *code]), folder / f"{name}.ipynb")
+    kernel = {"name": run.KERNEL, "display_name": "Python 3", "language": "python"}
+    content = nbformat.v4.new_notebook(cells=[parameters, *code], metadata={"kernelspec": kernel})
+    nbformat.write(content, folder / f"{name}.ipynb")
 
 
 @pytest.fixture
@@ -108,6 +111,7 @@ def test_a_dead_kernel_is_said(notebooks, tmp_path, capfd):
         (["papre"], "did you mean 'paper'"),
         (["paper", "--set", "training.epochs"], "write KEY=VALUE"),
         (["paper", "--set", "training.epoch=1"], "the nearest is 'epochs'"),
+        (["paper", "--profile", "demo"], "two profiles were named, paper and demo"),
         (["paper", "--only", "07"], "no notebook '07': there are 01_one, 02_two, 03_three"),
         (["paper", "--run-dir", "/dev/null/x"], "/dev/null"),
     ],
@@ -123,6 +127,143 @@ def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert "'paper' cannot run here yet" in said and "- weights of the model\n- a GPU" in said
     assert not (tmp_path / "a run").exists()
+
+
+# what is finished is skipped
+
+
+@pytest.fixture
+def inputs(notebooks, tmp_path, monkeypatch):
+    """A first run that has finished, on a data folder and a folder of code that a test may change.
+
+    In place of papermill, which takes a second a notebook, this process executes the cells.
+    """
+
+    def execute(notebook, made):
+        content = nbformat.read(notebook, as_version=4)
+        nbformat.write(content, made.notebooks / notebook.name)
+        exec("\n".join(cell.source for cell in content.cells[1:]), {"run_dir": made.root, "profile": made.profile})
+
+    monkeypatch.setattr(run, "execute", execute)
+    for name in ("code", "data/videos"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "code/module.py").write_text("one = 1\n")
+    (tmp_path / "data/highlight_val_release.jsonl").write_text("{}\n")
+    (tmp_path / "data/videos/a.mp4").write_bytes(b"a")
+    monkeypatch.setattr(steps, "CODE", tmp_path / "code")
+    assert again(tmp_path) == 0
+    return tmp_path
+
+
+def again(tmp_path, *options):
+    return start(tmp_path, "--set", f"data.folder={tmp_path / 'data'}", *options)
+
+
+def said(capfd) -> dict[str, str]:
+    """What was said of each notebook, by its name."""
+    return dict(re.findall(r"^\[\d/\d\] (\w+): (.*)$", capfd.readouterr().out, re.MULTILINE))
+
+
+SKIPPED = "unchanged, skipped (--force runs it again)"
+EARLIER = "an earlier chapter changed"
+NAMES = ("01_one", "02_two", "03_three")
+
+
+def test_what_is_finished_is_skipped(inputs, capfd, monkeypatch):
+    monkeypatch.setattr(run, "execute", None)  # nothing may be executed
+    page = (inputs / "a run/report.html").stat().st_mtime_ns
+    assert again(inputs) == 0
+    out = capfd.readouterr().out
+    assert out.count(SKIPPED) == 3 and "0 notebooks in" in out and "3 skipped" in out
+    assert (inputs / "a run/report.html").stat().st_mtime_ns == page
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("code/module.py", dict.fromkeys(NAMES, "the code changed")),
+        ("data/highlight_val_release.jsonl", dict.fromkeys(NAMES, "the data changed")),
+        ("data/videos/a.mp4", dict.fromkeys(NAMES, "the data changed")),
+        ("a run/two.txt", {"01_one": SKIPPED, "02_two": "two.txt is gone", "03_three": EARLIER}),
+        ("a run/notebooks/03_three.ipynb", {"01_one": SKIPPED, "02_two": SKIPPED, "03_three": "not finished yet"}),
+    ],
+)
+def test_what_has_changed_runs_again_with_all_after_it(inputs, capfd, file, expected):
+    path = inputs / file
+    path.unlink() if file.startswith("a run") else path.write_bytes(path.read_bytes() + b" ")
+    assert again(inputs) == 0
+    found = said(capfd)
+    assert list(found) == list(NAMES)
+    assert all(what in found[name] for name, what in expected.items()), found
+    assert again(inputs) == 0 and said(capfd) == dict.fromkeys(NAMES, SKIPPED)
+
+
+def test_a_changed_cell_and_a_changed_profile_run_again(inputs, capfd):
+    notebook(inputs / "note books", "02_two", "more = 2")
+    assert again(inputs) == 0
+    assert said(capfd) == {"01_one": SKIPPED, "02_two": "the notebook changed", "03_three": EARLIER}
+    assert again(inputs, "--set", "training.epochs=3") == 0
+    assert all("the profile changed" in reason for reason in said(capfd).values())
+
+
+def test_what_is_asked_for_runs_finished_or_not(inputs, capfd):
+    assert again(inputs, "--force") == 0
+    assert said(capfd) == dict.fromkeys(NAMES, "asked for by --force")
+    assert again(inputs, "--only", "02") == 0
+    assert said(capfd) == {"02_two": "asked for by --only"}
+    assert again(inputs) == 0  # the third is older than the second now
+    assert said(capfd) == {"01_one": SKIPPED, "02_two": SKIPPED, "03_three": EARLIER}
+    assert again(inputs, "--from", "02") == 0
+    assert said(capfd) == dict.fromkeys(NAMES[1:], "asked for by --from")
+
+
+def test_a_failed_step_is_not_finished(inputs, capfd):
+    cells = nbformat.read(inputs / "note books/02_two.ipynb", as_version=4)
+    notebook(inputs / "note books", "02_two", "raise OSError('not this time')")
+    assert again(inputs) == 1
+    said(capfd)
+    nbformat.write(cells, inputs / "note books/02_two.ipynb")  # as it was when it had ended well
+    assert again(inputs) == 0
+    assert said(capfd) == {"01_one": SKIPPED, "02_two": "not finished yet", "03_three": EARLIER}
+
+
+def test_what_the_first_chapter_makes_is_no_change(notebooks, tmp_path, capfd):
+    folder = tmp_path / "made"
+    notebook(
+        notebooks,
+        "01_one",
+        f"from pathlib import Path; Path({str(folder)!r}).mkdir(exist_ok=True)",
+        f"(Path({str(folder)!r}) / 'highlight_val_release.jsonl').write_text('{{}}')",
+    )
+    for expected in ("not finished yet", SKIPPED):
+        options = ["--profile", "demo", "--run-dir", str(tmp_path / "a run"), "--set", f"data.folder={folder}"]
+        assert run.main(options) == 0
+        assert said(capfd) == dict.fromkeys(NAMES, expected)
+
+
+# the report
+
+
+def test_the_report_of_a_part_a_failure_and_a_truncated_copy(notebooks, tmp_path):
+    page = tmp_path / "a run/report.html"
+    assert start(tmp_path, "--only", "02") == 0
+    assert "two.txt" in page.read_text() and "03_three" not in page.read_text()
+    notebook(notebooks, "03_three", "raise ValueError('the frames are gone')")
+    (tmp_path / "a run/notebooks/01_one.ipynb").write_text('{"cells": [')
+    assert start(tmp_path, "--only", "03") == 1
+    text = page.read_text()
+    assert "the frames are gone" in text and "<td>failed</td>" in text
+    assert "The executed copy cannot be read" in text
+
+
+def test_an_interactive_notebook_is_told_that_nobody_looks_on(notebooks, tmp_path):
+    path = notebooks / "03_three.ipynb"
+    content = nbformat.read(path, as_version=4)
+    content.cells[0].source += "\nlive = True"
+    content.cells[1].source = "from pathlib import Path; (Path(run_dir) / 'three.txt').write_text(str(live))"
+    nbformat.write(content, path)
+    assert start(tmp_path, "--only", "03") == 0
+    assert (tmp_path / "a run/three.txt").read_text() == "False"
 
 
 # run_all.sh
@@ -186,7 +327,7 @@ def test_set_up_from_nothing_then_at_once(repository):
 
     second = outside(repository, "--only", "04")
     assert second.returncode == 0 and "Installing" not in second.stdout
-    assert "['demo', '--only', '04']" in second.stdout
+    assert "['--only', '04']" in second.stdout
 
     pin(repository, "3.0")
     failed = outside(repository)

@@ -1,12 +1,10 @@
 """What every benchmark does alike: say what it ran on, and write its record."""
 
 import json
-import os
-import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from framseg import cost
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -14,16 +12,7 @@ RECORDS = Path(__file__).parent / "records"
 def about(*packages: str, **more) -> dict:
     """Device and versions, the head of every record; `packages` by default those that the model runs on."""
     named = packages or ("torch", "transformers", "peft", "deepspeed")
-    return {"device": device(), "versions": {name: version(name) for name in named}, **more}
-
-
-def device() -> str:
-    """The GPU's name; without one the processor's and how many of its cores there are."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
+    return {"device": cost.device_name(), "versions": {name: version(name) for name in named}, **more}
 
 
 def write(name: str, record: dict, folder: Path | None = None) -> Path:
