@@ -37,7 +37,7 @@ RANKING = Ranking(
     end=(-1.809, -0.381, 2.159),
 )
 KERNEL = 0.8  # frames, width of the method `gaussian`; from the same place
-LIKELY = 64  # runs that the policy `ranked` looks at; more change nothing
+LIKELY = 64  # most likely runs that the policy `ranked` looks at, for speed
 
 
 def valid(mask: str | Sequence[int] | np.ndarray, frames: int) -> bool:
@@ -165,7 +165,7 @@ def edge_features(probability: np.ndarray, first: int, after: int) -> np.ndarray
 def moved(run: tuple[int, int], probability: np.ndarray, ranking: Ranking = RANKING) -> tuple[float, float]:
     """The run's start and end in frames, moved by what `edge_features` say, inward by a quarter of the run at most."""
     (first, after), features = run, edge_features(probability, *run)
-    most = (after - first) / 4  # short runs keep a body; moves nothing in the predictions the weights were fitted on
+    most = (after - first) / 4  # short runs keep a body; the paper's model gives few that feel it
     start = first + min(float(features[0] @ ranking.start), most)
     end = after + max(float(features[1] @ ranking.end), -most)
     return max(start, 0.0), min(end, float(len(probability)))
