@@ -538,7 +538,7 @@ def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tm
         np.testing.assert_allclose(answer.probability, probability / weight, atol=1e-4)
         mask = "".join("1" if one >= of / 2 else "0" for one, of in zip(ones, weight, strict=True))
         assert answer.valid == ("1" in mask) and answer.mask == (mask if "1" in mask else "1" * n)
-        assert answer.windows == moments.windows(answer.mask, answer.probability, seconds)
+        assert answer.windows == moments.windows(answer.mask, answer.probability, seconds, moments.BEST_WINDOWS)
         assert answer.saliency.shape == (seconds // 2,)
         assert answer.times[[0, -1]] == pytest.approx([seconds / n / 2, seconds - seconds / n / 2])
         np.testing.assert_array_equal(answer.frames, images[np.linspace(0, n - 1, FRAMES).round().astype(int)])
