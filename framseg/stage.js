@@ -64,8 +64,8 @@ function render({ model, el }) {
   });
 
   const home = () => el.closest(".framseg") ?? el;
-  const focused = (event) => {  // the notebook has shortcuts of its own for the arrows
-    if (home().contains(event.target)) home().dataset.lmSuppressShortcuts = "true";
+  const focused = ({ target }) => {  // the notebook has shortcuts of its own for the arrows
+    if (home().contains(target)) target.dataset.lmSuppressShortcuts = "true";
   };
   const pressed = (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];

@@ -32,6 +32,10 @@ def lab(chain, tmp_path_factory) -> str:
     cell.source += f"\nprofile, run_dir = {str(chain.profile)!r}, {str(chain.root)!r}"
     nbformat.write(notebook, folder / "05_figures.ipynb")
 
+    failed = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"])
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# broken")])
+    broken.cells += [nbformat.v4.new_code_cell("1", outputs=[failed])]
+    nbformat.write(broken, folder / "broken.ipynb")
     with serve(folder, tmp_path_factory.mktemp("jupyter")) as address:
         yield address
 
@@ -68,7 +72,9 @@ def keep(page, name: str) -> None:
 
 
 def shows_no_error(page) -> None:
-    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    # An error's traceback and what a cell wrote to stderr look the same.
+    for text in page.locator("[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts():
+        assert not re.search(r"^(Traceback|\w*(Error|Exception|Interrupt)\b)", text, re.MULTILINE), text
     assert page.get_by_text(re.compile("Error (displaying|creating) widget|Javascript Error")).count() == 0
 
 
@@ -86,6 +92,13 @@ def test_an_executed_chapter_opens_without_an_error(lab, chain, page, name):
     assert seen == {number for number, cell in enumerate(cells) if cell.get("outputs")}
     assert notebook.locator(".jp-OutputArea-output img").count() >= 1
     keep(page, name)
+
+
+def test_an_error_on_a_page_is_seen(lab, page):
+    notebook = opened(page, lab, "broken")
+    notebook.get_by_text("ValueError: no").wait_for()
+    with pytest.raises(AssertionError):
+        shows_no_error(page)
 
 
 def place(cell: str) -> int:
@@ -167,6 +180,16 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     listed.select_option(index=0)
     twin.show(twin.shown[0]["qid"])
     agrees()
+    active = notebook.locator(".jp-Cell.jp-mod-active").get_attribute("data-windowed-list-index")
+    listed.focus()
+    page.keyboard.press("ArrowDown")
+    twin.next()
+    agrees()
+    page.keyboard.press("ArrowUp")
+    twin.previous()
+    agrees()
+    # The notebook's own arrow keys would have gone to another cell.
+    expect(notebook.locator(".jp-Cell.jp-mod-active")).to_have_attribute("data-windowed-list-index", active)
     search.focus()
     page.keyboard.press("ArrowRight")  # here it moves the cursor
     page.wait_for_timeout(500)
