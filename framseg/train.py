@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -214,7 +215,7 @@ def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
 def _watch(process: subprocess.Popen, run: config.Run, total: int, on_progress: Callable | None) -> None:
     first, validated = (len(read_log(log)) for log in (run.step_log, run.validation_log))
     told, shown = 0.0, None
-    hide = None if on_progress is None else False  # None: no bar where there is no terminal, as under papermill
+    hide = on_progress is None and not sys.stderr.isatty()  # as under papermill
     with tqdm(total=total, initial=first, desc="training", unit="step", disable=hide) as bar:
         while True:
             ended = process.poll() is not None

@@ -93,6 +93,13 @@ def test_only_resampler_and_adapter_are_trained(trained):
     assert config_file["r"] == 2 * profile.adapter.rank and not config_file["use_rslora"]
 
 
+def test_a_line_that_is_being_written_is_left_for_the_next_time(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert train.read_log(log) == []
+    log.write_text('{"step": 1}\n{"step": 2')
+    assert train.read_log(log) == [{"step": 1}]
+
+
 def test_a_finished_run_is_not_trained_again(trained, capsys):
     profile, run = trained
     before = run.step_log.stat().st_mtime_ns
@@ -131,7 +138,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, interruptible):
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, interruptible, capsys):
     profile, whole = trained
     run = config.Run(profile, tmp_path / "cut")
 
@@ -146,7 +153,16 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, inte
     done = len(train.read_log(run.step_log))
     assert 2 <= done < len(train.read_log(whole.step_log))
     assert list(run.resume.glob("step_*/state.json")) and not run.checkpoint.exists()
-    train.launch(profile, run)
+    said = capsys.readouterr()
+    assert said.out.count("epoch 0: R1@0.5") == 1 and "step/s" not in said.err  # no bar: this is no terminal
+
+    seen = []
+    train.launch(profile, run, on_progress=lambda *logs: seen.append(logs))
+    assert seen[-1] == (train.read_log(run.step_log), train.read_log(run.validation_log))
+    assert [len(steps) for steps, _ in seen] == sorted(len(steps) for steps, _ in seen)
+    said = capsys.readouterr()
+    assert "epoch 0" not in said.out and "epoch 2: R1@0.5" in said.out and "GiB)" in said.out
+    assert "step/s" in said.err
     assert logged(run) == logged(whole)
     assert same_weights(run, whole)
     assert validated(run) == validated(whole)
