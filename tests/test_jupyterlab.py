@@ -121,7 +121,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     notebook = opened(page, lab, "05_figures")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    expect(shown(notebook, "wrote")).to_contain_text("and .png")
+    expect(shown(notebook, "wrote").locator(".jp-OutputArea-output")).to_contain_text("and .png")
     shows_no_error(page)
 
     # What the page must show, from the same run without a page.
