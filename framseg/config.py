@@ -299,6 +299,7 @@ class Run:
         self.step_log = self.train / "steps.jsonl"  # one line an optimizer step
         self.validation_log = self.train / "validation.jsonl"  # one line an epoch: the metrics
         self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
+        self.trained_on = self.train / "rows.sha256"  # of the training annotations
         self.resume = self.train / "resume"  # state of the engine after the last finished epoch
         self.checkpoint = self.root / "checkpoint"  # what framseg.predict reads
         self.predictions = self.root / "predictions"

@@ -4,10 +4,12 @@
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +141,7 @@ def launch(
         return
     config.save(profile, run.profile)
     config.save(profile, run.trained_with)
+    run.trained_on.write_text(_rows_hash(profile), encoding="utf-8")
     stop = run.train / "stop"
     stop.unlink(missing_ok=True)
     log = run.train / "output.log"
@@ -162,17 +165,24 @@ def launch(
 
 
 def _refuse_other_settings(profile: config.Profile, run: config.Run) -> None:
-    """Raise TrainError if the run folder holds a training with other settings (how it decodes may change)."""
+    """Raise TrainError if the run folder holds a training with other settings or rows (how it decodes may change)."""
     if not run.trained_with.is_file():
         return
     old, new = (
         p.model_dump(mode="json", exclude={"inference", "name"}) for p in (config.load(run.trained_with), profile)
     )
-    if different := list(_differences(old, new)):
+    different = list(_differences(old, new))
+    if run.trained_on.is_file() and run.trained_on.read_text(encoding="utf-8") != _rows_hash(profile):
+        different.append(f"other rows in {dataset.annotation_file(profile, 'train').name}")
+    if different:
         raise TrainError(
             f"{run.train} was trained with other settings ({'; '.join(different)}): give another --run-dir, or remove "
             f"{run.train} to train anew"
         )
+
+
+def _rows_hash(profile: config.Profile) -> str:
+    return hashlib.sha256(dataset.annotation_file(profile, "train").read_bytes()).hexdigest()
 
 
 def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
@@ -186,7 +196,7 @@ def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
 def _watch(process: subprocess.Popen, run: config.Run, total: int, on_progress: Callable | None) -> None:
     first, validated = (len(read_log(log)) for log in (run.step_log, run.validation_log))
     told, shown = 0.0, None
-    hide = None if on_progress is None else False  # None: no bar where there is no terminal, as under papermill
+    hide = on_progress is None and not sys.stderr.isatty()  # as under papermill
     with tqdm(total=total, initial=first, desc="training", unit="step", disable=hide) as bar:
         while True:
             ended = process.poll() is not None

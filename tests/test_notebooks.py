@@ -10,10 +10,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from conftest import SHORT
+from bs4 import BeautifulSoup
+from conftest import SHORT, small_profile
+from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
-from framseg import annotations, codalab, config, evaluate, figures, reported, run, train
+from framseg import annotations, codalab, config, cost, evaluate, figures, reported, run, train
 
 NOTEBOOKS = sorted(run.NOTEBOOKS.glob("*.ipynb"))
 CHAPTERS = ["01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures"]
@@ -82,7 +84,8 @@ def test_every_cell_ran_with_the_runs_parameters(chain, chapter):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
-    assert notebook.metadata.papermill.parameters == {"profile": str(chain.profile), "run_dir": str(chain.root)}
+    given = {"profile": str(chain.profile), "run_dir": str(chain.root)}
+    assert notebook.metadata.papermill.parameters == given | ({"live": False} if chapter == 3 else {})
     assert str(chain.root) in "".join(out.text for out in code[-1].outputs)  # it ends with what it wrote
 
 
@@ -119,6 +122,59 @@ def test_chapter_3_trains_and_shows_it(chain):
     assert "43.74" in table and "2.22" in table  # Table IV's ends
     assert json.loads(said(chain, 3, "deepspeed"))["zero_optimization"]["stage"] == 2
     assert (chain.checkpoint / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_chapter_3_logs_plainly_where_nobody_looks_on(chain):
+    launch = next(cell for cell in executed(chain, 3).cells if cell.id == "launch")
+    assert {out.output_type for out in launch.outputs} == {"stream"}
+    lines = said(chain, 3, "launch").strip().splitlines()
+    assert [line.split(":")[0] for line in lines if line] == ["epoch 0", "epoch 1", "epoch 2"]
+
+
+def test_chapter_3_is_shown_live_interrupted_and_resumed(small_set, tmp_path):
+    """Its own cells in a kernel, as JupyterLab executes them; interrupted after two steps, then run again."""
+    config.save(small_profile(small_set), tmp_path / "profile.yaml")
+    made = config.Run("demo", tmp_path / "run")
+    cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOKS[2], as_version=4).cells}
+    manager, client = start_new_kernel(
+        kernel_name=run.KERNEL, cwd=str(tmp_path), env=os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
+    )
+
+    def execute(source: str, interrupt_after: int | None = None) -> tuple[str, list[dict], str]:
+        """How it ended, what was shown as picture (new or in place), and what was printed."""
+        asked, ended, shown, printed = client.execute(source), "ok", [], ""
+        while True:
+            message = client.get_iopub_msg(timeout=300)
+            kind, content = message["msg_type"], message["content"]
+            if message["parent_header"].get("msg_id") != asked:
+                continue
+            if kind in ("display_data", "update_display_data") and "image/png" in content["data"]:
+                shown.append({"kind": kind, "id": content["transient"]["display_id"]})
+            printed += content["text"] if kind == "stream" else ""
+            ended = content["ename"] if kind == "error" else ended
+            if shown and interrupt_after and len(train.read_log(made.step_log)) >= interrupt_after:
+                manager.interrupt_kernel()
+                interrupt_after = None
+            if kind == "status" and content["execution_state"] == "idle":
+                return ended, shown, printed
+
+    try:
+        given = f"profile, run_dir = {str(tmp_path / 'profile.yaml')!r}, {str(made.root)!r}"
+        for source in (cells["parameters"], given, cells["setup"], "train.REDRAW = 0.1"):
+            assert execute(source)[0] == "ok"
+        status, shown, printed = execute(cells["launch"], interrupt_after=2)
+        assert status == "KeyboardInterrupt" and "with a checkpoint" in printed
+        assert shown[0]["kind"] == "display_data"
+        assert (made.resume / "state.json").is_file() and not made.checkpoint.exists()
+        before = train.read_log(made.step_log)
+        status, shown, printed = execute(cells["launch"])
+        assert status == "ok" and "epoch 2: R1@0.5" in printed and "epoch 0" not in printed
+        assert [one["kind"] for one in shown] == ["display_data"] + ["update_display_data"] * (len(shown) - 1)
+        assert len(shown) > 2 and len({one["id"] for one in shown}) == 1
+        assert train.read_log(made.step_log)[: len(before)] == before and made.checkpoint.is_dir()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_chapter_4_scores_what_it_decoded(chain, small_set):
@@ -172,6 +228,28 @@ def test_figures_are_pictures(chain):
         with Image.open(chain.figures / f"{name}.png") as picture:
             pixels = np.asarray(picture.convert("L"))
         assert min(pixels.shape) > 150 and pixels.std() > 10, name
+
+
+def test_the_report_holds_the_whole_run(chain):
+    page = BeautifulSoup(chain.report.read_text(encoding="utf-8"), "html.parser")
+    assert not page.find_all(["script", "link", "iframe"])  # nothing from elsewhere: readable without a network
+    assert all(image["src"].startswith("data:image/") for image in page.find_all("img"))
+    headings = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    headings = [line.lstrip("# ") for c in headings for line in c.source.splitlines() if re.match(r"##? \S", line)]
+    headings = [line for line in headings if line in page.nav.get_text()]
+    links = page.nav.find_all("a")
+    assert [link.get_text() for link in links] == headings and len(headings) > 30
+    for link in links:  # each leads to the cell with that heading
+        assert page.find(id=link["href"][1:]).find(["h1", "h2"]).get_text() == link.get_text()
+    ids = [tag["id"] for tag in page.find_all(id=re.compile("^cell-id="))]
+    assert len(ids) == len(set(ids)) > 90
+    text = page.get_text()
+    assert "profile demo" in text and cost.device_name() in text and "planned_steps: 16" in text
+    assert "A widget, alive in the notebook alone" in text and "training.launch" not in text
+    assert not [formula for formula in page.find_all("code") if "\\frac" in formula.get_text()]
+    formulas = page.find_all("img", class_="math")
+    assert len(formulas) > 50 and any(r"\frac{\alpha}{\sqrt{r}}" in formula["alt"] for formula in formulas)
+    assert text.count("epoch 2: R1@0.5") == 1 and "%|" not in text
 
 
 def test_with_the_real_annotations(chain, shared):

@@ -90,6 +90,13 @@ def test_only_resampler_and_adapter_are_trained(trained):
     assert config_file["r"] == 2 * profile.adapter.rank and not config_file["use_rslora"]
 
 
+def test_a_line_that_is_being_written_is_left_for_the_next_time(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert train.read_log(log) == []
+    log.write_text('{"step": 1}\n{"step": 2')
+    assert train.read_log(log) == [{"step": 1}]
+
+
 def test_a_finished_run_is_not_trained_again(trained, capsys):
     profile, run = trained
     before = run.step_log.stat().st_mtime_ns
@@ -103,6 +110,18 @@ def test_other_settings_in_the_same_folder_are_refused(trained):
     changed = profile.model_copy(update={"training": profile.training.model_copy(update={"learning_rate": 1e-3})})
     with pytest.raises(train.TrainError, match="training.learning_rate: 0.0003 there, 0.001 now"):
         train.launch(changed, run)
+
+
+def test_other_rows_under_the_same_settings_are_refused(trained):
+    profile, run = trained
+    file = dataset.annotation_file(profile, "train")
+    before = file.read_bytes()
+    file.write_bytes(b"".join(before.splitlines(True)[:-1]))
+    try:
+        with pytest.raises(train.TrainError, match=f"other rows in {file.name}"):
+            train.launch(profile, run)
+    finally:
+        file.write_bytes(before)
 
 
 def same_weights(one: config.Run, other: config.Run, tolerance: float = 0) -> bool:
@@ -128,7 +147,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, interruptible):
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, interruptible, capsys):
     profile, whole = trained
     run = config.Run(profile, tmp_path / "cut")
 
@@ -143,7 +162,16 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, inte
     done = len(train.read_log(run.step_log))
     assert 2 <= done < len(train.read_log(whole.step_log))
     assert (run.resume / "state.json").is_file() and not run.checkpoint.exists()
-    train.launch(profile, run)
+    said = capsys.readouterr()
+    assert said.out.count("epoch 0: R1@0.5") == 1 and "step/s" not in said.err  # no bar: this is no terminal
+
+    seen = []
+    train.launch(profile, run, on_progress=lambda *logs: seen.append(logs))
+    assert seen[-1] == (train.read_log(run.step_log), train.read_log(run.validation_log))
+    assert [len(steps) for steps, _ in seen] == sorted({len(steps) for steps, _ in seen})
+    said = capsys.readouterr()
+    assert "epoch 0" not in said.out and "epoch 2: R1@0.5" in said.out and "GiB)" in said.out
+    assert "step/s" in said.err
     assert logged(run) == logged(whole)
     assert same_weights(run, whole)
     metrics = [[record["metrics"] for record in train.read_log(r.validation_log)] for r in (run, whole)]
