@@ -300,9 +300,9 @@ class Run:
         self.step_log = self.train / "steps.jsonl"  # one line an optimizer step
         self.validation_log = self.train / "validation.jsonl"  # one line an epoch: the metrics
         self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
-        self.resume = (
-            self.train / "resume"
-        )  # step_000123/: what training goes on from, after the last two epochs or stops
+        self.trained_on = self.train / "rows.sha256"  # of the training annotations
+        # step_000123/: what training goes on from, after the last two epochs or stops
+        self.resume = self.train / "resume"
         self.checkpoint = self.root / "checkpoint"  # what framseg.predict reads
         self.predictions = self.root / "predictions"
         self.metrics = self.root / "metrics"

@@ -49,7 +49,7 @@ class Step:
         }
 
     def _data(self) -> str:
-        """Labels by content; videos and weights, which are large, by name, size and time."""
+        """Labels by content; videos and weights, which are large, by name, size and time; where the real set is."""
         data, folder = self.profile.data, config.data_folder(self.profile)
         labels = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
         large = (folder / data.videos, config.REPOSITORY / self.profile.model.weights)

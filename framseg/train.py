@@ -168,6 +168,7 @@ def launch(
         return
     config.save(profile, run.profile)
     config.save(profile, run.trained_with)
+    run.trained_on.write_text(_rows_hash(profile), encoding="utf-8")
     stop = run.train / "stop"
     stop.unlink(missing_ok=True)
     log = run.train / "output.log"
@@ -191,17 +192,24 @@ def launch(
 
 
 def _refuse_other_settings(profile: config.Profile, run: config.Run) -> None:
-    """Raise TrainError if the run folder holds a training with other settings (how it decodes may change)."""
+    """Raise TrainError if the run folder holds a training with other settings or rows (how it decodes may change)."""
     if not run.trained_with.is_file():
         return
     old, new = (
         p.model_dump(mode="json", exclude={"inference", "name"}) for p in (config.load(run.trained_with), profile)
     )
-    if different := list(_differences(old, new)):
+    different = list(_differences(old, new))
+    if run.trained_on.is_file() and run.trained_on.read_text(encoding="utf-8") != _rows_hash(profile):
+        different.append(f"other rows in {dataset.annotation_file(profile, 'train').name}")
+    if different:
         raise TrainError(
             f"{run.train} was trained with other settings ({'; '.join(different)}): give another --run-dir, or remove "
             f"{run.train} to train anew"
         )
+
+
+def _rows_hash(profile: config.Profile) -> str:
+    return hashlib.sha256(dataset.annotation_file(profile, "train").read_bytes()).hexdigest()
 
 
 def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:

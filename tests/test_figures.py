@@ -209,6 +209,23 @@ def test_intervals_are_drawn_where_they_lie():
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["a", "b"]
 
 
+def test_progress_from_the_first_step_on(steps):
+    with pytest.raises(ValueError, match="no steps are logged yet"):
+        figures.progress([], [])
+    for count, epochs in ((1, 0), (len(steps), 3)):
+        logged = [
+            {"epoch": e, "metrics": {"brief": {"MR-full-R1@0.7": 10.0 * e, "MR-full-mAP": 5.0}}} for e in range(epochs)
+        ]
+        fall, rate, answers = figures.progress(steps[:count], logged).axes
+        assert [line.get_xydata().tolist() for line in rate.lines] == [
+            [[line["step"], line["learning_rate"]] for line in steps[:count]]
+        ]
+        raw, average = fall.lines[:2]
+        assert raw.get_ydata().tolist() == [line["lm"] for line in steps[:count]]
+        assert average.get_label() == f"LM {steps[count - 1]['lm']:.3f}"
+        assert answers.lines[0].get_ydata().tolist() == [10.0 * e for e in range(epochs)]
+
+
 def test_comparison_shows_what_was_scored():
     rows = [row(1, 0, 60), row(2, 60, 90)]
     full = evaluate.evaluate([prediction(one, inside(*one.relevant_windows[0])) for one in rows], rows)

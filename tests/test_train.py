@@ -115,6 +115,18 @@ def test_other_settings_in_the_same_folder_are_refused(trained):
         train.launch(changed, run)
 
 
+def test_other_rows_under_the_same_settings_are_refused(trained):
+    profile, run = trained
+    file = dataset.annotation_file(profile, "train")
+    before = file.read_bytes()
+    file.write_bytes(b"".join(before.splitlines(True)[:-1]))
+    try:
+        with pytest.raises(train.TrainError, match=f"other rows in {file.name}"):
+            train.launch(profile, run)
+    finally:
+        file.write_bytes(before)
+
+
 def same_weights(one: config.Run, other: config.Run, tolerance: float = 0) -> bool:
     for name in ("resampler.safetensors", "adapter/adapter_model.safetensors"):
         first, second = load_file(one.checkpoint / name), load_file(other.checkpoint / name)
