@@ -119,9 +119,10 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
 
     expect.set_options(timeout=PATIENCE)
     notebook = opened(page, lab, "05_figures")
+    expect(page.get_by_role("button", name=re.compile(r"\| Idle$"))).to_be_visible()  # else nothing is run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    expect(shown(notebook, "wrote")).to_contain_text("and .png")
+    expect(shown(notebook, "wrote").locator(".jp-OutputArea-output")).to_contain_text("and .png")
     shows_no_error(page)
 
     # What the page must show, from the same run without a page.
