@@ -24,6 +24,7 @@ function render({ model, el }) {
     stop();
     preview.style.display = "none";
     picture.innerHTML = model.get("value");
+    quiet = 0;
   };
   const place = (event) => {  // the axis under the mouse, and the second it points at
     const axis = event.target.closest(".timed")?.querySelector(".axis");
