@@ -14,7 +14,8 @@ usage: ./run_all.sh [demo|paper|test|PROFILE] [options]
 
   demo      the whole method on a small synthetic video set, no GPU needed (the default)
   paper     the published setting; needs GPUs, the weights and the videos, and says so if they are missing
-  test      the tests; the options go to pytest, e.g. ./run_all.sh test -k losses
+  test      the tests that take 15 minutes; test --all: the long ones, too, an hour at most.
+            Options go to pytest, e.g. ./run_all.sh test -k losses
   PROFILE   a profile of framseg/profiles, or the path of a YAML file
 
 options of a profile:

@@ -20,6 +20,17 @@ SHORT = {  # a training of seconds, on a folder of data
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: ./run_all.sh test --all runs it"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference material: real annotations, golden files, the published vocabulary."""
