@@ -7,14 +7,18 @@ differs from `paper.yaml` and nothing else. `Run` holds every path a run writes 
 from __future__ import annotations
 
 import difflib
+import fcntl
+import os
+import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PROFILES = Path(__file__).parent / "profiles"
 REPOSITORY = Path(__file__).parent.parent
+DYING = 5.0  # seconds that a process which was killed may take to let its folder go
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -25,6 +29,10 @@ Weights = tuple[NotNegative, NotNegative, NotNegative, NotNegative]
 
 class ProfileError(ValueError):
     """A profile that cannot be used; the message names the file, the key and what to write instead."""
+
+
+class BusyError(RuntimeError):
+    """A folder that another process works in; the message names both."""
 
 
 class Section(BaseModel):
@@ -162,6 +170,9 @@ class Training(Section):
     compile: bool
     cache_features: bool  # keep the frozen encoder's output of the training videos on disk: 126 MB a video in `paper`
     may_lack: Annotated[int, Field(ge=0)]  # training videos that may be without frames; their rows are left out
+    may_skip: Annotated[int, Field(ge=0)]  # steps whose loss or gradient is not finite; they are left out
+    may_change: tuple[str, ...]  # keys that a resumed training may find changed, e.g. training.epochs
+    save_steps: Count  # optimizer steps between two resumable states; there is one at each epoch's end, too
     workers: Annotated[int, Field(ge=0)]  # processes that read frames, for each training process
     validation_queries: Count | None  # decode this many val queries after each epoch; None: all
 
@@ -299,9 +310,10 @@ class Run:
         self.train = self.root / "train"
         self.step_log = self.train / "steps.jsonl"  # one line an optimizer step
         self.validation_log = self.train / "validation.jsonl"  # one line an epoch: the metrics
+        self.skipped_log = self.train / "skipped.jsonl"  # one line a step that was not finite, with its qids
         self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
         self.trained_on = self.train / "rows.sha256"  # of the training annotations
-        # step_000123/: what training goes on from, after the last two epochs or stops
+        # step_000123/: the last two states that training can go on from
         self.resume = self.train / "resume"
         self.checkpoint = self.root / "checkpoint"  # what framseg.predict reads
         self.predictions = self.root / "predictions"
@@ -313,6 +325,32 @@ class Run:
     def predicted(self, split: str, epoch: int | None = None) -> Path:
         """Predictions of a split: the final ones, or those decoded after an epoch (counted from 1)."""
         return self.predictions / (f"{split}.jsonl" if epoch is None else f"{split}_epoch_{epoch:02d}.jsonl")
+
+
+def hold(folder: Path) -> TextIO:
+    """Keep other processes from working in `folder`, until the result is closed or this process ends.
+
+    Raises BusyError if another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    deadline = time.monotonic() + DYING
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+        if time.monotonic() > deadline:
+            file.seek(0)
+            with file:
+                raise BusyError(
+                    f"process {file.read()} is at work in {folder}: wait for it, end it, or give another --run-dir"
+                )
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def data_folder(profile: Profile) -> Path:

@@ -327,6 +327,7 @@ def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
     aside, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
     config.save(profile, aside)
     arguments = ["--profile", str(aside), "--run-dir", str(run.root), "--split", name]
+    begin = log.stat().st_size if log.is_file() else 0
     process = launcher.start("framseg.decode", profile, log, arguments)
     try:
         with tqdm(desc=f"decoding {name}", total=len(rows), unit="query") as bar:
@@ -337,7 +338,7 @@ def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
     finally:
         launcher.end(process)
     if process.returncode:
-        raise DecodeError(f"decoding {name} failed (exit code {process.returncode}); {log}:\n{launcher.tail(log)}")
+        raise DecodeError(f"decoding {name} failed: {launcher.failure(process, log, begin)}")
     return read_predictions(path)
 
 
@@ -536,13 +537,14 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--split", choices=("val", "test"), required=True)
     options = parser.parse_args()
-    profile = config.load(options.profile)
-    run = config.Run(profile, options.run_dir)
-    launcher.join(profile)
-    model, _, tokenizer = _checkpoint(run.checkpoint)
-    rows = dataset.rows(profile, options.split)
-    split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
-    torch.distributed.destroy_process_group()
+    with launcher.last_words():
+        profile = config.load(options.profile)
+        run = config.Run(profile, options.run_dir)
+        launcher.join(profile)
+        model, _, tokenizer = _checkpoint(run.checkpoint)
+        rows = dataset.rows(profile, options.split)
+        split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

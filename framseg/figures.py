@@ -336,6 +336,12 @@ def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.n
     return out
 
 
+def _finite(steps: Sequence[dict], key: str) -> np.ndarray:
+    """(step, value) of the lines whose value is a finite number, float64 [n, 2]."""
+    points = np.array([(line["step"], line[key]) for line in steps], dtype=np.float64)
+    return points[np.isfinite(points).all(axis=1)]
+
+
 @_styled
 def losses(steps: Sequence[dict]) -> Figure:
     """Figure 10: the four losses by optimizer step, a faint raw curve under its time-weighted EMA.
@@ -346,8 +352,7 @@ def losses(steps: Sequence[dict]) -> Figure:
     figure = _picture(3.8)
     grid = figure.subplots(2, 2, sharex=True)
     for axes, (key, name), colour in zip(grid.flat, LOSSES.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
-        points = np.array([(line["step"], line[key]) for line in steps], dtype=np.float64)
-        points = points[np.isfinite(points).all(axis=1)]
+        points = _finite(steps, key)
         axes.plot(*points.T, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(points[:, 0], ema(*points.T), color=colour, linewidth=1.8, marker="." if len(points) == 1 else "")
         axes.set_title(name)
@@ -404,9 +409,10 @@ def progress(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
     x = [line["step"] for line in steps]
     dot = "." if len(steps) == 1 else ""
     for (key, name), colour in zip(LOSSES.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
-        y = [line[key] for line in steps]
-        fall.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
-        fall.plot(x, ema(x, y), color=colour, linewidth=1.8, marker=dot, label=f"{name} {y[-1]:.3f}")
+        points = _finite(steps, key)
+        fall.plot(*points.T, color=colour, alpha=0.3, linewidth=0.8)
+        label = f"{name} {points[-1, 1]:.3f}" if len(points) else name
+        fall.plot(points[:, 0], ema(*points.T), color=colour, linewidth=1.8, marker=dot, label=label)
     steps_axis = {"xlabel": "optimizer step", "xlim": (0, max(x[-1], 10)), "ylim": (0, None)}
     fall.set(title="Losses", **steps_axis)
     rate.plot(x, [line["learning_rate"] for line in steps], color="black", marker=dot)

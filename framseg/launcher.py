@@ -1,12 +1,15 @@
 """Starting a module of framseg through the DeepSpeed launcher, once for each process of a profile, and ending it."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from framseg import config
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
 TAIL = 30  # lines of a failed module's output that are shown
+WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks after the started ones
+LAST_WORDS = "framseg: "  # how the sentence begins that a failing process leaves in the log
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def start(module: str, profile: config.Profile, log: Path, arguments: list[str]) -> subprocess.Popen:
@@ -65,10 +71,58 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def tail(log: Path) -> str:
-    """The last lines of a log, indented."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines(True)[-TAIL:]
-    return "".join(f"    {line}" for line in lines)
+def watched() -> bool:
+    """In a started process: False if who started it is gone (a kernel that was killed), and with it every reader."""
+    return WATCHER not in os.environ or Path(f"/proc/{os.environ[WATCHER]}").exists()
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """In a started process: an error ends it with its traceback and one sentence in the log, for `failure`."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{LAST_WORDS}{sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def failure(process: subprocess.Popen, log: Path, begin: int) -> str:
+    """Why the launcher's processes ended, in one sentence; what they printed stands in `log` from byte `begin` on."""
+    with open(log, "rb") as file:
+        file.seek(begin)
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    for line in lines:  # the first: the other processes then fail because that one is gone
+        if line.startswith(LAST_WORDS):
+            return f"{line.removeprefix(LAST_WORDS)} (log: {log})"
+    if shutil.disk_usage(log.parent).free < 2**20:  # too full for a last word
+        return f"{_full(log.parent)} (log: {log})"
+    shown = "\n".join(f"    {line}" for line in lines[-TAIL:])
+    if process.returncode in (-signal.SIGKILL, 256 - signal.SIGKILL):
+        return f"a process was killed, by somebody or by the system for want of memory; the end of {log}:\n{shown}"
+    return f"a process ended without a word (exit code {process.returncode}); the end of {log}:\n{shown}"
+
+
+def sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    full = isinstance(error, OSError) and error.errno in FULL
+    if full or any(f"(os error {number})" in text for number in FULL):  # the latter: safetensors
+        return _full(getattr(error, "filename", None) or text)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text}): halve training.micro_batch (or inference.batch, if it was decoding) and double "
+            f"training.accumulation, or set training.gradient_checkpointing=true"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename} cannot be written ({error.strerror}): give another --run-dir or data.folder"
+    if "DataLoader worker" in text:
+        return f"a process that reads frames has died ({text}): lower training.workers if memory is short"
+    ours = type(error).__module__.partition(".")[0] in (__package__, "__main__")  # the latter: the module started
+    return text if ours else f"{type(error).__name__}: {text}"
+
+
+def _full(where: Path | str) -> str:
+    return f"the disk is full ({where}): make room and start again, finished steps are kept"
 
 
 def _launcher(processes: int) -> list[str]:
@@ -88,7 +142,7 @@ def _launcher(processes: int) -> list[str]:
 
 
 def _environment(profile: config.Profile) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment = os.environ | {WATCHER: str(os.getpid())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"

@@ -22,6 +22,7 @@ from framseg import config, steps
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 KERNEL = "python3"
+TRAINING = "03"  # the notebook that trains
 TAIL = 25  # lines of a failed cell's traceback that are shown
 
 
@@ -80,11 +81,12 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, config.Run]:
     return profile, run
 
 
-def refuse_incomplete(profile: config.Profile) -> None:
-    """Raise RunError with everything that the profile needs and this machine has not."""
+def refuse_incomplete(profile: config.Profile, run: config.Run, todo: list[steps.Step]) -> None:
+    """Raise RunError with everything that the profile needs for these notebooks and this machine has not."""
     from framseg import train  # here, so that a mistyped option is answered at once
 
-    missing = train.missing(profile)
+    trains = any(one.notebook.stem.startswith(TRAINING) for one in todo) and not run.checkpoint.is_dir()
+    missing = train.missing(profile, trains)
     if missing:
         what = "\n".join(f"- {line}" for line in missing)
         raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{what}")
@@ -134,12 +136,22 @@ def main(arguments: list[str] | None = None) -> int:
         profile, run = resolve(options)
         todo = [steps.Step(notebook, profile, run) for notebook in chosen(options.only, options.first)]
         if always or any(one.changed() for one in todo):
-            refuse_incomplete(profile)
+            refuse_incomplete(profile, run, todo)
+        held = config.hold(run.root)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         config.save(profile, run.profile)
-    except (RunError, config.ProfileError, OSError) as error:
+    except (RunError, config.ProfileError, config.BusyError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}; give another --run-dir", file=sys.stderr)
+        return 2
+    with held:
+        return carry_out(todo, profile, run, always)
+
+
+def carry_out(todo: list[steps.Step], profile: config.Profile, run: config.Run, always: str | None) -> int:
+    """Execute what has changed, or all for the reason `always`; the exit code."""
     # Notebooks import this framseg, from whatever folder they are started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     began, skipped, reason = time.monotonic(), 0, None

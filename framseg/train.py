@@ -6,13 +6,14 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, 
 POLL = 0.5  # seconds between two looks at the step log
 KEPT = 2  # resumable states: should the last one be damaged, there is one before it
 REDRAW = 3.0  # seconds between two calls of `on_progress`
+WEIGHTS = "model.safetensors.index.json"  # of a published model
+HUB_PATIENCE = 3.0  # seconds for the hub's answer
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
 
 
@@ -85,8 +88,8 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
     return [row for row in rows if row.vid not in lost], said
 
 
-def missing(profile: config.Profile) -> list[str]:
-    """What the profile needs and is not there, one sentence each, with what to do."""
+def missing(profile: config.Profile, trains: bool = True) -> list[str]:
+    """What the profile needs and is not there, one sentence each, with what to do; GPUs only if it `trains`."""
     out = []
     folder = config.data_folder(profile)
     if profile.data.source == "folder":
@@ -101,36 +104,51 @@ def missing(profile: config.Profile) -> list[str]:
                 f"videos: {dataset.videos(profile)} is not there; it must hold {{vid}}.mp4 of every row: fetch "
                 f"them with python -m framseg.download {folder}"
             )
-    weights = profile.model.weights
-    if blip3.local_weights(weights) is None and not _on_hub(weights):
+    weights, tokenizer = profile.model.weights, profile.model.tokenizer
+    unreachable = blip3.local_weights(weights) is None and not _on_hub(weights, WEIGHTS)
+    if unreachable:
         out.append(
-            f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached; "
-            f"set model.weights to a folder with the published safetensors"
+            f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub, from where its "
+            f"safetensors would be fetched, cannot be reached; set model.weights to a folder with them"
         )
-    try:
-        prompt.load(profile.model.tokenizer)
-    except prompt.PromptError as error:
-        out.append(f"tokenizer: {error}")
-    if profile.model.dtype == "bfloat16" and torch.cuda.device_count() < profile.training.processes:
-        out.append(
-            f"GPU: the profile trains on {profile.training.processes}, this machine has {torch.cuda.device_count()}; "
-            f"set training.processes (and accumulation, to keep {profile.training.micro_batch} x accumulation x "
-            f"processes samples a step)"
-        )
+    if unreachable and tokenizer == weights and not _cached(tokenizer, prompt.FILE):  # no second wait for an answer
+        out.append(f"tokenizer: would be fetched from there, too; set model.tokenizer to the path of its {prompt.FILE}")
+    else:
+        try:
+            prompt.load(tokenizer)
+        except prompt.PromptError as error:
+            out.append(f"tokenizer: {error}")
+    out += _lacking_gpus(profile) if trains else []
     if profile.model.attention == "flash_attention_2" and not _flash_attention():
         out.append("flash attention: the package flash-attn is not installed; install it or set model.attention=sdpa")
     return out
 
 
-def _on_hub(name: str) -> bool:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+def _lacking_gpus(profile: config.Profile) -> list[str]:
+    section, there = profile.training, torch.cuda.device_count()
+    if profile.model.dtype != "bfloat16" or there >= section.processes:
+        return []
+    return [
+        f"GPU: the profile trains on {section.processes}, this machine has {there}; set training.processes (and "
+        f"accumulation, to keep {section.micro_batch} x accumulation x processes samples a step)"
+    ]
+
+
+def _cached(name: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, file), str)
+
+
+def _on_hub(name: str, file: str) -> bool:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     if name.count("/") != 1:
         return False
-    if isinstance(try_to_load_from_cache(name, "model.safetensors.index.json"), str):
+    if _cached(name, file):
         return True
     try:
-        get_hf_file_metadata(hf_hub_url(name, "model.safetensors.index.json"), timeout=5)
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_PATIENCE)
     except Exception:  # the HTTP library's errors share no base of the hub's
         return False
     return True
@@ -153,27 +171,34 @@ def launch(
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
     the end. A finished run returns at once. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a checkpoint
-    first. Raises TrainError with the end of the log if training fails.
+    first. Raises TrainError with one sentence on what to do if training cannot start or fails, BusyError if
+    another one is under way there.
     """
-    run.train.mkdir(parents=True, exist_ok=True)
     rows, lacking = readable(profile)
     if lacking:
         print(f"training without {lacking}")
     total = total_steps(profile, len(rows))
     if not total:
         raise TrainError(f"{profile.name}: too few rows for one optimizer step; lower micro_batch or accumulation")
-    _refuse_other_settings(profile, run)
+    for changed in _changed(profile, run):
+        print(f"going on with other settings, as training.may_change allows: {changed}")
     if len(read_log(run.step_log)) >= total and run.checkpoint.is_dir():
         print(f"trained already: {total} steps in {run.train}")
         return
-    config.save(profile, run.profile)
-    config.save(profile, run.trained_with)
-    run.trained_on.write_text(_rows_hash(profile), encoding="utf-8")
-    stop = run.train / "stop"
-    stop.unlink(missing_ok=True)
-    log = run.train / "output.log"
-    arguments = ["--profile", str(run.profile), "--run-dir", str(run.root)]
-    process = launcher.start("framseg.train", profile, log, arguments)
+    if lacking := _lacking_gpus(profile):
+        raise TrainError(lacking[0])
+    stop, log = run.train / "stop", run.train / "output.log"
+    try:
+        config.hold(run.train).close()  # the first of the processes takes it
+        config.save(profile, run.profile)
+        config.save(profile, run.trained_with)
+        run.trained_on.write_text(_rows_hash(profile), encoding="utf-8")
+        stop.unlink(missing_ok=True)
+        begin = log.stat().st_size if log.is_file() else 0
+        arguments = ["--profile", str(run.profile), "--run-dir", str(run.root)]
+        process = launcher.start("framseg.train", profile, log, arguments)
+    except OSError as error:
+        raise TrainError(f"training cannot start: {launcher.sentence(error)}") from error
     try:
         _watch(process, run, total, on_progress)
     except KeyboardInterrupt:
@@ -188,36 +213,50 @@ def launch(
         launcher.end(process)
         stop.unlink(missing_ok=True)
     if process.returncode or len(read_log(run.step_log)) < total:
-        raise TrainError(f"training failed (exit code {process.returncode}); the end of {log}:\n{launcher.tail(log)}")
+        raise TrainError(f"training failed: {launcher.failure(process, log, begin)}")
 
 
-def _refuse_other_settings(profile: config.Profile, run: config.Run) -> None:
-    """Raise TrainError if the run folder holds a training with other settings or rows (how it decodes may change)."""
+def _changed(profile: config.Profile, run: config.Run) -> list[str]:
+    """What differs from the training that the run folder holds, in words; how it decodes may always change.
+
+    Raises TrainError for settings that `training.may_change` does not name, and for other rows.
+    """
     if not run.trained_with.is_file():
-        return
+        return []
     old, new = (
         p.model_dump(mode="json", exclude={"inference", "name"}) for p in (config.load(run.trained_with), profile)
     )
-    different = list(_differences(old, new))
+    allowed = set(profile.training.may_change) | {"training.may_change"}
+    found = _differences(old, new)
+    different = [words for key, words in found.items() if key not in allowed]
+    if len(set(map(_samples_a_step, (old, new)))) > 1:  # the steps done would no longer say where in the data it is
+        different.append("as many samples a step there must be (processes x micro_batch x accumulation)")
     if run.trained_on.is_file() and run.trained_on.read_text(encoding="utf-8") != _rows_hash(profile):
         different.append(f"other rows in {dataset.annotation_file(profile, 'train').name}")
     if different:
         raise TrainError(
-            f"{run.train} was trained with other settings ({'; '.join(different)}): give another --run-dir, or remove "
-            f"{run.train} to train anew"
+            f"{run.train} was trained with other settings ({'; '.join(different)}): give another --run-dir, remove "
+            f"{run.train} to train anew, or name the keys in training.may_change to go on with the new values"
         )
+    return [words for key, words in found.items() if key != "training.may_change"]
+
+
+def _samples_a_step(profile: dict) -> int:
+    return math.prod(profile["training"][name] for name in ("processes", "micro_batch", "accumulation"))
 
 
 def _rows_hash(profile: config.Profile) -> str:
     return hashlib.sha256(dataset.annotation_file(profile, "train").read_bytes()).hexdigest()
 
 
-def _differences(old: dict, new: dict, at: str = "") -> Iterator[str]:
+def _differences(old: dict, new: dict, at: str = "") -> dict[str, str]:
+    out = {}
     for key, value in new.items():
         if isinstance(value, dict):
-            yield from _differences(old[key], value, f"{at}{key}.")
+            out |= _differences(old[key], value, f"{at}{key}.")
         elif old[key] != value:
-            yield f"{at}{key}: {old[key]} there, {value} now"
+            out[f"{at}{key}"] = f"{at}{key}: {old[key]} there, {value} now"
+    return out
 
 
 def _watch(process: subprocess.Popen, run: config.Run, total: int, on_progress: Callable | None) -> None:
@@ -244,8 +283,9 @@ def _watch(process: subprocess.Popen, run: config.Run, total: int, on_progress: 
 
 
 def _brief(step: dict) -> str:
+    loss = "not finite, skipped" if step["loss"] is None else f"{step['loss']:.3f}"
     return (
-        f"epoch {step['epoch']:.2f}, loss {step['loss']:.3f}, {step['samples_per_second']:.1f} samples/s, "
+        f"epoch {step['epoch']:.2f}, loss {loss}, {step['samples_per_second']:.1f} samples/s, "
         f"{step['memory_gib']:.1f} GiB"
     )
 
@@ -278,6 +318,7 @@ class Trainer:
 
         self.rank, self.world = launcher.join(profile)
         self.profile, self.run = profile, run
+        self.held = config.hold(run.train) if self.rank == 0 else None
         self.tokenizer = prompt.load(profile.model.tokenizer)
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
         rows, _ = readable(profile)
@@ -306,6 +347,7 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, model_parameters=trained, config=deepspeed_config(profile)
         )
+        self.engine.optimizer.check_grad_overflow = True  # DeepSpeed looks at 16-bit gradients alone otherwise
         if state is not None:
             self._load_state(state)
 
@@ -346,6 +388,8 @@ class Trainer:
             elif self._asked_to_stop():
                 self._save_state()
                 return
+            elif self.step % section.save_steps == 0:
+                self._save_state()
         if self.rank == 0:
             aside = self.run.checkpoint.with_name("checkpoint.part")
             shutil.rmtree(aside, ignore_errors=True)
@@ -366,22 +410,25 @@ class Trainer:
         rate = losses.learning_rate(self.step, section)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        sums = torch.zeros(1 + len(losses.NAMES))
+        sums, seen = torch.zeros(1 + len(losses.NAMES)), []
         for i in range(section.accumulation):
             weights = losses.weights(1 + int(self._epoch(self.step, i)), self.profile.losses)
             batch = next(loader)
             parts = self._losses(batch)
             loss = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-            if not torch.isfinite(loss):
-                raise TrainError(f"the loss is {loss.item()} at step {self.step} for the queries {batch['qids']}")
             self.engine.backward(loss)
             self.engine.step()
-            sums += torch.stack([loss.detach(), *(part.detach() for part in parts)]).float().cpu()
+            found = torch.stack([loss.detach(), *(part.detach() for part in parts)]).float().cpu()
+            seen.append({"qids": batch["qids"], "finite": bool(found.isfinite().all())})
+            sums += found
         torch.distributed.all_reduce(sums := sums.to(self.model.device))
         self.step += 1
+        applied = self.engine.was_step_applied()
+        if not applied:
+            self._skipped(seen)
         if self.rank == 0:
             seconds = time.monotonic() - began
-            means = (sums / (section.accumulation * self.world)).tolist()
+            means = [x if math.isfinite(x) else None for x in (sums / (section.accumulation * self.world)).tolist()]
             memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident()
             _append(
                 self.run.step_log,
@@ -392,11 +439,29 @@ class Trainer:
                     **dict(zip(losses.NAMES, means[1:], strict=True)),
                     "weights": weights,
                     "learning_rate": rate,
-                    "gradient_norm": float(self.engine.get_global_grad_norm()),
+                    "gradient_norm": float(self.engine.get_global_grad_norm()) if applied else None,
                     "samples_per_second": section.micro_batch * section.accumulation * self.world / seconds,
                     "memory_gib": memory,
                     "seconds": seconds,
                 },
+            )
+
+    def _skipped(self, seen: list[dict]) -> None:
+        """DeepSpeed has left out a step for a gradient that is not finite: write down its queries, stop if too many."""
+        every: list = [None] * self.world
+        torch.distributed.all_gather_object(every, seen)
+        micro_batches = [one for process in every for one in process]
+        loss = [qid for one in micro_batches if not one["finite"] for qid in one["qids"]]
+        what, qids = ("loss", loss) if loss else ("gradient", [qid for one in micro_batches for qid in one["qids"]])
+        if self.rank == 0:
+            _append(self.run.skipped_log, {"step": self.step, "not_finite": what, "qids": qids})
+        torch.distributed.barrier()
+        times, allowed = len(read_log(self.run.skipped_log)), self.profile.training.may_skip
+        if times > allowed:
+            raise TrainError(
+                f"the {what} of step {self.step} is not finite, for the queries {qids}; {times} steps were, "
+                f"training.may_skip allows {allowed} ({self.run.skipped_log} lists them): look at the videos, "
+                f"lower training.learning_rate, or allow more"
             )
 
     def _losses(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -434,7 +499,8 @@ class Trainer:
             )
 
     def _asked_to_stop(self) -> bool:
-        asked = torch.tensor(float((self.run.train / "stop").exists()), device=self.model.device)
+        stop = (self.run.train / "stop").exists() or not launcher.watched()
+        asked = torch.tensor(float(stop), device=self.model.device)
         torch.distributed.all_reduce(asked)  # all processes leave at the same step
         return bool(asked)
 
@@ -483,8 +549,8 @@ class Trainer:
     def _forget(self, epoch: float) -> None:
         """Take out of the logs what came after the step and epoch that training goes on from."""
         if self.rank == 0:
-            for log in (self.run.step_log, self.run.validation_log):
-                done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r["epoch"] <= epoch]
+            for log in (self.run.step_log, self.run.validation_log, self.run.skipped_log):
+                done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r.get("epoch", 0) <= epoch]
                 annotations.write_lines(log, done, TrainError)
 
     def _partition(self) -> dict[str, Tensor]:
@@ -588,9 +654,10 @@ def main() -> None:
     parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
     parser.add_argument("--run-dir", type=Path)
     options = parser.parse_args()
-    profile = config.load(options.profile)
-    Trainer(profile, config.Run(profile, options.run_dir)).train()
-    torch.distributed.destroy_process_group()
+    with launcher.last_words():
+        profile = config.load(options.profile)
+        Trainer(profile, config.Run(profile, options.run_dir)).train()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

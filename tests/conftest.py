@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 
 # Small models on small machines: a second thread costs more than it gives, most of all beside other processes.
 torch.set_num_threads(1)
+# Tests started in the background would ignore Ctrl-C, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHORT = {  # a training of seconds, on a folder of data
     "data.source": "folder",
@@ -68,6 +71,17 @@ def small_profile(folder: Path, **changes):
     return config.load(
         "demo", SHORT | {"data.folder": folder} | {key.replace("__", "."): value for key, value in changes.items()}
     )
+
+
+@pytest.fixture(scope="session")
+def trained(small_set, tmp_path_factory):
+    """A profile and its finished run: a short training that nothing disturbed."""
+    from framseg import config, train
+
+    profile = small_profile(small_set)
+    run = config.Run(profile, tmp_path_factory.mktemp("run with a space") / "trained")
+    train.launch(profile, run)
+    return profile, run
 
 
 def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProcess:

@@ -41,7 +41,7 @@ def notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "NOTEBOOKS", folder)
     monkeypatch.setenv("JUPYTER_PATH", "")  # these two are changed by the run: put back after the test
     monkeypatch.setenv("PYTHONPATH", "")
-    train = types.SimpleNamespace(missing=lambda profile: [])
+    train = types.SimpleNamespace(missing=lambda profile, trains: [])
     monkeypatch.setitem(sys.modules, "framseg.train", train)
     monkeypatch.setattr("framseg.train", train, raising=False)
     return folder
@@ -122,11 +122,18 @@ def test_nothing_starts_with_wrong_options(notebooks, capsys, arguments, message
 
 
 def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("framseg.train.missing", lambda profile: ["weights of the model", "a GPU"])
+    monkeypatch.setattr("framseg.train.missing", lambda profile, trains: ["weights of the model", "a GPU"])
     assert start(tmp_path) == 2
     said = capsys.readouterr().err
     assert "'paper' cannot run here yet" in said and "- weights of the model\n- a GPU" in said
     assert not (tmp_path / "a run").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(notebooks, tmp_path, capsys):
+    with config.hold(tmp_path / "a run"):
+        assert start(tmp_path, "--only", "01") == 2
+    assert f"process {os.getpid()} is at work in {tmp_path / 'a run'}" in capsys.readouterr().err
+    assert start(tmp_path, "--only", "01") == 0
 
 
 # what is finished is skipped
