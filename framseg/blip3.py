@@ -353,18 +353,10 @@ def fingerprint(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def local_weights(name: str) -> Path | None:
-    """The folder of a `model.weights`, looked up in the working folder, then the repository; None if it is none."""
-    for folder in (Path(name).expanduser(), config.REPOSITORY / name):
-        if folder.is_dir():
-            return folder
-    return None
-
-
 def base(profile: config.Profile) -> Blip3:
     """The untouched base model of the profile; a Hugging Face repository's weights are fetched (safetensors alone)."""
     name = profile.model.weights
-    folder = local_weights(name)
+    folder = config.local_weights(name)
     if folder is None and (Path(name).is_absolute() or name.count("/") != 1):
         raise CheckpointError(f"{name}: the base model's folder is not here; set model.weights to where it is")
     folder = folder or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PROFILES = Path(__file__).parent / "profiles"
 REPOSITORY = Path(__file__).parent.parent
+# Threads of a parallel loop that wait for the others give their core away: beside other work this is several times
+# faster than spinning, which is what OpenMP does by default. Read when a process loads torch.
+IDLE_THREADS_SLEEP = ("OMP_WAIT_POLICY", "PASSIVE")
 DYING = 5.0  # seconds that a process which was killed may take to let its folder go
 
 Count = Annotated[int, Field(ge=1)]
@@ -351,6 +354,14 @@ def hold(folder: Path) -> TextIO:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def local_weights(name: str) -> Path | None:
+    """The folder of a `model.weights`, looked up in the working folder, then the repository; None if it is none."""
+    for folder in (Path(name).expanduser(), REPOSITORY / name):
+        if folder.is_dir():
+            return folder
+    return None
 
 
 def data_folder(profile: Profile) -> Path:

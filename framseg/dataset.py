@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from framseg import annotations, blip3, config, demo, frames, prompt
+from framseg import annotations, config, demo, frames, prompt
+
+if TYPE_CHECKING:
+    from framseg.blip3 import Blip3
 
 
 def prepare(profile: config.Profile) -> None:
@@ -76,14 +80,16 @@ class Features:
     folder: Path
 
     @classmethod
-    def of(cls, profile: config.Profile, model: blip3.Blip3) -> "Features":
+    def of(cls, profile: config.Profile, model: "Blip3") -> "Features":
+        from framseg import blip3  # here, because it takes seconds to import and rows and frames do without
+
         frames_folder = store(profile).folder
         return cls(frames_folder.with_name(f"{frames_folder.name}_features_{blip3.fingerprint(model.vision_encoder)}"))
 
     def path(self, vid: str) -> Path:
         return self.folder / f"{vid}.safetensors"
 
-    def make(self, profile: config.Profile, model: blip3.Blip3, vids: Iterable[str]) -> None:
+    def make(self, profile: config.Profile, model: "Blip3", vids: Iterable[str]) -> None:
         """Encode the videos that are not there yet, each variation of every frame; files appear whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept, section = store(profile), profile.frames

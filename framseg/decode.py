@@ -319,12 +319,16 @@ def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
     fails.
     """
     rows, path = dataset.rows(profile, name), run.predicted(name)
-    if profile.training.processes == 1:
+    processes = min(profile.training.processes, torch.cuda.device_count() or profile.training.processes)
+    if processes == 1:
         model, _, tokenizer = _checkpoint(run.checkpoint)
         return split(model, tokenizer, profile, rows, path)
     blip3.complete(run.checkpoint)
     run.predictions.mkdir(parents=True, exist_ok=True)
     aside, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
+    # Trained on several nodes, decoded on this one.
+    section = profile.training.model_copy(update={"processes": processes})
+    profile = profile.model_copy(update={"training": section})
     config.save(profile, aside)
     arguments = ["--profile", str(aside), "--run-dir", str(run.root), "--split", name]
     begin = log.stat().st_size if log.is_file() else 0

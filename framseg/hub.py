@@ -21,7 +21,7 @@ FILES = ["profile.yaml", "tokenizer.json", "metrics.json", CARD, "resampler.safe
 def card(profile: config.Profile, metrics: dict) -> str:
     """Model card of a checkpoint with its val metrics (as `evaluate` gives them), in the hub's format."""
     training, base = profile.training, profile.model.weights
-    published = base.count("/") == 1 and blip3.local_weights(base) is None
+    published = base.count("/") == 1 and config.local_weights(base) is None
     samples = training.micro_batch * training.accumulation * training.processes
     measured = " | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS)
     synthetic = (

@@ -18,7 +18,6 @@ import torch
 from framseg import config
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
-TAIL = 30  # lines of a failed module's output that are shown
 WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks after the started ones
 LAST_WORDS = "framseg: "  # how the sentence begins that a failing process leaves in the log
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -83,7 +82,9 @@ def last_words() -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
-        print(f"{LAST_WORDS}{sentence(error)}", file=sys.stderr, flush=True)
+        # That another process is gone is no reason: that one has left it, or was killed.
+        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
+            print(f"{LAST_WORDS}{sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -92,15 +93,15 @@ def failure(process: subprocess.Popen, log: Path, begin: int) -> str:
     with open(log, "rb") as file:
         file.seek(begin)
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    for line in lines:  # the first: the other processes then fail because that one is gone
-        if line.startswith(LAST_WORDS):
-            return f"{line.removeprefix(LAST_WORDS)} (log: {log})"
-    if shutil.disk_usage(log.parent).free < 2**20:  # too full for a last word
-        return f"{_full(log.parent)} (log: {log})"
-    shown = "\n".join(f"    {line}" for line in lines[-TAIL:])
-    if process.returncode in (-signal.SIGKILL, 256 - signal.SIGKILL):
-        return f"a process was killed, by somebody or by the system for want of memory; the end of {log}:\n{shown}"
-    return f"a process ended without a word (exit code {process.returncode}); the end of {log}:\n{shown}"
+    why = next((line.removeprefix(LAST_WORDS) for line in lines if line.startswith(LAST_WORDS)), None)
+    if why is None and shutil.disk_usage(log.parent).free < 2**20:  # too full for a last word
+        why = _full(log.parent)
+    if why is None:
+        why = (
+            f"a process was killed or crashed without a word (exit code {process.returncode}), by somebody or by the "
+            f"system for want of memory: start again, finished steps are kept"
+        )
+    return f"{why} (log: {log})"
 
 
 def sentence(error: Exception) -> str:
@@ -144,6 +145,7 @@ def _launcher(processes: int) -> list[str]:
 def _environment(profile: config.Profile) -> dict[str, str]:
     environment = os.environ | {WATCHER: str(os.getpid())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment.setdefault(*config.IDLE_THREADS_SLEEP)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     if profile.training.threads:

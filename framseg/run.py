@@ -83,10 +83,10 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, config.Run]:
 
 def refuse_incomplete(profile: config.Profile, run: config.Run, todo: list[steps.Step]) -> None:
     """Raise RunError with everything that the profile needs for these notebooks and this machine has not."""
-    from framseg import train  # here, so that a mistyped option is answered at once
+    from framseg import needs  # here, so that a mistyped option is answered at once
 
     trains = any(one.notebook.stem.startswith(TRAINING) for one in todo) and not run.checkpoint.is_dir()
-    missing = train.missing(profile, trains)
+    missing = needs.missing(profile, trains)
     if missing:
         what = "\n".join(f"- {line}" for line in missing)
         raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{what}")
@@ -152,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def carry_out(todo: list[steps.Step], profile: config.Profile, run: config.Run, always: str | None) -> int:
     """Execute what has changed, or all for the reason `always`; the exit code."""
+    os.environ.setdefault(*config.IDLE_THREADS_SLEEP)
     # Notebooks import this framseg, from whatever folder they are started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     began, skipped, reason = time.monotonic(), 0, None

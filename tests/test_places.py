@@ -92,8 +92,8 @@ def test_without_a_network_what_would_be_fetched_is_said_within_ten_seconds(smal
     published = config.load("paper").model
     names = {"data.folder": small_set, "model.weights": published.weights, "model.tokenizer": published.tokenizer}
     code = (
-        "import json, sys, time; from framseg import config, train; began = time.monotonic();"
-        "print(*train.missing(config.load('demo', json.loads(sys.argv[1]))), sep='\\n');"
+        "import json, sys, time; from framseg import config, needs; began = time.monotonic();"
+        "print(*needs.missing(config.load('demo', json.loads(sys.argv[1]))), sep='\\n');"
         "print(time.monotonic() - began)"
     )
     with socket.socket() as silent:

@@ -3,7 +3,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 import zipfile
 from pathlib import Path
 
@@ -41,9 +40,7 @@ def notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "NOTEBOOKS", folder)
     monkeypatch.setenv("JUPYTER_PATH", "")  # these two are changed by the run: put back after the test
     monkeypatch.setenv("PYTHONPATH", "")
-    train = types.SimpleNamespace(missing=lambda profile, trains: [])
-    monkeypatch.setitem(sys.modules, "framseg.train", train)
-    monkeypatch.setattr("framseg.train", train, raising=False)
+    monkeypatch.setattr("framseg.needs.missing", lambda profile, trains: [])
     return folder
 
 
@@ -122,7 +119,7 @@ def test_nothing_starts_with_wrong_options(notebooks, capsys, arguments, message
 
 
 def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("framseg.train.missing", lambda profile, trains: ["weights of the model", "a GPU"])
+    monkeypatch.setattr("framseg.needs.missing", lambda profile, trains: ["weights of the model", "a GPU"])
     assert start(tmp_path) == 2
     said = capsys.readouterr().err
     assert "'paper' cannot run here yet" in said and "- weights of the model\n- a GPU" in said

@@ -16,7 +16,7 @@ import torch
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from framseg import blip3, config, dataset, decode, evaluate, losses, prompt, train
+from framseg import blip3, config, dataset, decode, evaluate, losses, needs, prompt, train
 
 
 def test_the_paper_s_deepspeed_configuration():
@@ -314,8 +314,8 @@ def test_training_videos_without_frames_are_refused_or_left_out_by_name(small_se
 def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     profile = config.load("paper", {"data.folder": str(tmp_path), "model.weights": str(tmp_path / "none")})
-    said = "\n".join(train.missing(profile))
+    said = "\n".join(needs.missing(profile))
     for what in ("highlight_train_release.jsonl", "videos", "weights", "tokenizer", "GPU"):
         assert what in said
     assert said.count(f"python -m framseg.download {tmp_path}") == 5  # four annotation files and the videos
-    assert train.missing(config.load("demo")) == []
+    assert needs.missing(config.load("demo")) == []

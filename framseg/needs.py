@@ -1,0 +1,81 @@
+"""What a profile needs and this machine has not: known before anything starts, and without loading the model's code."""
+
+import torch
+
+from framseg import config, dataset, prompt
+
+WEIGHTS = "model.safetensors.index.json"  # of a published model
+HUB_PATIENCE = 3.0  # seconds for the hub's answer
+
+
+def missing(profile: config.Profile, trains: bool = True) -> list[str]:
+    """What the profile needs and is not there, one sentence each, with what to do; GPUs only if it `trains`."""
+    out = []
+    folder = config.data_folder(profile)
+    if profile.data.source == "folder":
+        for split in ("train", "val", "test", "test_labels"):
+            if not dataset.annotation_file(profile, split).is_file():
+                out.append(
+                    f"annotations: {dataset.annotation_file(profile, split)} is not there; fetch it with "
+                    f"python -m framseg.download {folder}, or set data.folder to a folder that has it"
+                )
+        if not dataset.videos(profile).is_dir():
+            out.append(
+                f"videos: {dataset.videos(profile)} is not there; it must hold {{vid}}.mp4 of every row: fetch "
+                f"them with python -m framseg.download {folder}"
+            )
+    weights, tokenizer = profile.model.weights, profile.model.tokenizer
+    unreachable = config.local_weights(weights) is None and not _on_hub(weights, WEIGHTS)
+    if unreachable:
+        out.append(
+            f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub, from where its "
+            f"safetensors would be fetched, cannot be reached; set model.weights to a folder with them"
+        )
+    if unreachable and tokenizer == weights and not _cached(tokenizer, prompt.FILE):  # no second wait for an answer
+        out.append(f"tokenizer: would be fetched from there, too; set model.tokenizer to the path of its {prompt.FILE}")
+    else:
+        try:
+            prompt.load(tokenizer)
+        except prompt.PromptError as error:
+            out.append(f"tokenizer: {error}")
+    out += gpus(profile) if trains else []
+    if profile.model.attention == "flash_attention_2" and not _flash_attention():
+        out.append("flash attention: the package flash-attn is not installed; install it or set model.attention=sdpa")
+    return out
+
+
+def gpus(profile: config.Profile) -> list[str]:
+    """A sentence if this machine has fewer GPUs than the profile trains on, else nothing."""
+    section, there = profile.training, torch.cuda.device_count()
+    if profile.model.dtype != "bfloat16" or there >= section.processes:
+        return []
+    return [
+        f"GPU: the profile trains on {section.processes}, this machine has {there}; set training.processes (and "
+        f"accumulation, to keep {section.micro_batch} x accumulation x processes samples a step)"
+    ]
+
+
+def _cached(name: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, file), str)
+
+
+def _on_hub(name: str, file: str) -> bool:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if name.count("/") != 1:
+        return False
+    if _cached(name, file):
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_PATIENCE)
+    except Exception:  # the HTTP library's errors share no base of the hub's
+        return False
+    return True
+
+
+def _flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
