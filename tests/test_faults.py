@@ -288,8 +288,8 @@ def test_a_reader_of_frames_that_dies_ends_with_one_sentence(trained, tmp_path):
 
     def kill():
         wait_for(lambda: train.read_log(run.step_log))
-        readers = [p for p in processes_of(run) if p.ppid() in {q.pid for q in processes_of(run)[2:]}]
-        readers[-1].send_signal(signal.SIGKILL)
+        [reader] = [p for p in processes_of(run) if p.cmdline() == p.parent().cmdline()]  # forked off
+        reader.send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()

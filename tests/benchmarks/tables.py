@@ -120,6 +120,26 @@ def performance() -> str:
     return table(("what", "here", "beside", "share of the matrix rate", "device"), rows)
 
 
+def memory() -> str:
+    """What a training sample keeps on the GPU at full size."""
+    found = record("activations")
+    rows = [
+        [
+            f"`{name}`, layers {'' if one['recomputes layers'] else 'not '}recomputed",
+            f"{one['MB a layer']:.0f} MB",
+            f"{one['MB resampler'] / 1e3:.1f} GB",
+            f"{one['GiB a sample']:.1f} GiB",
+            f"{one['GiB weights and trained state']:.1f} GiB",
+            str(one["samples that fit"]),
+            str(one["micro_batch"]),
+        ]
+        for name, one in found.items()
+        if isinstance(one, dict) and "MB a layer" in one
+    ]
+    head = ("a sample keeps", "a layer", "resampler", "in all", "beside weights and state", "80 GB hold", "micro_batch")
+    return table(head, rows)
+
+
 def growth() -> str:
     found = record("decoding_demo")["milliseconds a query by"]
     lines = []
@@ -167,7 +187,15 @@ def _missing(what: str, profile: str) -> list[str]:
     return [what, UNMEASURED, "–", "–", f"needs a GPU (profile `{profile}`)"]
 
 
-TABLES = {"demo": demo, "readings": readings, "val": val, "store": store, "performance": performance, "growth": growth}
+TABLES = {
+    "demo": demo,
+    "readings": readings,
+    "val": val,
+    "store": store,
+    "performance": performance,
+    "memory": memory,
+    "growth": growth,
+}
 
 
 def filled(text: str) -> str:
