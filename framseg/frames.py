@@ -202,7 +202,7 @@ def read_apart(
     a process of its own: where the decoder hangs or crashes in native code, the caller's process (a notebook's kernel)
     could not go on. It takes a fresh interpreter, half a second, and no copy. `time_limit` is for the time without a
     new frame, because the whole takes longer for a longer video, and a header's word for the length proves nothing.
-    Raises VideoError if the video cannot be decoded.
+    Raises VideoError if the video cannot be decoded or its frames need more room than the file's disk has.
     """
     asked = {"path": str(path), "least": least, "apart": apart, "image_size": image_size, "time_limit": time_limit}
     # Not multiprocessing: it would run a script that calls this without a guard once more.
@@ -482,6 +482,12 @@ def main() -> None:
         video = Video(asked["path"])
         alive()
         count = max(asked["least"], round(video.length / asked["apart"]))
+        needed, disk = count * asked["image_size"] ** 2 * 3, os.fstatvfs(asked["file"])
+        if needed > disk.f_bavail * disk.f_frsize:  # by a header that claims months, for one
+            raise VideoError(
+                f"{video.path}: is {video.length:.2f} s long by its timestamps, and its frames take {needed / 1e9:.1f} "
+                f"GB of temporary files; make room or set TMPDIR to a folder that has it"
+            )
         with os.fdopen(asked["file"], "r+b") as file:
             video.frames(video.numbers(video.length, count)[:, 0], asked["image_size"], file, alive)
     except VideoError as error:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from framseg import frames
-from framseg.frames import Store, StoreError, Video, VideoError, extract, frame_numbers, read_video
+from framseg.frames import Store, StoreError, Video, VideoError, extract, frame_numbers, read_apart, read_video
 
 WIDTH, HEIGHT, FPS = 64, 48, 8
 
@@ -237,6 +237,14 @@ def test_read_video_of_a_stretch(corpus):
         read_video(corpus / "a.mp4", 2, 32, duration=8.0, start=6.0)
     with pytest.raises(VideoError, match="has 10.00 s"):
         read_video(corpus / "a.mp4", 2, 32, start=11.0)
+
+
+def test_read_apart_gives_the_frames_and_refuses_more_than_the_disk_holds(corpus, tmp_path):
+    with (tmp_path / "all").open("w+b") as file:
+        decoded, length = read_apart(corpus / "a.mp4", 4, 2.0, 32, 30, file)
+        assert length == 10 and [shown(image) for image in decoded] == [8, 24, 40, 56, 72]
+        with pytest.raises(VideoError, match="is 10.00 s long by its timestamps, .* 503316.5 GB of temporary files"):
+            read_apart(corpus / "a.mp4", 4, 1e-6, 4096, 30, file)
 
 
 def test_damage_behind_the_last_frame_wanted_is_found(corpus, tmp_path):
