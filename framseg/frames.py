@@ -209,9 +209,11 @@ def read_apart(
     command = [sys.executable, "-P", __file__, json.dumps(asked | {"file": file.fileno()})]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=[file.fileno()])
     if done.returncode == -signal.SIGALRM:
-        raise VideoError(f"{path}: decoding stood still for {time_limit:g} s and was ended; convert it to mp4")
+        raise VideoError(
+            f"{path}: decoding stood still for {time_limit:g} s and was ended; get the file again or convert it"
+        )
     if done.returncode:
-        raise VideoError(f"{path}: the decoder crashed (exit code {done.returncode}); convert it to mp4")
+        raise VideoError(f"{path}: the decoder crashed (exit code {done.returncode}); get the file again or convert it")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise VideoError(answer["error"])
