@@ -58,7 +58,7 @@ class Frames(Section):
     neighbours: Annotated[int, Field(ge=0)]  # variations each side of the middle frame
     neighbour_distance: Positive  # seconds between two variations (3 frames at 30 fps)
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]  # of the frame store
-    time_limit: Positive  # seconds one video may take to decode
+    time_limit: Positive  # seconds one video may take to decode; of one's own video, without a new frame
 
 
 class Vision(Section):

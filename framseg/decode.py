@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from framseg import blip3, config, dataset, hub, launcher, moments, prompt
 from framseg.annotations import USUAL_SECONDS, Row, frame_times, json_lines, parse_object, write_lines
 from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
-from framseg.frames import Store, StoreError, Video, VideoError
+from framseg.frames import Store, StoreError, VideoError, read_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -366,29 +366,29 @@ def predict(
     down) further on and at last about the last f. A frame's probability is then the mean over the answers it is in,
     weighted by its place there: 1 at either end, 2 beside it, and so on towards the middle. Its digit is 1 if the
     answers that say 1 have at least half of the weight. Windows and clip scores follow from the two as for a short
-    video. The frames of a long video wait in a temporary file, so memory does not grow with the length.
+    video. The frames of a long video wait in a temporary file, so memory does not grow with the length. The video is
+    decoded in a process of its own, which is ended when no new frame has come for the profile's `frames.time_limit`.
 
     Raises VideoError if the video cannot be decoded, PromptError for an empty query, CheckpointError for a folder that
     is no checkpoint, ValueError for an unknown policy or method.
     """
-    opened = Video(video)
     model, profile, tokenizer = _checkpoint(checkpoint)
     count = profile.frames.count
     inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
     queries = [query] if isinstance(query, str) else list(query)
     for text in queries:  # an empty one is to be known before the video is read
         prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
-    total = max(count, round(opened.length * count / USUAL_SECONDS))
-    begins = [*range(0, total - count, max(1, count // 2)), total - count]
-    weight = np.minimum(np.arange(count) + 1, count - np.arange(count))
-    weights = np.zeros(total, int)
-    for begin in begins:
-        weights[begin : begin + count] += weight
-    votes, probabilities = np.zeros((len(queries), total), int), np.zeros((len(queries), total))
-    kept = np.linspace(0, total - 1, count).round().astype(int)
+    section, size = profile.frames, profile.model.vision.image_size
     with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
-        numbers = opened.numbers(opened.length, total)[:, 0]
-        images = opened.frames(numbers, profile.model.vision.image_size, file)
+        images, length = read_apart(video, count, USUAL_SECONDS / count, size, section.time_limit, file)
+        total = len(images)
+        begins = [*range(0, total - count, max(1, count // 2)), total - count]
+        weight = np.minimum(np.arange(count) + 1, count - np.arange(count))
+        weights = np.zeros(total, int)
+        for begin in begins:
+            weights[begin : begin + count] += weight
+        votes, probabilities = np.zeros((len(queries), total), int), np.zeros((len(queries), total))
+        kept = np.linspace(0, total - 1, count).round().astype(int)
         frames = np.array(images[kept])
         parts = _encoded_along(model, images, begins, count)
         for begin, vision in tqdm(parts, "asking", len(begins), unit="part", disable=len(begins) == 1):
@@ -402,9 +402,9 @@ def predict(
     out = []
     for text, ones, probability in zip(queries, 2 * votes >= weights, probabilities, strict=True):
         answer = "".join("01"[one] for one in ones.astype(int))
-        valid, answer, found, scores = _understood(answer, probability, opened.length, inference)
-        answered = (found, scores, answer, probability, valid, frames, frame_times(opened.length, total)[kept])
-        out.append(Prediction(str(video), text, opened.length, *answered))
+        valid, answer, found, scores = _understood(answer, probability, length, inference)
+        answered = (found, scores, answer, probability, valid, frames, frame_times(length, total)[kept])
+        out.append(Prediction(str(video), text, length, *answered))
     return out[0] if isinstance(query, str) else out
 
 

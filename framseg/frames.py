@@ -10,10 +10,13 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -79,7 +82,11 @@ class Video:
         self.path = Path(path)
         if not os.path.exists(self.path):
             raise VideoError(f"{self.path}: no such video file")
-        if self.path.is_file() and _begins_with(self.path, PROGRAM_STREAM):
+        try:
+            program_stream = self.path.is_file() and _begins_with(self.path, PROGRAM_STREAM)
+        except OSError as error:
+            raise VideoError(f"{self.path}: cannot be read ({error.strerror}); get the file again") from error
+        if program_stream:
             raise VideoError(f"{self.path}: an MPEG program stream, whose frames decord miscounts; convert it to mp4")
         try:
             reader = self._reader()
@@ -121,12 +128,18 @@ class Video:
         shown = np.where(sides < 0, np.minimum(shown, apart), np.maximum(shown, apart))
         return np.clip(shown, 0, self.count - 1)
 
-    def frames(self, numbers: np.ndarray, image_size: int, file: BinaryIO | None = None) -> np.ndarray:
+    def frames(
+        self,
+        numbers: np.ndarray,
+        image_size: int,
+        file: BinaryIO | None = None,
+        alive: Callable[[], object] = lambda: None,
+    ) -> np.ndarray:
         """Decode the frames of these numbers, RGB uint8 [*numbers.shape, image_size, image_size, 3].
 
         Frames are resized with PIL's bicubic filter without keeping their proportions. The whole video is decoded:
         VideoError if any frame of it is damaged or missing. With an open `file` the array lies there and not in
-        memory, which holds one frame at a time.
+        memory, which holds one frame at a time. `alive` is called whenever the decoder has come on.
         """
         shape = (*numbers.shape, image_size, image_size, 3)
         out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
@@ -144,6 +157,7 @@ class Video:
                     reader.skip_frames(number - position)
                 frame = reader.next()
                 position = number + 1
+                alive()
                 if number in places:
                     picture = Image.fromarray(_without_padding(frame.asnumpy()))
                     flat[places[number]] = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
@@ -177,6 +191,33 @@ def read_video(
             f"{path}: has {video.length:.2f} s, so there are no {duration:.2f} s from second {start:.2f} on"
         )
     return video.frames(video.numbers(duration, count, start=start)[:, 0], image_size), float(duration)
+
+
+def read_apart(
+    path: Path | str, least: int, apart: float, image_size: int, time_limit: float, file: BinaryIO
+) -> tuple[np.ndarray, float]:
+    """All of one's own video, evenly spread: uint8 [n, image_size, image_size, 3] RGB, and its length in seconds.
+
+    n is a frame for every `apart` seconds, rounded, but at least `least`. The array lies in the open `file`. Decoded in
+    a process of its own: where the decoder hangs or crashes in native code, the caller's process (a notebook's kernel)
+    could not go on. It takes a fresh interpreter, half a second, and no copy. `time_limit` is for the time without a
+    new frame, because the whole takes longer for a longer video, and a header's word for the length proves nothing.
+    Raises VideoError if the video cannot be decoded or its frames need more room than the file's disk has.
+    """
+    asked = {"path": str(path), "least": least, "apart": apart, "image_size": image_size, "time_limit": time_limit}
+    # Not multiprocessing: it would run a script that calls this without a guard once more.
+    command = [sys.executable, "-P", __file__, json.dumps(asked | {"file": file.fileno()})]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=[file.fileno()])
+    if done.returncode == -signal.SIGALRM:
+        raise VideoError(
+            f"{path}: decoding stood still for {time_limit:g} s and was ended; get the file again or convert it"
+        )
+    if done.returncode:
+        raise VideoError(f"{path}: the decoder crashed (exit code {done.returncode}); get the file again or convert it")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise VideoError(answer["error"])
+    return np.memmap(file, np.uint8, "r", shape=(answer["count"], image_size, image_size, 3)), answer["length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,3 +470,34 @@ def _words(settings: dict) -> str:
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    """The process of `read_apart`: what is asked comes as JSON, length and number of frames or the error go back."""
+    asked = json.loads(sys.argv[1])
+
+    def alive() -> None:
+        signal.setitimer(signal.ITIMER_REAL, asked["time_limit"])  # ends the process, in native code too
+
+    alive()
+    try:
+        video = Video(asked["path"])
+        alive()
+        count = max(asked["least"], round(video.length / asked["apart"]))
+        needed, disk = count * asked["image_size"] ** 2 * 3, os.fstatvfs(asked["file"])
+        if needed > disk.f_bavail * disk.f_frsize:  # by a header that claims months, for one
+            raise VideoError(
+                f"{video.path}: is {video.length:.2f} s long by its timestamps, and its frames take {needed / 1e9:.1f} "
+                f"GB of temporary files; make room or set TMPDIR to a folder that has it"
+            )
+        with os.fdopen(asked["file"], "r+b") as file:
+            video.frames(video.numbers(video.length, count)[:, 0], asked["image_size"], file, alive)
+    except VideoError as error:
+        answer = {"error": str(error)}
+    else:
+        answer = {"count": count, "length": video.length}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 from conftest import small_profile
 
-from framseg import annotations, config, dataset, frames, prompt, train
+from framseg import annotations, blip3, config, dataset, decode, evaluate, frames, prompt, train
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,52 @@ def test_a_missing_video_is_reported_and_the_others_are_extracted(small_set, tmp
     assert all(f"{vid}.mp4" in reason for vid, reason in report.failed.items())
     with pytest.raises(frames.VideoError, match=next(iter(lost))):
         dataset.store(profile).read(next(iter(lost)))
+
+
+def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path):
+    """From extraction to metrics: of three val videos one is cut off, one hangs the decoder; one of train is text."""
+    profile = small_profile(tmp_path, frames__time_limit=5)
+    train_rows, rows = (dataset.rows(small_profile(small_set), split) for split in ("train", "val"))
+    cut, hangs, _ = dict.fromkeys(row.vid for row in rows)
+    text = train_rows[0].vid
+    videos = dataset.videos(profile)
+    videos.mkdir()
+    for split, some in {"train": train_rows, "val": rows}.items():
+        annotations.write(dataset.annotation_file(profile, split), some)
+        for vid in {row.vid for row in some} - {cut, hangs, text}:
+            (videos / f"{vid}.mp4").symlink_to(small_set / "videos" / f"{vid}.mp4")
+    (videos / f"{cut}.mp4").write_bytes((small_set / "videos" / f"{cut}.mp4").read_bytes()[:-2000])
+    (videos / f"{text}.mp4").write_text("no video\n" * 500)
+    os.mkfifo(videos / f"{hangs}.mp4")
+
+    report = dataset.extract(profile, ("train", "val"), progress=False)
+    assert report.failed.keys() == {cut, hangs, text} and report.done == 6
+    assert "took more than 5 s" in report.failed[hangs]
+
+    model, tokenizer = blip3.base(profile), prompt.load(profile.model.tokenizer)
+    found = decode.split(model, tokenizer, profile, rows, tmp_path / "val.jsonl", progress=False)
+    assert [record["qid"] for record in found] == [row.qid for row in rows]
+    for record in found:
+        assert record.get("error") == report.failed.get(record["vid"])
+        assert "error" not in record or record["valid"] is False
+
+    # Were every other answer perfect, the failed ones would still count.
+    answers = [
+        record
+        if "error" in record
+        else record | {evaluate.WINDOWS: [[*window, 1.0] for window in row.relevant_windows]}
+        for record, row in zip(found, rows, strict=True)
+    ]
+    sound = [row for row in rows if row.vid not in report.failed]
+    assert 0 < len(sound) < len(rows)
+    scores = evaluate.evaluate(answers, rows)["brief"]
+    assert scores["MR-full-R1@0.7"] == round(100 * len(sound) / len(rows), 2)
+    alone = evaluate.evaluate([one for one in answers if "error" not in one], sound)["brief"]
+    assert alone["MR-full-R1@0.7"] == 100 > scores["MR-full-R1@0.7"] and scores["MR-full-mAP"] < alone["MR-full-mAP"]
+    with pytest.raises(evaluate.PredictionError, match="without a prediction"):
+        evaluate.evaluate([one for one in answers if "error" not in one], rows)
+
+    with pytest.raises(train.TrainError, match=f"1 of the training videos .*{text}.*training.may_lack=1"):
+        train.readable(profile)
+    kept, said = train.readable(small_profile(tmp_path, training__may_lack=1))
+    assert text in said and kept == [row for row in train_rows if row.vid != text]

@@ -1,12 +1,16 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -505,12 +509,52 @@ def test_predict_refuses_with_a_reason(checkpoint, tmp_path):
         framseg.predict(tmp_path / "cut.mp4", "a dog", checkpoint=checkpoint)
 
 
+def hanging(path, then):
+    """Make a file on which the decoder waits for ever; `then` is called in a thread once it does."""
+    os.mkfifo(path)
+
+    def wait():
+        with open(path, "wb"):  # waits for the decoder
+            then()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_video_on_which_the_decoder_hangs_is_given_up(checkpoint, tmp_path):
+    config.save(config.load(checkpoint / "profile.yaml", {"frames.time_limit": 1.5}), checkpoint / "profile.yaml")
+    os.mkfifo(tmp_path / "x.mp4")
+    with pytest.raises(frames.VideoError, match="x.mp4: decoding stood still for 1.5 s"):
+        framseg.predict(tmp_path / "x.mp4", "a dog runs", checkpoint=checkpoint)
+    assert framseg.predict(make_video(tmp_path / "own.mp4", 21), "a dog runs", checkpoint).duration == 21
+
+
+def test_a_video_on_which_the_decoder_crashes_is_an_error(checkpoint, tmp_path):
+    def crash():
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGSEGV)
+
+    thread = hanging(tmp_path / "x.mp4", crash)
+    with pytest.raises(frames.VideoError, match="x.mp4: the decoder crashed .exit code -11"):
+        framseg.predict(tmp_path / "x.mp4", "a dog runs", checkpoint=checkpoint)
+    thread.join()
+
+
+def test_a_hanging_prediction_can_be_interrupted(checkpoint, tmp_path):
+    thread = hanging(tmp_path / "x.mp4", lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1)))
+    with pytest.raises(KeyboardInterrupt):
+        framseg.predict(tmp_path / "x.mp4", "a dog runs", checkpoint=checkpoint)
+    assert not psutil.Process().children()
+    thread.join()
+
+
 @pytest.mark.parametrize("seconds", [160, 600])
 def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tmp_path, monkeypatch, seconds):
     video = make_video(tmp_path / "long.mp4", seconds)
     decoded, encoded = [], []
-    decode_frames, vision_tokens = frames.Video.frames, blip3.Blip3.vision_tokens
-    monkeypatch.setattr(frames.Video, "frames", lambda *a: decoded.append(a[1]) or decode_frames(*a))
+    read_apart, vision_tokens = decode.read_apart, blip3.Blip3.vision_tokens
+    monkeypatch.setattr(decode, "read_apart", lambda *a: decoded.append(a[0]) or read_apart(*a))
     monkeypatch.setattr(blip3.Blip3, "vision_tokens", lambda *a: encoded.append(a[1].shape[1]) or vision_tokens(*a))
     # Three a batch, four queries: the last one is alone in its batch.
     queries = ["a dog runs", "a cat sleeps", "night falls", "rain"]

@@ -105,6 +105,14 @@ def in_kernel(folder: Path, count: int, store: frames.Store) -> dict:
     }
 
 
+def growth(kernel: dict[int, dict]) -> dict:
+    """How many times as long with the most predictions as with the fewest, medians."""
+    few, many = kernel[min(kernel)], kernel[max(kernel)]
+    middle = {name: (few[name]["median"], many[name]["median"]) for name in few if name != "open"}
+    times = {"predictions": (min(kernel), max(kernel)), "open": (few["open"], many["open"])} | middle
+    return {name: round(after / before, 1) for name, (before, after) in times.items()}
+
+
 def in_page(folder: Path, counts: list[int]) -> dict:
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     notebook.cells = [nbformat.v4.new_code_cell(CELL.format(folder=str(folder)))] + [
@@ -155,12 +163,14 @@ def main() -> None:
         fill(store)
         for count in counts:
             make(folder, count)
+        kernel = {count: in_kernel(folder, count, store) for count in counts}
         record = {
             "device": f"{processor()}, {os.cpu_count()} cores",
             "versions": {name: version(name) for name in ("jupyterlab", "ipywidgets", "anywidget", "playwright")},
             "load before (1 min)": round(os.getloadavg()[0], 2),
             "bytes of a video's frames": int(np.mean([store.bytes(f"v{video}") for video in range(VIDEOS)])),
-            "seconds in the kernel": {count: in_kernel(folder, count, store) for count in counts},
+            "seconds in the kernel": kernel,
+            "growth in the kernel, times": growth(kernel),
             "seconds in the page": in_page(folder, counts) if CHROMIUM else "no chromium here",
         }
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
