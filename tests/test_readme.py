@@ -1,11 +1,13 @@
 """The README's commands name programs, files and options that are there (what they do is tested where they live)."""
 
 import functools
-import os
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -23,32 +25,41 @@ COMMANDS = sorted(
 
 
 @functools.cache
-def usage(*command: str) -> str:
-    """What a program says of its options."""
-    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
-    done = subprocess.run(
-        [*command, "--help"], cwd=config.REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def usage(program: str) -> str:
+    """What a module, a Python file or run_all.sh says of its options.
+
+    The first two in this process, which has loaded already what takes each of them seconds.
+    """
+    file = config.REPOSITORY / program
+    if file.suffix == ".sh":
+        return subprocess.run([file, "--help"], capture_output=True, text=True, check=True, timeout=120).stdout
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [program, "--help"])
+        patch.syspath_prepend(file.parent)  # as Python does for a file
+        if file.suffix == ".py":
+            runpy.run_path(str(file), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
+    assert not end.value.code
+    return said.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # of runpy, by modules that are loaded already
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_there_and_knows_its_options(command):
     words = shlex.split(command, comments=True)
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     if words[0] == "python":
-        words[0] = sys.executable
-        program = tuple(words[:3] if words[1] == "-m" else words[:2])
+        words = words[2:] if words[1] == "-m" else words[1:]
     elif words[0] in ("deepspeed", "jupyter", "conda"):
         pytest.skip(f"{words[0]} is not ours")
     else:
-        program = (str(config.REPOSITORY / words[0]),)
         profiles = [word for word in words[1:2] if not word.startswith("-")]
         assert set(profiles) <= {*config.names(), "test", "<profile>"}
-    said = usage(*program)
-    for word in words[len(program) :]:
+    said = usage(words[0])
+    for word in words[1:]:
         if word.startswith("--") and word != "--help":
             assert word.partition("=")[0] in said
 
