@@ -153,6 +153,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     keep(page, "05_search")
     search.fill("")
     twin.search.value = ""
+    agrees()  # each control sends on its own: two changes at once may come in the other order
     for name in [name for name in FILTERS if name != "all"]:
         choice["filter"].select_option(name)
         twin.filter.value = name
@@ -162,6 +163,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
             agrees()
     choice["filter"].select_option("all")
     twin.filter.value = "all"
+    agrees()
     choice["sort"].select_option("IoU, worst first")
     twin.sort.value = "IoU, worst first"
     agrees()
