@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from framseg import blip3, config, dataset, hub, launcher, moments, prompt
-from framseg.annotations import USUAL_SECONDS, Row, frame_times, json_lines, parse_object, write_lines
+from framseg.annotations import USUAL_SECONDS, Row, frame_times, is_integer, json_lines, parse_object, write_lines
 from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
 from framseg.frames import Store, StoreError, Video, VideoError
 
@@ -524,9 +524,10 @@ def _finished(
         if found[:1] != [made_by]:
             continue
         for record in found[1:]:
-            same = (record["query"], record["vid"], record["duration"]) == asked.get(record["qid"])
-            if same and ("error" not in record or (failed and record["qid"] not in out)):
-                out[record["qid"]] = record
+            qid, about = record.get("qid"), tuple(record.get(name) for name in ("query", "vid", "duration"))
+            same = is_integer(qid) and about == asked.get(qid)
+            if same and ("error" not in record or (failed and qid not in out)):
+                out[qid] = record
     return out
 
 
