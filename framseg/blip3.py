@@ -4,7 +4,6 @@ Parameter names are those of the published checkpoint (without its leading ``vlm
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -286,7 +285,7 @@ class Blip3(nn.Module):
                         else:
                             self.load_state_dict({name: opened.get_tensor(key).to(dtype)}, strict=False, assign=True)
                         seen.add(name)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
         problems += [f"missing {PREFIX}{name}" for name in expected if name not in seen]
         if problems:
@@ -449,7 +448,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _adapter_settings(file: Path) -> tuple[list[str], float]:
-    """The layers of a plain LoRA adapter, and by what their pairs are multiplied. Nothing else is taken from the file."""
+    """Layers of a plain LoRA adapter and what their pairs are multiplied by; nothing else is taken from the file."""
     about, reasons = annotations.parse_object(file.read_bytes())
     if not reasons:
         rank, alpha, targets = (about.get(key) for key in ("r", "lora_alpha", "target_modules"))

@@ -363,8 +363,8 @@ def predict(
     answers that say 1 have at least half of the weight. Windows and clip scores follow from the two as for a short
     video. The frames of a long video wait in a temporary file, so memory does not grow with the length.
 
-    Raises VideoError if the video cannot be decoded, PromptError for an empty query, CheckpointError for a folder that
-    is no checkpoint, ValueError for an unknown policy or method.
+    Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that cannot serve
+    the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or method.
     """
     opened = Video(video)
     model, profile, tokenizer = _checkpoint(checkpoint)
@@ -428,7 +428,9 @@ def _checkpoint(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, To
 def _loaded(folder: Path, changed: int) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
     """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
     model, profile = blip3.load_trained(folder)
-    return model.to(launcher.device()).eval(), profile, prompt.load(folder)
+    tokenizer = prompt.load(folder)
+    prompt.check(tokenizer, profile.model, profile.frames.count)  # of a stranger's checkpoint, too
+    return model.to(launcher.device()).eval(), profile, tokenizer
 
 
 @torch.inference_mode()

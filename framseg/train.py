@@ -109,7 +109,7 @@ def missing(profile: config.Profile) -> list[str]:
             f"set model.weights to a folder with the published safetensors"
         )
     try:
-        prompt.load(profile.model.tokenizer)
+        prompt.check(prompt.load(profile.model.tokenizer), profile.model, profile.frames.count)
     except prompt.PromptError as error:
         out.append(f"tokenizer: {error}")
     if profile.model.dtype == "bfloat16" and torch.cuda.device_count() < profile.training.processes:

@@ -1,24 +1,26 @@
 """Damaged files for every reader: each is read, or refused with the reader's own error, which names the place.
 
-A hundred cases a test, with --all two thousand (conftest.py). They are right files with a few odd things in them, so that
+A hundred cases a test, with --all two thousand (conftest.py): right files with a few odd things in them, so that
 they come past the first look at them.
 """
 
 import csv
 import io
 import json
-import shutil
 import zipfile
+from contextlib import contextmanager
+from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from small import tiny
 from test_config import flat
+from test_prompt import letters
 
 from framseg import annotations, blip3, browser, codalab, config, evaluate, figures, prompt, steps, train
 from framseg.annotations import AnnotationError, Row
@@ -27,6 +29,7 @@ from framseg.codalab import TEST_NAME, VAL_NAME, SubmissionError
 from framseg.config import ProfileError
 from framseg.evaluate import PredictionError
 from framseg.prompt import PromptError
+from framseg.run import NOTEBOOKS
 from framseg.train import TrainError
 
 reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -310,3 +313,195 @@ def test_submissions(competition, content):
         codalab.VAL_ANNOTATIONS,
         codalab.TEST_ANNOTATIONS,
     }
+
+
+@st.composite
+def tensors_file(draw, content: bytes):
+    """A safetensors file with something wrong in its header, or in its bytes."""
+    if draw(st.booleans()):
+        return draw(damaged(content))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    name = draw(st.sampled_from(sorted(header)))
+    odd = {
+        "dtype": st.sampled_from("BOOL U8 I64 U16 F16 BF16 F64 C64 F8_E4M3 F8_E8M0 F4 F6_E2M3 X".split()),
+        "shape": ODD,
+    }
+    key = draw(st.sampled_from(["dtype", "shape", "all"]))
+    header = draw(changed(header)) if key == "all" else header | {name: header[name] | {key: draw(odd[key])}}
+    header = dumped(header)
+    return len(header).to_bytes(8, "little") + header + content[begin:]
+
+
+@st.composite
+def one_file(draw, content: bytes, suffix: str):
+    """A right file's content, made wrong in the way of its kind."""
+    if suffix == ".safetensors":
+        return draw(tensors_file(content))
+    if draw(st.booleans()):
+        return draw(damaged(content))
+    if suffix == ".yaml":
+        return yaml.safe_dump(draw(changed(yaml.safe_load(content)))).encode()
+    if suffix == ".jsonl":
+        return draw(json_file([json.loads(line) for line in content.splitlines()]))
+    return dumped(draw(changed(json.loads(content))))
+
+
+@contextmanager
+def spoiled(file: Path, data: st.DataObject):
+    """The file with something wrong, missing, or a folder in its place; afterwards as it was."""
+    content = file.read_bytes()
+    odd = data.draw(st.one_of(*[one_file(content, file.suffix)] * 9, st.sampled_from(["gone", "a folder"])))
+    file.unlink()
+    if odd == "a folder":
+        file.mkdir()
+    elif odd != "gone":
+        file.write_bytes(odd)
+    try:
+        yield
+    finally:
+        if odd == "a folder":
+            file.rmdir()
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A trained checkpoint of a tiny model, its base beside it, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    layers = {f"model__{part}__layers": 1 for part in ("vision", "resampler", "language")}
+    profile = tiny(model__weights=str(folder / "base"), **layers)
+    torch.manual_seed(0)
+    blip3.Blip3(profile.model).save_published(folder / "base")
+    model = blip3.base(profile)
+    blip3.save_trained(folder / "trained", model, model.adapt(profile.adapter, 0), profile, letters()[0])
+    return folder
+
+
+@reused
+@given(st.data())
+def test_checkpoints(checkpoint, monkeypatch, data):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a repository's name may come up
+    files = sorted(path for path in checkpoint.rglob("*") if path.suffix in (".yaml", ".safetensors", ".json"))
+    file = data.draw(st.sampled_from([path for path in files if path.name != prompt.FILE]))
+    with spoiled(file, data):
+        loaded = outcome(
+            lambda: blip3.load_trained(checkpoint / "trained"),
+            (CheckpointError, ProfileError),
+            *(
+                checkpoint / "trained",
+                checkpoint / "base",
+                "profile.yaml",
+                "set model.weights",
+                "safetensors file here",
+            ),
+        )
+    if loaded is not None:
+        model, profile = loaded
+        assert not model.training and all(not value.is_meta for value in model.state_dict().values())
+        assert config.Profile.model_validate(profile.model_dump()) == profile
+
+
+@reused
+@given(st.data())
+def test_tokenizers(checkpoint, monkeypatch, data):
+    monkeypatch.setattr(prompt, "RANDOM_MASKS", 10)  # for speed
+    monkeypatch.setattr(prompt, "EXHAUSTIVE_LENGTH", 3)
+    model = letters()[1]
+
+    def checked():
+        tokenizer = prompt.load(checkpoint / "trained")
+        prompt.check(tokenizer, model, 3)
+        return tokenizer
+
+    with spoiled(checkpoint / "trained" / prompt.FILE, data):
+        tokenizer = outcome(checked, PromptError, checkpoint, "the tokenizer", "becomes the")
+    if tokenizer is not None:
+        ids = prompt.prompt_ids(tokenizer, model.tokens, "a <image> dog", 3)
+        assert ids.count(model.tokens.image) == 3
+
+
+STEP = dict.fromkeys(("lm", "bce", "tversky", "dice", "loss", "learning_rate", "gradient_norm"), 0.25)
+STEP |= dict.fromkeys(("samples_per_second", "memory_gib", "seconds"), 2.5)
+LOG = [STEP | {"step": step, "epoch": step / 2, "weights": [1.0, 0.0, 0.0, 0.0]} for step in (1, 2)]
+VALIDATIONS = [{"epoch": 0, "metrics": evaluate.evaluate(PREDICTIONS, ROWS), "invalid": 0.0, "seconds": 1.5}]
+
+
+@reused
+@given(st.one_of(st.tuples(json_file(LOG), st.just(b"")), st.tuples(st.just(b""), json_file(VALIDATIONS))))
+def test_logs_of_a_training(tmp_path, contents):
+    read = []
+    for name, content, right in zip(("steps", "validation"), contents, (LOG, VALIDATIONS), strict=True):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(content)
+        read.append(outcome(lambda path=path: train.read_log(path), TrainError, f"{path}:") if content else right)
+    if read[0] and read[1]:
+        with np.errstate(all="ignore"):
+            figures.progress(*read)
+        assert all(train._brief(step) for step in read[0]) and all(train._validated(one, LOG) for one in read[1])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a run that the browser opens and whose first chapter is finished."""
+    folder = tmp_path_factory.mktemp("made")
+    profile = config.load("demo", {"data.source": "folder", "data.folder": str(folder / "data")})
+    (folder / "code").mkdir()
+    run = config.Run(profile, folder / "run")
+    run.notebooks.mkdir(parents=True)
+    annotations.write(folder / "data" / profile.data.val, ROWS)
+    evaluate.write_predictions(run.predicted("val"), PREDICTIONS)
+    config.save(profile, run.profile)
+    return profile, run, folder
+
+
+@reused
+@given(st.data())
+def test_the_browser_on_a_run(made, data):
+    profile, run, folder = made
+    file = data.draw(st.sampled_from([run.predicted("val"), run.profile, folder / "data" / profile.data.val]))
+    with spoiled(file, data):
+        opened = outcome(
+            lambda: browser.Browser(run.root),
+            (PredictionError, AnnotationError, ProfileError),
+            *(file, "profile.yaml", "annotations", "annotated", "qid"),
+        )
+    if opened is not None:
+        for order in browser.SORTS:
+            opened.sort.value = order
+        for name in browser.FILTERS:
+            opened.filter.value = name
+        assert {entry["qid"] for entry in opened.entries} <= {1, 2}
+
+
+@reused
+@given(st.data())
+def test_stamps_of_finished_chapters(made, monkeypatch, data):
+    profile, run, folder = made
+    monkeypatch.setattr(steps, "CODE", folder / "code")
+    step = steps.Step(NOTEBOOKS / "01_data.ipynb", profile, run)
+    step.copy.touch()
+    step.stamp.write_text(
+        json.dumps({"inputs": step.inputs(), "began": 1.5, "device": "a CPU", "wrote": ["profile.yaml"]})
+    )
+    assert step.changed() is None
+    with spoiled(step.stamp, data):
+        why = step.changed()
+        assert why is None or "changed" in why or "is gone" in why or why == "not finished yet"
+        assert isinstance(steps.read(step.copy).get("device", ""), str)
+
+
+@reused
+@given(st.data())
+def test_states_of_an_interrupted_training(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("resume") / "step_000003"
+    folder.mkdir()
+    for name in ("weights", "start", "process_0"):
+        save_file({name: torch.ones(2)}, folder / f"{name}.safetensors")
+    sums = {path.name: train._checksum(path) for path in folder.iterdir()}
+    (folder / "state.json").write_text(json.dumps({"step": 3, "world": 1, "sha256": sums}))
+    assert train._damage(folder) is None
+    with spoiled(data.draw(st.sampled_from(sorted(folder.iterdir()))), data):
+        if train._damage(folder) is None:  # then the damage means nothing
+            about = json.loads((folder / "state.json").read_bytes())
+            assert (about["step"], about["world"], about["sha256"]) == (3, 1, sums)
