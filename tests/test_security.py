@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import time
 import types
 import urllib.error
 import urllib.request
@@ -105,11 +106,9 @@ def test_an_adapter_s_settings_name_no_code(checkpoint, marker, tmp_path, monkey
 
 
 TAGS = [
-    "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{0}]]",
+    "!!python/object/apply:builtins.open ['{0}', w]",
     "!!python/object/apply:os.system ['touch {0}']",
     "!!python/object/new:os.system ['touch {0}']",
-    "!!python/name:os.system",
-    "!!python/module:os",
 ]
 
 
@@ -117,7 +116,7 @@ TAGS = [
 def test_tags_of_yaml(marker, tmp_path, tag):
     text = tag.format(marker)
     yaml.unsafe_load(text)
-    marker.unlink(missing_ok=True)
+    marker.unlink()  # so it does harm where it is let
     (tmp_path / "some.yaml").write_text(f"extends: demo\nname: {text}\n")
     with pytest.raises(config.ProfileError, match="some.yaml: not plain YAML"):
         config.load(tmp_path / "some.yaml")
@@ -193,11 +192,15 @@ def test_jupyter_listens_on_loopback_and_wants_its_token(tmp_path_factory):
         assert status("api/kernels", "POST") == 403
         assert status("api/contents", Authorization=f"token {token}") == 200
         assert status("api/kernels", "POST", Authorization=f"token {token}") == 201  # it listens, too
-        listening = [
-            connection.laddr
-            for process in psutil.Process().children(recursive=True)
-            for connection in process.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN
-        ]
-        assert whole.port in {where.port for where in listening} and len(listening) > 1
+        listening: set = set()
+        until = time.monotonic() + 60
+        while len(listening) < 6 and time.monotonic() < until:  # the server's port, and the five of a kernel
+            time.sleep(0.2)
+            listening = {
+                connection.laddr
+                for process in psutil.Process().children(recursive=True)
+                for connection in process.net_connections("tcp")
+                if connection.status == psutil.CONN_LISTEN
+            }
+        assert len(listening) >= 6 and whole.port in {where.port for where in listening}
         assert {where.ip for where in listening} == {"127.0.0.1"}
