@@ -19,6 +19,7 @@ USUAL_SECONDS = 150  # length of nearly every video of the dataset
 ANNOTATORS = 3
 TOP_SALIENCY = 4
 LONGEST = 100_000  # seconds: more is a mistake (milliseconds), and would be counted clip by clip
+VID_BYTES = 200  # with an ending it becomes a file's name, which has 255 at most
 LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")
 
 
@@ -265,8 +266,8 @@ def _reasons(record: dict) -> list[str]:
     if not is_text(query) or not query.strip():
         reasons.append(f"query must be text, not {_short(query)}")
     # The vid becomes a file name, so it must not lead elsewhere.
-    if not is_text(vid) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0"):
-        reasons.append(f"vid must be a plain file name, not {_short(vid)}")
+    if not is_text(vid) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0") or len(vid.encode()) > VID_BYTES:
+        reasons.append(f"vid must be a plain file name of up to {VID_BYTES} bytes, not {_short(vid)}")
     if not is_number(duration) or duration <= 0:
         return [*reasons, f"duration must be a positive number of seconds, not {_short(duration)}"]
     if duration > LONGEST:

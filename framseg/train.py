@@ -587,12 +587,10 @@ def _damage(folder: Path) -> str | None:
     try:
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         sums = about["sha256"]
-        needed = {
-            "weights.safetensors",
-            "start.safetensors",
-            *(f"process_{i}.safetensors" for i in range(about["world"])),
-        }
-        if about["step"] != int(folder.name.removeprefix("step_")) or needed != sums.keys():
+        processes = len(sums) - 2
+        names = {"weights.safetensors", "start.safetensors", *(f"process_{i}.safetensors" for i in range(processes))}
+        numbers = int(folder.name.removeprefix("step_")), processes
+        if names != sums.keys() or (about["step"], about["world"]) != numbers or type(about["step"]) is not int:
             return "state.json is another state's"
         wrong = [name for name, expected in sums.items() if _checksum(folder / name) != expected]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -464,7 +464,7 @@ def test_the_browser_on_a_run(made, data):
         opened = outcome(
             lambda: browser.Browser(run.root),
             (PredictionError, AnnotationError, ProfileError),
-            *(file, "profile.yaml", "annotations", "annotated", "qid"),
+            *(file, "profile.yaml", "annotations", "annotated", "qid", "cannot be read"),
         )
     if opened is not None:
         for order in browser.SORTS:
