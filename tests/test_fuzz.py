@@ -125,6 +125,13 @@ def dumped(value) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
 
 
+def yamled(value) -> bytes:
+    try:
+        return yaml.safe_dump(value, allow_unicode=True).encode(errors="surrogatepass")
+    except RecursionError:  # of lists in lists; JSON is YAML, too
+        return dumped(value)
+
+
 @st.composite
 def json_file(draw, records: list[dict]):
     """The bytes of a JSON lines file with something wrong in a record or in the bytes."""
@@ -232,7 +239,7 @@ def profile_file(draw):
     name = draw(st.sampled_from(config.names()))
     if draw(st.booleans()):
         return draw(damaged((config.PROFILES / f"{name}.yaml").read_bytes()))
-    return yaml.safe_dump(draw(changed(SHIPPED[name])), allow_unicode=True).encode(errors="surrogatepass")
+    return yamled(draw(changed(SHIPPED[name])))
 
 
 @reused
@@ -341,7 +348,7 @@ def one_file(draw, content: bytes, suffix: str):
     if draw(st.booleans()):
         return draw(damaged(content))
     if suffix == ".yaml":
-        return yaml.safe_dump(draw(changed(yaml.safe_load(content)))).encode()
+        return yamled(draw(changed(yaml.safe_load(content))))
     if suffix == ".jsonl":
         return draw(json_file([json.loads(line) for line in content.splitlines()]))
     return dumped(draw(changed(json.loads(content))))
