@@ -18,6 +18,8 @@ CLIP_SECONDS = 2
 USUAL_SECONDS = 150  # length of nearly every video of the dataset
 ANNOTATORS = 3
 TOP_SALIENCY = 4
+LONGEST = 100_000  # seconds: more is a mistake (milliseconds), and would be counted clip by clip
+VID_BYTES = 200  # with an ending it becomes a file's name, which has 255 at most
 LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")
 
 
@@ -179,20 +181,25 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
+def is_text(value: Any) -> bool:
+    """True for text that can be written; JSON's escapes can spell halves of a character, which cannot."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
 def json_lines(path: str | Path, error: type[ValueError]) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of every line of a UTF-8 file that is not blank; raises `error` if unreadable."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, line
+                    yield number, line.decode("utf-8")
     except UnicodeDecodeError as reason:
-        raise error(f"{path}: is not UTF-8 text ({reason.reason} at byte {reason.start})") from None
+        raise error(f"{path}:{number}: is not UTF-8 text ({reason.reason} at byte {reason.start})") from None
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror}") from None
 
 
-def parse_object(text: str) -> tuple[dict | None, list[str]]:
+def parse_object(text: str | bytes) -> tuple[dict | None, list[str]]:
     """A line's JSON object and no reasons, or None and the reason why there is none."""
     try:
         record = json.loads(text)
@@ -216,7 +223,7 @@ def write_lines(path: str | Path, records: Iterable[dict], error: type[ValueErro
             for record in records:
                 try:
                     file.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
-                except (TypeError, ValueError) as reason:
+                except (TypeError, ValueError, RecursionError) as reason:
                     raise error(f"{path}: qid {record.get('qid')}: cannot be written: {reason}") from None
         os.replace(aside, path)
     finally:
@@ -256,13 +263,15 @@ def _reasons(record: dict) -> list[str]:
     qid, query, duration, vid = (record[name] for name in ("qid", "query", "duration", "vid"))
     if not is_integer(qid):
         reasons.append(f"qid must be an integer, not {qid!r}")
-    if not isinstance(query, str) or not query.strip():
-        reasons.append(f"query must be text, not {query!r}")
+    if not is_text(query) or not query.strip():
+        reasons.append(f"query must be text, not {_short(query)}")
     # The vid becomes a file name, so it must not lead elsewhere.
-    if not isinstance(vid, str) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0"):
-        reasons.append(f"vid must be a plain file name, not {vid!r}")
+    if not is_text(vid) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0") or len(vid.encode()) > VID_BYTES:
+        reasons.append(f"vid must be a plain file name of up to {VID_BYTES} bytes, not {_short(vid)}")
     if not is_number(duration) or duration <= 0:
-        return [*reasons, f"duration must be a positive number of seconds, not {duration!r}"]
+        return [*reasons, f"duration must be a positive number of seconds, not {_short(duration)}"]
+    if duration > LONGEST:
+        return [*reasons, f"duration must be at most {LONGEST} seconds, not {_short(duration)}"]
 
     present = [name for name in LABELS if record.get(name) is not None]
     if present and len(present) < len(LABELS):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVisionModel
 from transformers.cache_utils import Cache
 
-from framseg import config
+from framseg import annotations, config
 
 PREFIX = "vlm."  # what the published checkpoint puts before every name
 ADAPTER = "default"
+ADAPTER_FILE = "adapter/adapter_model.safetensors"
+NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings of an adapter
 SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
@@ -282,7 +284,7 @@ class Blip3(nn.Module):
                         else:
                             self.load_state_dict({name: opened.get_tensor(key).to(dtype)}, strict=False, assign=True)
                         seen.add(name)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
         problems += [f"missing {PREFIX}{name}" for name in expected if name not in seen]
         if problems:
@@ -359,7 +361,13 @@ def base(profile: config.Profile) -> Blip3:
     folder = config.local_weights(name)
     if folder is None and (Path(name).is_absolute() or name.count("/") != 1):
         raise CheckpointError(f"{name}: the base model's folder is not here; set model.weights to where it is")
-    folder = folder or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    try:
+        folder = folder or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the HTTP library's errors share no base of the hub's
+        raise CheckpointError(
+            f"{name}: neither the base model's folder nor to be had from the Hugging Face hub "
+            f"({' '.join(str(error).split())}); set model.weights to where it is"
+        ) from None
     return Blip3.load_published(profile.model, folder)
 
 
@@ -370,7 +378,7 @@ def save_trained(
     folder.mkdir(parents=True, exist_ok=True)
     lora, tensors = model.adapter(start)
     lora.save_pretrained(folder / "adapter")
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    save_file(tensors, folder / ADAPTER_FILE)
     resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
     save_file(resampler, folder / "resampler.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -384,7 +392,7 @@ def complete(folder: Path | str) -> Path:
         "profile.yaml",
         "resampler.safetensors",
         "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
+        ADAPTER_FILE,
     ]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
@@ -397,16 +405,49 @@ def complete(folder: Path | str) -> Path:
 def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
     """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
 
-    Raises CheckpointError if the folder is incomplete or its tensors do not fit the profile's model.
+    Raises CheckpointError if the folder is incomplete or damaged or its tensors do not fit the profile's model, and
+    ProfileError for its profile.
     """
     folder = complete(folder)
     profile = config.load(folder / "profile.yaml")
+    resampler, pairs = (_tensors(folder / name) for name in ("resampler.safetensors", ADAPTER_FILE))
+    targets, scaling = _adapter_settings(folder / "adapter" / "adapter_config.json")
     model = base(profile)
     dtype = getattr(torch, profile.model.dtype)
     try:
-        resampler = {name: value.to(dtype) for name, value in load_file(folder / "resampler.safetensors").items()}
-        model.vision_tokenizer.load_state_dict(resampler)
-        merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
-    except (RuntimeError, SafetensorError) as error:
+        model.vision_tokenizer.load_state_dict({name: value.to(dtype) for name, value in resampler.items()})
+        with torch.no_grad():
+            for target in targets:
+                a, b = (pairs.pop(f"base_model.model.{target}.lora_{half}.weight").float() for half in "AB")
+                weight = model.get_parameter(f"{target}.weight")
+                weight += (b @ a * scaling).to(weight.dtype)
+    except (RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: does not fit the profile's model: {error}") from None
-    return merged.eval(), profile
+    if pairs:
+        raise CheckpointError(f"{folder / ADAPTER_FILE}: {min(pairs)} belongs to none of adapter_config.json's targets")
+    return model.eval(), profile
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
+    if odd := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
+        raise CheckpointError(f"{file}: {odd[0]} holds values that are no numbers; fetch it again, or train anew")
+    return tensors
+
+
+def _adapter_settings(file: Path) -> tuple[list[str], float]:
+    """Layers of a plain LoRA adapter and what their pairs are multiplied by; nothing else is taken from the file."""
+    about, reasons = annotations.parse_object(file.read_bytes())
+    if not reasons:
+        rank, alpha, targets = (about.get(key) for key in ("r", "lora_alpha", "target_modules"))
+        if not annotations.is_integer(rank) or rank < 1 or not annotations.is_number(alpha):
+            reasons = ["r and lora_alpha must be numbers, r at least 1"]
+        elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            reasons = ["target_modules must be a list of names"]
+        reasons += [f"{key} is set, and only a plain LoRA adapter can be read" for key in NOT_PLAIN if about.get(key)]
+    if reasons:
+        raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
+    return targets, alpha / rank

@@ -23,10 +23,12 @@ REPOSITORY = Path(__file__).parent.parent
 IDLE_THREADS_SLEEP = ("OMP_WAIT_POLICY", "PASSIVE")
 DYING = 5.0  # seconds that a process which was killed may take to let its folder go
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**20)]  # more is a slip, and would fill the memory before anything is compared
+Layers = Annotated[int, Field(ge=1, le=1000)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Weights = tuple[NotNegative, NotNegative, NotNegative, NotNegative]
 
 
@@ -66,17 +68,25 @@ class Vision(Section):
 
     hidden_size: Count
     intermediate_size: Count
-    layers: Count
+    layers: Layers
     heads: Count
     image_size: Count
     patch_size: Count
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.heads} heads")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is smaller than one patch (patch_size {self.patch_size})")
+        return self
 
 
 class Resampler(Section):
     """Perceiver resampler."""
 
     latents: Count
-    layers: Count
+    layers: Layers
     heads: Count
     head_dim: Count
 
@@ -86,7 +96,7 @@ class Language(Section):
 
     hidden_size: Count
     intermediate_size: Count
-    layers: Count
+    layers: Layers
     heads: Count
     context: Count
     rope_theta: Positive
@@ -96,6 +106,14 @@ class Language(Section):
     extra_rows: Count
     tie_embeddings: bool  # the head reads the embedding's rows; never in a published checkpoint
     initializer_range: Positive
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.hidden_size % (2 * self.heads):  # rotary positions turn pairs of a head's dimensions
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.heads} heads of even size")
+        if self.used_vocab > self.vocab_size:
+            raise ValueError(f"used_vocab {self.used_vocab} is more than the vocab_size of {self.vocab_size}")
+        return self
 
 
 class Tokens(Section):
@@ -119,14 +137,26 @@ class Model(Section):
     language: Language
     tokens: Tokens
 
+    @model_validator(mode="after")
+    def _fits(self):
+        tokens, ids = self.tokens.model_dump(), self.language.used_vocab + self.language.extra_rows
+        for name, token in tokens.items():
+            if not 0 <= token < ids:
+                raise ValueError(f"tokens.{name}: {token} is not one of the model's ids 0..{ids - 1}")
+            if same := [other for other in tokens if other != name and tokens[other] == token]:
+                raise ValueError(f"tokens.{name}: {token} is the id of tokens.{same[0]} too")
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attention: flash_attention_2 does not work in float32; set dtype to bfloat16")
+        return self
+
 
 class Adapter(Section):
     rank: Count
     alpha: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    init: str  # peft's `init_lora_weights`
+    dropout: BelowOne
+    init: Annotated[str, Field(pattern=r"^(pissa(_niter_\d{1,2})?|gaussian|olora|orthogonal)$")]  # peft's way to begin
     rslora: bool
-    targets: tuple[str, ...]
+    targets: Annotated[tuple[Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], ...], Field(min_length=1)]
 
 
 class Losses(Section):
@@ -161,7 +191,7 @@ class Training(Section):
     remainder: Literal["drop", "carry"]  # samples that fill no micro-batch: left out of the epoch, or in the next one
     learning_rate: Positive
     weight_decay: NotNegative
-    betas: tuple[Share, Share]
+    betas: tuple[BelowOne, BelowOne]
     eps: Positive
     gradient_clip: Positive
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -188,8 +218,8 @@ class Inference(Section):
 
 
 class Profile(Section):
-    name: str
-    seed: int
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # of the run's folder too, so it must not lead elsewhere
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
     data: Data
     frames: Frames
     model: Model
@@ -208,6 +238,9 @@ class Profile(Section):
             )
         if self.training.warmup_steps >= self.training.planned_steps:
             raise ValueError("training.warmup_steps must be smaller than training.planned_steps")
+        language = self.model.language
+        if self.adapter.rank > min(language.hidden_size, language.intermediate_size):
+            raise ValueError(f"adapter.rank: {self.adapter.rank} is more than the language model's layers have")
         return self
 
 
@@ -241,7 +274,7 @@ def save(profile: Profile, path: Path) -> None:
 def _path(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike the path's own method, it takes a name of any length
             raise ProfileError(f"{path}: no such profile file")
         return path
     if str(name) not in names():
@@ -256,7 +289,8 @@ def _path(name: str | Path) -> Path:
 def _yaml(text: str, where: Path | str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # Of a tag's value or a date that is none, PyYAML passes on what Python said.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ProfileError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from None
 
 
@@ -272,8 +306,10 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict:
     parent = content.pop("extends", None)
     if parent is None:
         return content
+    if not isinstance(parent, str):
+        raise ProfileError(f"{path}: extends: write the name of one profile, not {type(parent).__name__}")
     beside = path.parent / f"{parent}.yaml"
-    return _merge(_merged(beside if beside.is_file() else _path(parent), (*seen, path)), content)
+    return _merge(_merged(beside if os.path.isfile(beside) else _path(parent), (*seen, path)), content)
 
 
 def _merge(base: dict, change: dict) -> dict:
@@ -358,9 +394,9 @@ def hold(folder: Path) -> TextIO:
 
 def local_weights(name: str) -> Path | None:
     """The folder of a `model.weights`, looked up in the working folder, then the repository; None if it is none."""
-    for folder in (Path(name).expanduser(), REPOSITORY / name):
-        if folder.is_dir():
-            return folder
+    for folder in (os.path.expanduser(name), REPOSITORY / name):
+        if os.path.isdir(folder):  # unlike the path's own method, it takes any text
+            return Path(folder)
     return None
 
 

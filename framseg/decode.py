@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from framseg import blip3, config, dataset, hub, launcher, moments, prompt
-from framseg.annotations import USUAL_SECONDS, Row, frame_times, json_lines, parse_object, write_lines
+from framseg.annotations import USUAL_SECONDS, Row, frame_times, is_integer, json_lines, parse_object, write_lines
 from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
 from framseg.frames import Store, StoreError, VideoError, read_apart
 
@@ -369,8 +369,8 @@ def predict(
     video. The frames of a long video wait in a temporary file, so memory does not grow with the length. The video is
     decoded in a process of its own, which is ended when no new frame has come for the profile's `frames.time_limit`.
 
-    Raises VideoError if the video cannot be decoded, PromptError for an empty query, CheckpointError for a folder that
-    is no checkpoint, ValueError for an unknown policy or method.
+    Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that cannot serve
+    the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or method.
     """
     model, profile, tokenizer = _checkpoint(checkpoint)
     count = profile.frames.count
@@ -433,7 +433,9 @@ def _checkpoint(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, To
 def _loaded(folder: Path, changed: int) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
     """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
     model, profile = blip3.load_trained(folder)
-    return model.to(launcher.device()).eval(), profile, prompt.load(folder)
+    tokenizer = prompt.load(folder)
+    prompt.check(tokenizer, profile.model, profile.frames.count)  # of a stranger's checkpoint, too
+    return model.to(launcher.device()).eval(), profile, tokenizer
 
 
 @torch.inference_mode()
@@ -529,9 +531,10 @@ def _finished(
         if found[:1] != [made_by]:
             continue
         for record in found[1:]:
-            same = (record["query"], record["vid"], record["duration"]) == asked.get(record["qid"])
-            if same and ("error" not in record or (failed and record["qid"] not in out)):
-                out[record["qid"]] = record
+            qid, about = record.get("qid"), tuple(record.get(name) for name in ("query", "vid", "duration"))
+            same = is_integer(qid) and about == asked.get(qid)
+            if same and ("error" not in record or (failed and qid not in out)):
+                out[qid] = record
     return out
 
 

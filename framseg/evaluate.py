@@ -3,13 +3,14 @@
 `python -m framseg.evaluate PREDICTIONS.jsonl ANNOTATIONS.jsonl` prints them as JSON in the official layout.
 
 A prediction is a dict: qid, pred_relevant_windows [[start, end, score], ...] in seconds, pred_saliency_scores
-with one number for each 2-second clip; other fields pass unread.
+with one number for each 2-second clip; ours have frame probabilities too, probability [f]. Other fields pass unread.
 """
 
 import argparse
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -21,12 +22,14 @@ import numpy as np
 from framseg import moments
 from framseg.annotations import (
     ANNOTATORS,
+    LONGEST,
     AnnotationError,
     Row,
     clips,
     frame_labels,
     from_dict,
     is_integer,
+    is_number,
     json_lines,
     parse_object,
     read,
@@ -137,8 +140,12 @@ def read_released(path: str | Path) -> list[dict]:
     """
     names: list[str] = []
     records, bad = [], []
+    seen: dict[int, int] = {}
     for number, text in json_lines(path, PredictionError):
-        fields = next(csv.reader([text]))
+        try:
+            fields = next(csv.reader([text]))
+        except csv.Error as error:
+            raise PredictionError(f"{path}:{number}: not a line of CSV ({error})") from None
         if not names:
             names = fields
             lacks = {"qid", "duration", "windows", "p0"} - set(names)
@@ -150,10 +157,14 @@ def read_released(path: str | Path) -> list[dict]:
             if len(fields) != len(names):
                 raise ValueError(f"has {len(fields)} fields, and the first line names {len(names)}")
             duration = float(cells["duration"])
+            if not is_number(duration) or not 0 < duration <= LONGEST:
+                raise ValueError(f"duration must be seconds above 0 and at most {LONGEST}, not {duration}")
             listed = [[float(part) for part in window.split("/")] for window in cells["windows"].split("|")]
-            probability = [float(cell) for name, cell in cells.items() if name[0] == "p" and name[1:].isdigit()]
+            probability = [float(cell) for name, cell in cells.items() if re.fullmatch(r"p\d+", name)]
             record = {"qid": int(cells["qid"]), "duration": duration, WINDOWS: listed}
             reasons = _reasons(record)
+            if (first := seen.setdefault(record["qid"], number)) != number:
+                reasons.append(f"the query is on line {first} already; keep one prediction")
             if not reasons:
                 record[WINDOWS] = moments.filled(sorted(listed, key=lambda window: -window[2]), duration)
                 record[SALIENCY] = moments.saliency(probability, duration).tolist()
@@ -164,7 +175,6 @@ def read_released(path: str | Path) -> list[dict]:
         bad += [f"{path}:{number}: qid {cells.get('qid', 'unknown')}: {'; '.join(reasons)}"] if reasons else []
     if bad or not records:
         raise PredictionError(_some(bad, "\n") or f"{path}: holds no predictions")
-    _check(records)
     return records
 
 
@@ -433,6 +443,8 @@ def _reasons(record: dict) -> list[str]:
             reasons.append(f"{SALIENCY} must be a list of numbers, one for each clip")
         elif (at := _not_finite(scores)) is not None:
             reasons.append(f"{SALIENCY}: clip {at} has {str(scores[at])[:60]!r}, not a finite number")
+    if record.get("probability") is not None and not _are_shares(record["probability"]):
+        reasons.append("probability must be a list of numbers in 0..1, one for each frame")
     return reasons
 
 
@@ -458,6 +470,11 @@ def _not_finite(values: Sequence) -> int | None:
         if isinstance(value, bool) or not isinstance(value, Real) or not -1e300 < value < 1e300:
             return i
     return None
+
+
+def _are_shares(values: Any) -> bool:
+    listed = isinstance(values, list | tuple | np.ndarray)
+    return listed and _not_finite(values) is None and all(0 <= value <= 1 for value in values)
 
 
 def _all_have(predictions: list[dict], field: str) -> bool:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def local(checkpoint: Path | str) -> Path:
 
     Raises CheckpointError if it is neither.
     """
-    folder = Path(checkpoint).expanduser()
-    if folder.exists() or str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~")):
+    folder = Path(os.path.expanduser(checkpoint))
+    if os.path.exists(folder) or str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~")):
         return blip3.complete(folder).resolve()
     try:
         return blip3.complete(snapshot_download(str(checkpoint), allow_patterns=FILES))

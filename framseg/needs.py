@@ -35,7 +35,7 @@ def missing(profile: config.Profile, trains: bool = True) -> list[str]:
         out.append(f"tokenizer: would be fetched from there, too; set model.tokenizer to the path of its {prompt.FILE}")
     else:
         try:
-            prompt.load(tokenizer)
+            prompt.check(prompt.load(tokenizer), profile.model, profile.frames.count)
         except prompt.PromptError as error:
             out.append(f"tokenizer: {error}")
     out += gpus(profile) if trains else []

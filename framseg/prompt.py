@@ -6,6 +6,7 @@ with their spellings taken as ordinary text: no query can open a turn or add a f
 
 import itertools
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,11 @@ def load(name: str | Path) -> Tokenizer:
 
 
 def _local(name: str | Path) -> Path | None:
-    for path in (Path(name).expanduser(), config.REPOSITORY / name):
-        file = path / FILE if path.is_dir() else path
-        if file.is_file():
+    for path in (Path(os.path.expanduser(name)), config.REPOSITORY / name):
+        file = path / FILE if os.path.isdir(path) else path  # unlike the path's own method, it takes any text
+        if os.path.isfile(file):
             return file
-        if path.is_dir():
+        if os.path.isdir(path):
             raise PromptError(f"{path}: no {FILE} in this folder")
     if Path(name).suffix == ".json" or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise PromptError(f"{name}: no such tokenizer file or folder, nor a repository's name (owner/name)")

@@ -45,15 +45,14 @@ def write(profile: config.Profile, run: config.Run) -> None:
     for path in sorted(run.notebooks.glob("[0-9][0-9]_*.ipynb")):
         try:
             notebook = nbformat.read(path, as_version=4)
+            nbformat.validate(notebook)
+            state, began = _done(notebook.metadata.get("papermill", {}))
         except Exception as error:  # a truncated copy; nbformat has a kind of error for every way to be unreadable
-            cells.append(new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {error}"))
+            cells.append(
+                new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {html.escape(str(error))}")
+            )
             continue
-        done = notebook.metadata.get("papermill", {})
-        state = (
-            "failed" if done.get("exception") else f"{done['duration']:.0f} s" if done.get("duration") else "unfinished"
-        )
-        began = done.get("start_time") and f"{datetime.fromisoformat(done['start_time']).astimezone():%Y-%m-%d %H:%M}"
-        chapters.append([path.stem, began or "–", state, steps.read(path).get("device", "–")])
+        chapters.append([path.stem, began, state, steps.read(path).get("device", "–")])
         for cell in notebook.cells:
             cell.id = f"{path.stem[:2]}-{cell.id}"
             contents += _contents(cell)
@@ -73,6 +72,13 @@ def write(profile: config.Profile, run: config.Run) -> None:
     aside = run.report.with_suffix(".part")
     aside.write_text(page, encoding="utf-8")
     aside.replace(run.report)
+
+
+def _done(record: dict) -> tuple[str, str]:
+    """How a notebook ended, or its seconds, and when it began, out of papermill's record."""
+    took, began = record.get("duration"), record.get("start_time")
+    state = "failed" if record.get("exception") else f"{took:.0f} s" if took else "unfinished"
+    return state, f"{datetime.fromisoformat(began).astimezone():%Y-%m-%d %H:%M}" if began else "–"
 
 
 def _contents(cell: NotebookNode) -> Iterator[str]:

@@ -92,18 +92,23 @@ def refuse_incomplete(profile: config.Profile, run: config.Run, todo: list[steps
         raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{what}")
 
 
+def _literal(path: Path) -> str:
+    """A path for papermill, which puts parameters in where it finds braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def execute(notebook: Path, run: config.Run) -> None:
     """Execute one notebook with the run's parameters; the executed copy is kept, a failed one's too."""
     parameters = {"profile": str(run.profile), "run_dir": str(run.root)}
-    if "live" in papermill.inspect_notebook(str(notebook)):
+    if "live" in papermill.inspect_notebook(_literal(notebook)):
         parameters["live"] = False  # nobody looks on: plain lines
     with tempfile.TemporaryDirectory() as folder:
         # A kernel called python3 may be another interpreter's; first on Jupyter's path is a spec of this one.
         write_kernel_spec(str(Path(folder) / "kernels" / KERNEL))
         os.environ["JUPYTER_PATH"] = folder
         papermill.execute_notebook(
-            str(notebook),
-            str(run.notebooks / notebook.name),
+            _literal(notebook),
+            _literal(run.notebooks / notebook.name),
             parameters=parameters,
             kernel_name=KERNEL,
             language="python",

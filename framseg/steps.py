@@ -10,7 +10,9 @@ from pathlib import Path
 import nbformat
 
 from framseg import config
+from framseg.annotations import parse_object
 
+KINDS = {"inputs": dict, "wrote": list, "device": str}  # of a stamp's entries
 CODE = Path(__file__).parent
 
 
@@ -28,10 +30,11 @@ class Step:
 
     def changed(self) -> str | None:
         """Why this step is to run, in words; None if it is finished and nothing has changed since."""
-        if not (self.stamp.is_file() and self.copy.is_file()):
+        stamp = read(self.copy)
+        if not (stamp and self.copy.is_file()):
             return "not finished yet"
-        stamp, now = read(self.copy), self.inputs()
-        if lost := [name for name in stamp["wrote"] if not (self.run.root / name).exists()]:
+        now = self.inputs()
+        if lost := [name for name in stamp["wrote"] if not os.path.exists(self.run.root / name)]:
             return f"{lost[0]} is gone"
         return ", ".join(f"{name} changed" for name in now if now[name] != stamp["inputs"].get(name)) or None
 
@@ -83,9 +86,11 @@ class Step:
 
 
 def read(copy: Path) -> dict:
-    """The stamp of an executed copy; empty if it has none."""
+    """The stamp of an executed copy; empty if it has none, or a damaged one, which makes it unfinished."""
     stamp = copy.with_suffix(".json")
-    return json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    about = (parse_object(stamp.read_bytes())[0] if stamp.is_file() else None) or {}
+    whole = all(isinstance(about.get(name), kind) for name, kind in KINDS.items())
+    return about if whole and all(isinstance(name, str) for name in about["wrote"]) else {}
 
 
 def _hash(what: object) -> str:

@@ -28,6 +28,7 @@ from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, 
 POLL = 0.5  # seconds between two looks at the step log
 KEPT = 2  # resumable states: should the last one be damaged, there is one before it
 REDRAW = 3.0  # seconds between two calls of `on_progress`
+LOGGED = ("step", "epoch", "loss", *losses.NAMES, "learning_rate", "samples_per_second", "memory_gib")  # of a step
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
 
 
@@ -226,11 +227,31 @@ def _validated(record: dict, steps: list[dict]) -> str:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Records of a JSONL log; a missing file has none."""
-    if not path.is_file():
-        return []
+    """Records of the step log or the validation log; a missing file has none.
+
+    Raises TrainError with the place of a line that is no such record.
+    """
+    records = []
     # What stands behind the last newline is being written, or was when its process was killed.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], 1):
+        record, reasons = annotations.parse_object(line)
+        if reasons := reasons or _unfit(record):
+            raise TrainError(f"{path}:{number}: {'; '.join(reasons)}; remove {path.parent} to train anew")
+        records.append(record)
+    return records
+
+
+def _unfit(record: dict) -> list[str]:
+    """What is wrong with a decoded line of a log."""
+    try:
+        if "metrics" in record:
+            values = [record["epoch"], *(record["metrics"]["brief"][key] for key in evaluate.METRICS)]
+        else:
+            values = [*(record[key] for key in LOGGED), *(record["weights"][i] for i in range(len(losses.NAMES)))]
+    except (LookupError, TypeError) as error:
+        return [f"is no record of a training ({error!r})"]
+    odd = [value for value in values if not isinstance(value, float) and not annotations.is_number(value)]
+    return [f"has {str(odd[0])[:60]!r} where a number must stand"] if odd else []
 
 
 # --- the child: one process of the training --------------------------------------------------------------------
@@ -556,9 +577,15 @@ def _checksum(path: Path) -> str:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a resumable state, None if its files are as they were written."""
     try:
-        sums = json.loads((folder / "state.json").read_text(encoding="utf-8"))["sha256"]
+        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        sums = about["sha256"]
+        processes = len(sums) - 2
+        names = {"weights.safetensors", "start.safetensors", *(f"process_{i}.safetensors" for i in range(processes))}
+        numbers = int(folder.name.removeprefix("step_")), processes
+        if names != sums.keys() or (about["step"], about["world"]) != numbers or type(about["step"]) is not int:
+            return "state.json is another state's"
         wrong = [name for name, expected in sums.items() if _checksum(folder / name) != expected]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"state.json or a file it lists cannot be read: {error}"
     return f"the checksum of {', '.join(wrong)} is another" if wrong else None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Small models on small machines: a second thread costs more than it gives, most of all beside other processes.
 torch.set_num_threads(1)
@@ -25,6 +26,13 @@ SHORT = {  # a training of seconds, on a folder of data
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="the tests marked slow, too")
+
+
+def pytest_configure(config):
+    # The same cases in every run; --all draws the thousands.
+    cases = 2000 if config.getoption("--all") else 100
+    settings.register_profile("framseg", max_examples=cases, derandomize=True, database=None, deadline=None)
+    settings.load_profile("framseg")
 
 
 def pytest_collection_modifyitems(config, items):

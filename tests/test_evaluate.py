@@ -279,7 +279,7 @@ def test_predictions_survive_writing_and_a_failed_write_leaves_the_old_file(tmp_
     read = evaluate.read_predictions(path)
     assert read == [record | {SALIENCY: [0.5, 0.1], "probability": [0.25, 0.5]}]
     with pytest.raises(PredictionError, match="qid 1: cannot be written"):
-        evaluate.write_predictions(path, [record | {"probability": [float("nan")]}])
+        evaluate.write_predictions(path, [record | {"mask": float("nan")}])
     assert evaluate.read_predictions(path) == read and len(list(path.parent.iterdir())) == 1
 
 
@@ -390,7 +390,14 @@ def test_the_papers_released_predictions(shared):
         ("qid,duration,windows,p0\n7,150,0/9/1\n", r"s.csv:2: qid 7: has 3 fields, and the first line names 4"),
         ("qid,duration,windows,p0\n7,long,0/9/1,0.5\n", r"s.csv:2: qid 7: could not convert .*'long'"),
         ("qid,duration,windows,p0\n7,150,0/9/1,1.5\n", r"s.csv:2: qid 7: probability of frame 0 is 1.5"),
-        ("qid,duration,windows,p0\n7,150,0/9/1,1\n7,150,0/9/1,1\n", r"predicted twice: 1 \(qid 7\)"),
+        ("qid,duration,windows,p0\n7,150,0/9/1,1\n7,150,0/9/1,1\n", r"s.csv:3: qid 7: the query is on line 2 already"),
+        ("qid,duration,windows,p0\n7,inf,0/9/1,1\n", r"s.csv:2: qid 7: duration must be seconds above 0"),
+        (
+            "qid,duration,windows,p0\n7,1e15,0/9/1,1\n",
+            r"s.csv:2: qid 7: duration must be .* at most 100000, not 1000000000000000",
+        ),
+        ("qid,duration,windows,p0,\n7,150,0/9/1,nan,\n", r"s.csv:2: qid 7: probability of frame 0 is nan"),
+        ("qid,duration,windows,p0\n7,150," + "9" * 200_000 + ",1\n", r"s.csv:2: not a line of CSV"),
         ("qid,duration,windows,p0\n", r"s.csv: holds no predictions"),
     ],
 )

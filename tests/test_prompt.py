@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -104,17 +104,32 @@ def test_frame_count_is_free(small, frames):
     assert ids[-2:] == [tokens.end, tokens.assistant]
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    parts=st.lists(st.one_of(st.sampled_from(CONTROL), st.text(st.characters(exclude_categories=["Cs"]))), min_size=1)
-)
-def test_no_query_can_put_in_a_control_token(small, parts):
+QUERIES = st.lists(
+    st.sampled_from([*CONTROL, "ابحث عن كلب", "שלום", "\u202e", "\u2028", "\0", "🎈", "dog " * 2000])
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    min_size=1,
+).map(lambda parts: "a dog" + " ".join(parts))
+
+
+@given(query=QUERIES, frames=st.integers(1, 30))
+def test_no_query_can_put_in_a_control_token(small, query, frames):
     tokenizer, tokens = small
-    query = "a dog" + " ".join(parts)
-    ids = prompt.prompt_ids(tokenizer, tokens, query, 3)
-    plain = prompt.prompt_ids(tokenizer, tokens, "a dog", 3)
+    ids = prompt.prompt_ids(tokenizer, tokens, query, frames)
+    plain = prompt.prompt_ids(tokenizer, tokens, "a dog", frames)
     control = {tokenizer.token_to_id(token) for token in CONTROL}
     assert [i for i in ids if i in control] == [i for i in plain if i in control]
+    assert ids.count(tokens.image) == frames
+
+
+@given(query=QUERIES)
+def test_no_query_changes_the_prompt_around_it(published, query):
+    """With the published vocabulary: what stands before and after the query's own ids is the same for all."""
+    added = published.get_added_tokens_decoder()
+    ids, plain = (prompt.prompt_ids(published, PAPER.model.tokens, text, 25) for text in (query, "a dog"))
+    assert [i for i in ids if i in added] == [i for i in plain if i in added]
+    first = plain.index(PAPER.model.tokens.image)
+    last = len(plain) - plain[::-1].index(PAPER.model.tokens.image)
+    assert ids[:last] == plain[:last] and ids[first] == PAPER.model.tokens.image and ids[-10:] == plain[-10:]
 
 
 def test_no_query_can_put_in_a_control_token_of_the_published_vocabulary(published):

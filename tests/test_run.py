@@ -260,6 +260,19 @@ def test_the_report_of_a_part_a_failure_and_a_truncated_copy(notebooks, tmp_path
     assert "The executed copy cannot be read" in text
 
 
+@pytest.mark.parametrize(
+    "odd", [{"papermill": {"duration": "long"}}, {"papermill": {"start_time": "noon"}}, {"papermill": ["a"]}]
+)
+def test_the_report_says_which_copy_has_odd_records(notebooks, tmp_path, odd):
+    assert start(tmp_path, "--only", "02") == 0
+    path = tmp_path / "a run/notebooks/02_two.ipynb"
+    content = nbformat.read(path, as_version=4)
+    content.metadata.update(odd)
+    nbformat.write(content, path)
+    assert start(tmp_path, "--only", "01") == 0
+    assert "The executed copy cannot be read" in (tmp_path / "a run/report.html").read_text()
+
+
 def test_an_interactive_notebook_is_told_that_nobody_looks_on(notebooks, tmp_path):
     path = notebooks / "03_three.ipynb"
     content = nbformat.read(path, as_version=4)
