@@ -286,9 +286,21 @@ def _path(name: str | Path) -> Path:
     return PROFILES / f"{name}.yaml"
 
 
+class _Loader(yaml.SafeLoader):
+    """A key that is there twice is an error: its first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str, where: Path | str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     # Of a tag's value or a date that is none, PyYAML passes on what Python said.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ProfileError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from None

@@ -131,6 +131,8 @@ class Samples(Dataset):
         self.tokenizer = tokenizer
         self.rows = split_rows
         self.store = store(profile)
+        queries = {row.qid: row.query for row in split_rows}
+        prompt.refuse_long(tokenizer, profile.model, profile.frames.count, queries)
         # Prompts differ in their queries alone.
         queries = tokenizer.encode_batch([row.query for row in split_rows], add_special_tokens=False)
         self.lengths = [len(query.ids) for query in queries]

@@ -226,10 +226,12 @@ def records(
     duration (s), pred_relevant_windows, pred_saliency_scores, mask (f characters), probability [f] and valid. A video
     whose frames cannot be read gives an invalid record, with all frames at 1 and the reason as `error`, and a warning.
 
-    Puts the model into eval mode. Raises StoreError for frames that were made with other settings.
+    Puts the model into eval mode. Raises StoreError for frames that were made with other settings, PromptError for
+    queries that are too long.
     """
     model.eval()
     store, inference, count = dataset.store(profile), profile.inference, profile.frames.count
+    prompt.refuse_long(tokenizer, profile.model, count, {row.qid: row.query for row in rows})
     rows = sorted(rows, key=lambda row: row.vid)
     reading = _read_ahead(store, list(dict.fromkeys(row.vid for row in rows)), inference.batch)
     tokens: dict[str, Tensor] = {}

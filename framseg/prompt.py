@@ -164,6 +164,18 @@ def prompt_ids(tokenizer: Tokenizer, tokens: config.Tokens, query: str, frames: 
     return [*ids, tokens.end, tokens.assistant]
 
 
+def refuse_long(tokenizer: Tokenizer, model: config.Model, frames: int, queries: dict[int, str]) -> None:
+    """Raise PromptError with every qid whose query is so long that prompt and answer do not fit the model's context."""
+    room = model.language.context - frames * (model.resampler.latents - 1) - frames - 1
+    lengths = {qid: len(prompt_ids(tokenizer, model.tokens, query, frames)) for qid, query in queries.items()}
+    long = [f"qid {qid}: {length - room} tokens too many" for qid, length in lengths.items() if length > room]
+    if long:
+        raise PromptError(
+            f"queries too long for the model's context of {model.language.context} positions ({'; '.join(long)}): "
+            f"shorten them or use fewer frames than {frames}"
+        )
+
+
 def answer_ids(tokens: config.Tokens, mask: str) -> list[int]:
     """The f digits of a mask of 0 and 1, and <|end|>."""
     digits = {"0": tokens.zero, "1": tokens.one}

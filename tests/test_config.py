@@ -1,5 +1,4 @@
 import pytest
-import yaml
 
 from framseg import config
 
@@ -188,6 +187,7 @@ def test_a_wrong_name_gets_the_nearest_right_one():
         (b"extends: " + b"x" * 5000, "no profile named"),
         (b"name: alone\n", "seed: Field required"),
         (b"!!python/object/apply:os.getcwd []", "not plain YAML"),
+        (b"extends: paper\ntraining: {epochs: 2}\ntraining: {eps: 1}\n", "training is there twice .*line 3"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, message):
@@ -209,14 +209,3 @@ def test_paths_of_a_run(tmp_path):
 def test_data_folder_is_absolute(tmp_path):
     assert config.data_folder(config.load("paper")) == config.REPOSITORY / "data/qvhighlights"
     assert config.data_folder(config.load("paper", {"data.folder": str(tmp_path)})) == tmp_path
-
-
-def test_profile_files_hold_no_key_twice():
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [key.value for key, _ in node.value]
-            assert len(keys) == len(set(keys)), f"{node.start_mark}: {keys}"
-            return super().construct_mapping(node, deep)
-
-    for path in config.PROFILES.glob("*.yaml"):
-        yaml.load(path.read_text(), Loader)

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,17 @@ def test_a_sample_holds_what_its_row_says(samples):
     assert sample["ids"].count(tokens.image) == 25
     assert sample["frames"].shape == (25, 48, 48, 3) and sample["frames"].dtype == np.uint8
     assert sample["soft_targets"].tolist() == annotations.soft_targets(row, 25).tolist()
+
+
+def test_a_query_that_is_too_long_is_named_before_training_and_decoding(samples):
+    row = replace(samples.rows[0], query="square " * 5000)
+    profile, tokenizer = samples.profile, samples.tokenizer
+    for start in (
+        lambda: dataset.Samples(profile, tokenizer, [row]),
+        lambda: next(decode.records(blip3.base(profile), tokenizer, profile, [row])),
+    ):
+        with pytest.raises(prompt.PromptError, match=f"qid {row.qid}: .* tokens too many"):
+            start()
 
 
 def test_each_epoch_draws_its_variations_from_the_seed(samples):

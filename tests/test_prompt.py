@@ -193,6 +193,15 @@ def test_check_refuses_what_does_not_fit_the_context(published):
         prompt.check(published, PAPER.model, 25, query="dog " * 500)
 
 
+def test_queries_that_leave_the_answer_no_room_are_named(tmp_path):
+    tokenizer, model = letters()
+    tokenizer = saved(tokenizer, tmp_path)
+    spare = model.language.context - prompt.check(tokenizer, model, 4, query="a").sample_positions
+    prompt.refuse_long(tokenizer, model, 4, {7: "a" * (1 + spare)})
+    with pytest.raises(prompt.PromptError, match=r"\(qid 8: 1 tokens too many; qid 9: 3 tokens too many\): shorten"):
+        prompt.refuse_long(tokenizer, model, 4, {7: "a", 8: "a" * (2 + spare), 9: "a" * (4 + spare)})
+
+
 def test_check_accepts_a_small_tokenizer(tmp_path):
     tokenizer, model = letters()
     assert prompt.check(saved(tokenizer, tmp_path), model, 4).frames == 4
