@@ -145,7 +145,7 @@ def _launcher(processes: int) -> list[str]:
 def _environment(profile: config.Profile) -> dict[str, str]:
     environment = os.environ | {WATCHER: str(os.getpid())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment.setdefault(*config.IDLE_THREADS_SLEEP)
+    environment.setdefault(*config.WAITING_THREADS)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     if profile.training.threads:

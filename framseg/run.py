@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def carry_out(todo: list[steps.Step], profile: config.Profile, run: config.Run, always: str | None) -> int:
     """Execute what has changed, or all for the reason `always`; the exit code."""
-    os.environ.setdefault(*config.IDLE_THREADS_SLEEP)
+    os.environ.setdefault(*config.WAITING_THREADS)
     # Notebooks import this framseg, from whatever folder they are started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     began, skipped, reason = time.monotonic(), 0, None

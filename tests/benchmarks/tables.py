@@ -8,6 +8,7 @@ python tests/benchmarks/tables.py --check   exits with 1 if README.md holds othe
 import argparse
 import json
 import re
+import statistics
 import sys
 
 import common
@@ -149,6 +150,23 @@ def growth() -> str:
     return table(("a query's cost by", "milliseconds"), lines)
 
 
+def seconds() -> str:
+    """Where the seconds of a demo run go, and what was made faster: medians of measurements taken in turns."""
+    found = record("seconds")
+    steps = " · ".join(f"{name.split('_')[0]}: {taken} s" for name, taken in found["demo, seconds"].items())
+    tests = found["tests"]
+    slow = " · ".join(f"{name.split('::')[-1]}: {taken} s" for name, taken in list(tests["slowest"].items())[:5])
+    rows = [
+        ["`./run_all.sh`, by notebook", steps, ""],
+        ["`./run_all.sh test --all`, the slowest", slow, f"{tests['seconds']} s for {tests['tests']} tests"],
+    ]
+    for what, sides in found["rounds"].items():
+        name, unit = what.rsplit(", ", 1)
+        before, now = (f"{statistics.median(sides[side]):.1f} {unit}" for side in ("before", "after"))
+        rows.append([name, f"before: {before}", f"now: {now}"])
+    return table(("what", "", ""), rows)
+
+
 def plot() -> Figure:
     """A query's milliseconds over frames, beams and queries a video, and what growth in proportion would be."""
     found = record("decoding_demo")["milliseconds a query by"]
@@ -195,6 +213,7 @@ TABLES = {
     "performance": performance,
     "memory": memory,
     "growth": growth,
+    "seconds": seconds,
 }
 
 
