@@ -28,7 +28,8 @@ from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, 
 POLL = 0.5  # seconds between two looks at the step log
 KEPT = 2  # resumable states: should the last one be damaged, there is one before it
 REDRAW = 3.0  # seconds between two calls of `on_progress`
-LOGGED = ("step", "epoch", "loss", *losses.NAMES, "learning_rate", "samples_per_second", "memory_gib")  # of a step
+LOGGED = ("step", "epoch", "learning_rate", "samples_per_second", "memory_gib")  # of a step, and its losses:
+LOSSES = ("loss", *losses.NAMES)  # None if not finite
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
 
 
@@ -227,7 +228,7 @@ def _validated(record: dict, steps: list[dict]) -> str:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Records of the step log or the validation log; a missing file has none.
+    """Records of the step log, the validation log or the log of skipped steps; a missing file has none.
 
     Raises TrainError with the place of a line that is no such record.
     """
@@ -246,8 +247,11 @@ def _unfit(record: dict) -> list[str]:
     try:
         if "metrics" in record:
             values = [record["epoch"], *(record["metrics"]["brief"][key] for key in evaluate.METRICS)]
+        elif "not_finite" in record:
+            values = [record["step"], *record["qids"]]
         else:
             values = [*(record[key] for key in LOGGED), *(record["weights"][i] for i in range(len(losses.NAMES)))]
+            values += [record[key] for key in LOSSES if record[key] is not None]
     except (LookupError, TypeError) as error:
         return [f"is no record of a training ({error!r})"]
     odd = [value for value in values if not isinstance(value, float) and not annotations.is_number(value)]
