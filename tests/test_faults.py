@@ -43,30 +43,30 @@ def same(one: config.Run, other: config.Run) -> bool:
     return logged(one) == logged(other) and same_weights(one, other) and validated(one) == validated(other)
 
 
-@pytest.mark.parametrize("processes,kills", [(1, 3), pytest.param(2, 20, marks=pytest.mark.slow)])
-def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, processes, kills):
+@pytest.mark.parametrize("processes,epochs,kills", [(1, 2, 3), pytest.param(2, 10, 20, marks=pytest.mark.slow)])
+def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, processes, epochs, kills):
     """SIGKILL for the launcher and each process in turn, while it starts, trains, decodes or writes its state."""
     profile, whole = trained
-    changes = {"training__save_steps": 2}
-    if processes > 1:
-        changes |= {"training__processes": processes, "training__accumulation": 1}
-    profile = small_profile(profile.data.folder, **changes)
+    changes = {"training__save_steps": 2, "training__processes": processes, "training__epochs": epochs}
+    profile = small_profile(profile.data.folder, **changes, training__accumulation=2 // processes)
     if processes > 1:
         whole = config.Run(profile, tmp_path / "whole")
         train.launch(profile, whole)
     run, steps = config.Run(profile, tmp_path / "killed"), len(train.read_log(whole.step_log))
     draw, hit, writing = random.Random(0), 0, 0
     for number in range(kills):
-        at = number * steps // kills
+        ended = threading.Event()
 
-        def kill(number=number, at=at):
-            wait_for(lambda: len(train.read_log(run.step_log)) >= at and processes_of(run))
-            if number % 3 == 2:  # while a state is being written
-                wait_for(lambda: (run.resume / "part").exists() or not processes_of(run), every=0.0005)
+        def kill(ended=ended, at=number * steps // kills, how=number % 4, turn=number):
+            wait_for(lambda: processes_of(run) or ended.is_set())
+            if how == 0:  # while it starts, or decodes for the first time
+                ended.wait(draw.uniform(0, 8))
             else:
-                time.sleep(draw.random())
+                wait_for(lambda: len(train.read_log(run.step_log)) >= at or ended.is_set(), every=0.005)
+            if how == 2:  # while a state is being written
+                wait_for(lambda: (run.resume / "part").exists() or ended.is_set(), every=0.0005)
             if victims := processes_of(run):
-                victims[number % len(victims)].send_signal(signal.SIGKILL)
+                victims[turn % len(victims)].send_signal(signal.SIGKILL)
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
@@ -75,6 +75,7 @@ def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_pa
         except train.TrainError as error:
             hit += 1
             assert str(error).startswith("training failed: a process ")
+        ended.set()
         killer.join()
         assert not alive(run)
         writing += (run.resume / "part").exists()
