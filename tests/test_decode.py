@@ -542,10 +542,11 @@ def test_a_video_on_which_the_decoder_crashes_is_an_error(checkpoint, tmp_path):
 
 
 def test_a_hanging_prediction_can_be_interrupted(checkpoint, tmp_path):
+    others = set(psutil.Process().children())  # of earlier tests
     thread = hanging(tmp_path / "x.mp4", lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1)))
     with pytest.raises(KeyboardInterrupt):
         framseg.predict(tmp_path / "x.mp4", "a dog runs", checkpoint=checkpoint)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= others
     thread.join()
 
 
