@@ -139,6 +139,7 @@ def start_elsewhere(profile: config.Profile, run: config.Run, *before: str, limi
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_where_the_kernel_is_killed_the_training_ends_with_a_state(trained, tmp_path):
     profile, whole = trained
     run = config.Run(profile, tmp_path / "left alone")
@@ -231,6 +232,7 @@ def test_a_full_disk_ends_with_one_sentence(small_set, tmp_path):
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_ends_with_one_sentence_and_training_goes_on(trained, tmp_path):
     profile, whole = trained
     run = config.Run(profile, tmp_path / "full")

@@ -75,6 +75,7 @@ def test_a_read_only_tree_with_an_odd_name_a_fresh_home_and_no_network(small_set
     assert {Path(name).parts[0] for name in listed(home)} <= set(usual)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_shell_leaves_a_state_and_no_process(small_set, tmp_path):
     run = config.Run("demo", tmp_path / "cut short")
     process = run_all(config.REPOSITORY, run.root, "--only", "03", *settings(small_set), "--set", "training.epochs=50")

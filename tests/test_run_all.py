@@ -11,6 +11,8 @@ import pytest
 
 from framseg import config, dataset, evaluate
 
+pytestmark = pytest.mark.slow
+
 THRESHOLDS = {"MR-full-R1@0.5": 75, "MR-full-R1@0.7": 60}
 
 
