@@ -8,6 +8,7 @@ the weight gradients of what is frozen.
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,20 +106,29 @@ def memory(profile: config.Profile, positions: int) -> Bytes:
     )
 
 
-def matrix_rate(device: torch.device | str, dtype: torch.dtype, width: int = 4096, seconds: float = 1.0) -> float:
-    """Operations a second that square matrix products of `width` reach on the device: the limit to measure against."""
+def matrix_rate(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    width: int = 4096,
+    seconds: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Operations a second that square matrix products of `width` reach on the device: the limit to measure against.
+
+    By the same `clock` as what is measured.
+    """
     one, other = torch.randn(2, width, width, device=device).to(dtype)
-    done, began = 0, time.perf_counter()
+    done, began = 0, clock()
     for warm_up in (True, False):
-        done, began = 0, time.perf_counter()
-        while time.perf_counter() - began < (seconds / 4 if warm_up else seconds):
+        done, began = 0, clock()
+        while clock() - began < (seconds / 4 if warm_up else seconds):
             one @ other
             done += 1
             if one.is_cuda and done % 16 == 0:
                 torch.cuda.synchronize()
         if one.is_cuda:
             torch.cuda.synchronize()
-    return done * 2 * width**3 / (time.perf_counter() - began)
+    return done * 2 * width**3 / (clock() - began)
 
 
 def device_name() -> str:

@@ -103,9 +103,13 @@ class Work:
         return torch.cat(found).cpu()
 
 
+def clock() -> float:
+    """Seconds; of one CPU thread its own, which other work does not add to."""
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
 def timed(work) -> tuple[float, torch.Tensor]:
-    """Seconds and masks. Of one CPU thread its own seconds, which other work does not add to."""
-    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
     began = clock()
     masks = work()  # ends on the CPU, so the device has finished
     return clock() - began, masks
@@ -165,7 +169,7 @@ def main() -> None:
     record["same masks"] = same
     record["queries a second"] = {name: round(len(work.ids) / seconds, 3) for name, seconds in median.items()}
     record["ratio"] = round(median["generate"] / median["ours"], 2)
-    rate = cost.matrix_rate(device, getattr(torch, profile.model.dtype))
+    rate = cost.matrix_rate(device, getattr(torch, profile.model.dtype), clock=clock)
     reached = cost.operations(profile, positions).inference * len(work.ids) / median["ours"]
     record["share of the matrix rate"] = round(reached / rate, 4)
     if not options.no_growth:
