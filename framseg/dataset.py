@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -105,10 +105,16 @@ class Features:
             aside.replace(self.path(vid))
 
     def read(self, vid: str, choice: np.ndarray) -> Tensor:
-        """Features of each frame's chosen variation, [f, patches, width]."""
-        with safe_open(self.path(vid), "pt") as file:
-            part = file.get_slice("features")
-            return torch.stack([part[frame, variation] for frame, variation in enumerate(choice.tolist())])
+        """Features of each frame's chosen variation, [f, patches, width]. VideoError for a damaged file."""
+        try:
+            with safe_open(self.path(vid), "pt") as file:
+                part = file.get_slice("features")
+                return torch.stack([part[frame, variation] for frame, variation in enumerate(choice.tolist())])
+        except (SafetensorError, OSError) as error:
+            raise frames.VideoError(
+                f"{vid}: its file in the feature cache {self.folder} is damaged ({error}); remove {self.path(vid)} and "
+                f"start the training again: it is made anew"
+            ) from error
 
 
 class Samples(Dataset):

@@ -63,10 +63,12 @@ def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_pa
                 ended.wait(draw.uniform(0, 8))
             else:
                 wait_for(lambda: len(train.read_log(run.step_log)) >= at or ended.is_set(), every=0.005)
-            victims = processes_of(run)
-            if how == 2:  # while a state is being written: the launcher's end would come too late for that
-                victims, turn = victims[-processes:], turn // 4
+            if how == 2:  # while a state is being written, which is over before one has looked for processes
+                wait_for(lambda: len(processes_of(run)) >= 2 + processes or ended.is_set())
+                victims, turn = processes_of(run)[2 : 2 + processes], turn // 4
                 wait_for(lambda: (run.resume / "part").exists() or ended.is_set(), every=0.0005)
+            else:
+                victims = processes_of(run)
             if victims and not ended.is_set():
                 victims[turn % len(victims)].send_signal(signal.SIGKILL)
 

@@ -16,7 +16,7 @@ import torch
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from framseg import blip3, config, dataset, decode, evaluate, losses, needs, prompt, train
+from framseg import blip3, config, dataset, decode, evaluate, frames, losses, needs, prompt, train
 
 
 def test_the_paper_s_deepspeed_configuration():
@@ -211,6 +211,11 @@ def test_cached_features_train_the_same(trained, tmp_path):
     vision = profile.model.vision
     values = 25 * 3 * (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
     assert 4 * values < size < 4 * values + 500
+
+    vid = min(files)
+    features.path(vid).write_bytes(features.path(vid).read_bytes()[:-1])
+    with pytest.raises(frames.VideoError, match=f"^{vid}: its file in the feature cache .* is damaged .*; remove "):
+        features.read(vid, np.zeros(25, int))
 
 
 def on_two_nodes(run: config.Run, folder: Path) -> None:
