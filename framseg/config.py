@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PROFILES = Path(__file__).parent / "profiles"
 REPOSITORY = Path(__file__).parent.parent
 # Threads of a parallel loop that wait for the others spin 1,000 times before they give their core away, not 300,000 as
-# GNU's OpenMP does: as fast where the machine has nothing else to do, twice as fast beside other work
+# GNU's OpenMP does: training is two to six times as fast beside other work, a tenth to a fifth slower alone
 # (tests/benchmarks/seconds.py). An environment variable and its value, read when a process loads torch.
 WAITING_THREADS = ("GOMP_SPINCOUNT", "1000")
 DYING = 5.0  # seconds that a process which was killed may take to let its folder go

@@ -1,6 +1,6 @@
 """Does the demo learn? Trains the demo profile with three seeds and records what it scores on val.
 
-python tests/benchmarks/demo_seeds.py [--seeds 1 2 3]      (about five minutes a seed on two cores)
+python tests/benchmarks/demo_seeds.py [--seeds 1 2 3]      (about three minutes a seed on two cores)
 
 Writes records/demo_seeds.json: for each seed the metrics of the untouched base, of every epoch and of the trained
 model, all decoded, beside the trivial answers; and the trained model's answers read in several ways: the authors'

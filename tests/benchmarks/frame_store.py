@@ -1,6 +1,6 @@
 """What the frame store costs: bytes a video and a sample, time to extract, time to read a training sample.
 
-python tests/benchmarks/frame_store.py [--videos 6]      (some twelve minutes on two cores)
+python tests/benchmarks/frame_store.py [--videos 6]      (some eight minutes on two cores)
 
 Draws videos of 150 s, 640 x 360, 30 frames a second: scenes of moving texture whose amplitudes fall with the frequency
 as those of natural pictures do, shapes and noise, H.264 at 640 kbit/s with a key frame every 5 s (QVHighlights' archive
