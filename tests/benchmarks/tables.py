@@ -177,7 +177,7 @@ def plot() -> Figure:
         axes.plot(at, measured, marker="o", color=figures.BLUE)
         if name == "frames":
             axes.plot(at, [measured[0] * x / at[0] for x in at], linestyle=":", color=figures.GREY)
-        axes.set(xlabel=name, xticks=at, ylim=(0, None))
+        axes.set(xlabel=name, xticks=at, ylim=(0, 1.1 * max(measured)))
     figure.axes[0].set(ylabel="milliseconds a query", title="dotted: in proportion")
     return figure
 
