@@ -4,7 +4,7 @@
 def __getattr__(name: str):
     # Looked up on first use: the pure modules (evaluate, moments, …) must not wait for torch.
     if name == "predict":
-        from framseg.decode import predict
+        from framseg.predictor import predict
 
         return predict
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,16 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from framseg.annotations import Row, clips, read
-from framseg.evaluate import (
-    SALIENCY,
-    WINDOWS,
-    PredictionError,
-    evaluate,
-    matched,
-    parse_predictions,
-    read_predictions,
-)
+from framseg.evaluate import evaluate
 from framseg.moments import LISTED
+from framseg.predictions import SALIENCY, WINDOWS, PredictionError, matched, parse_predictions, read_predictions
 
 VAL_NAME, TEST_NAME = "hl_val_submission.jsonl", "hl_test_submission.jsonl"
 VAL_ANNOTATIONS, TEST_ANNOTATIONS = "highlight_val_release.jsonl", "highlight_test_with_gt.jsonl"

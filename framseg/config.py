@@ -7,22 +7,15 @@ differs from `paper.yaml` and nothing else. `Run` holds every path a run writes 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import os
-import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PROFILES = Path(__file__).parent / "profiles"
 REPOSITORY = Path(__file__).parent.parent
-# Threads of a parallel loop that wait for the others spin 1,000 times before they give their core away, not 300,000 as
-# GNU's OpenMP does: training is two to six times as fast beside other work, a tenth to a fifth slower alone
-# (tests/benchmarks/seconds.py). An environment variable and its value, read when a process loads torch.
-WAITING_THREADS = ("GOMP_SPINCOUNT", "1000")
-DYING = 5.0  # seconds that a process which was killed may take to let its folder go
 
 Count = Annotated[int, Field(ge=1, le=2**20)]  # more is a slip, and would fill the memory before anything is compared
 Layers = Annotated[int, Field(ge=1, le=1000)]
@@ -35,10 +28,6 @@ Weights = tuple[NotNegative, NotNegative, NotNegative, NotNegative]
 
 class ProfileError(ValueError):
     """A profile that cannot be used; the message names the file, the key and what to write instead."""
-
-
-class BusyError(RuntimeError):
-    """A folder that another process works in; the message names both."""
 
 
 class Section(BaseModel):
@@ -349,60 +338,6 @@ def _explain(path: Path, item: dict) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0)
         message = f"no such key, the nearest is {near[0]!r}"
     return f"{path.name}: {where}: {message}" if where else f"{path.name}: {message}"
-
-
-class Run:
-    """Every path of one run, all below `root` (by default ``runs/<profile>`` in the repository)."""
-
-    def __init__(self, profile: Profile | str, root: Path | str | None = None):
-        name = profile if isinstance(profile, str) else profile.name
-        self.root = Path(root) if root else REPOSITORY / "runs" / name
-        self.profile = self.root / "profile.yaml"
-        self.notebooks = self.root / "notebooks"
-        self.train = self.root / "train"
-        self.step_log = self.train / "steps.jsonl"  # one line an optimizer step
-        self.validation_log = self.train / "validation.jsonl"  # one line an epoch: the metrics
-        self.skipped_log = self.train / "skipped.jsonl"  # one line a step that was not finite, with its qids
-        self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
-        self.trained_on = self.train / "rows.sha256"  # of the training annotations
-        # step_000123/: the last two states that training can go on from
-        self.resume = self.train / "resume"
-        self.checkpoint = self.root / "checkpoint"  # what framseg.predict reads
-        self.predictions = self.root / "predictions"
-        self.metrics = self.root / "metrics"
-        self.submission = self.root / "submission.zip"
-        self.report = self.root / "report.html"  # all executed notebooks on one page
-        self.figures = self.root / "figures"
-
-    def predicted(self, split: str, epoch: int | None = None) -> Path:
-        """Predictions of a split: the final ones, or those decoded after an epoch (counted from 1)."""
-        return self.predictions / (f"{split}.jsonl" if epoch is None else f"{split}_epoch_{epoch:02d}.jsonl")
-
-
-def hold(folder: Path) -> TextIO:
-    """Keep other processes from working in `folder`, until the result is closed or this process ends.
-
-    Raises BusyError if another one has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a+", encoding="utf-8")
-    deadline = time.monotonic() + DYING
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.1)
-        if time.monotonic() > deadline:
-            file.seek(0)
-            with file:
-                raise BusyError(
-                    f"process {file.read()} is at work in {folder}: wait for it, end it, or give another --run-dir"
-                )
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def local_weights(name: str) -> Path | None:

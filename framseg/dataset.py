@@ -14,16 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from framseg import annotations, config, demo, frames, prompt
+from framseg import annotations, config, frames, prompt
+from framseg.backbones import fingerprint
 
 if TYPE_CHECKING:
-    from framseg.blip3 import Blip3
-
-
-def prepare(profile: config.Profile) -> None:
-    """Make the demo set if the profile uses it and it is not there yet."""
-    if profile.data.source == "demo":
-        demo.make(profile.data, config.data_folder(profile))
+    from framseg.backbones.blip3 import Blip3
 
 
 def annotation_file(profile: config.Profile, split: str) -> Path:
@@ -81,10 +76,9 @@ class Features:
 
     @classmethod
     def of(cls, profile: config.Profile, model: "Blip3") -> "Features":
-        from framseg import blip3  # here, because it takes seconds to import and rows and frames do without
 
         frames_folder = store(profile).folder
-        return cls(frames_folder.with_name(f"{frames_folder.name}_features_{blip3.fingerprint(model.vision_encoder)}"))
+        return cls(frames_folder.with_name(f"{frames_folder.name}_features_{fingerprint(model.vision_encoder)}"))
 
     def path(self, vid: str) -> Path:
         return self.folder / f"{vid}.safetensors"

@@ -8,13 +8,12 @@ import argparse
 import glob
 import hashlib
 import json
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -29,13 +28,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from framseg import blip3, config, dataset, hub, launcher, moments, prompt
-from framseg.annotations import USUAL_SECONDS, Row, frame_times, is_integer, json_lines, parse_object, write_lines
-from framseg.evaluate import SALIENCY, WINDOWS, PredictionError, read_predictions
-from framseg.frames import Store, StoreError, VideoError, read_apart
+from framseg import config, dataset, prompt
+from framseg.annotations import Row
+from framseg.backbones import blip3, fingerprint
+from framseg.checkpoint import load_trained, local_folder, require_complete
+from framseg.frames import Store, StoreError, VideoError
+from framseg.jsonl import is_integer, numbered_lines, parse_object, write_lines
+from framseg.predictions import PredictionError, decoded_record, read_predictions
+from framseg.run import launcher
+from framseg.run.paths import Run
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 POLL = 0.5  # seconds between two looks at what is finished
 
@@ -70,45 +74,6 @@ class Decoded:
     def score(self) -> Tensor:
         """Of the winning beam, float32 [B]."""
         return self.scores[:, 0]
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """The answer to one query about one video of `duration` seconds.
-
-    windows: moments [[start, end, score], ...] in seconds, best first. saliency: float64 [int(duration / 2)], one
-    score for each 2-second clip. mask: n characters 0 and 1. probability: float64 [n], of each frame; n is f, or more
-    for a video longer than 150 s (see `predict`). valid: False if the model marked no frame, in which case the mask is
-    all ones. frames, times: f of the n frames, evenly spread, uint8 [f, H, W, 3], and their seconds [f].
-    """
-
-    video: str
-    query: str
-    duration: float
-    windows: list[list[float]]
-    saliency: np.ndarray
-    mask: str
-    probability: np.ndarray
-    valid: bool
-    frames: np.ndarray = field(repr=False)
-    times: np.ndarray = field(repr=False)
-
-    @property
-    def row(self) -> Row:
-        """The question as a row without labels; -1 as qid says that it is of no set."""
-        return Row(-1, self.query, self.duration, Path(self.video).name)
-
-    @property
-    def record(self) -> dict:
-        """The answer as a prediction in the dataset's format."""
-        answer = {"mask": self.mask, "probability": self.probability.tolist(), "valid": self.valid}
-        return _about(self.row) | {WINDOWS: self.windows, SALIENCY: self.saliency.tolist()} | answer
-
-    def show(self) -> "Figure":
-        """The qualitative figure: frames, predicted windows, curve; the last line of a cell shows it."""
-        from framseg import figures  # here, because drawing takes a second to import and not every answer is drawn
-
-        return figures.qualitative(self.row, self.record, self.frames, self.times)
 
 
 class _SharedLayer(DynamicLayer):
@@ -250,17 +215,17 @@ def records(
                 else:
                     images[vid] = content
             if images:
-                tokens |= zip(images, _encoded(model, np.stack(list(images.values()))), strict=True)
+                tokens |= zip(images, encoded(model, np.stack(list(images.values()))), strict=True)
             for row in batch:
                 if row.vid in failed:
-                    whole = _record(row, "1" * count, np.ones(count), inference)
+                    whole = decoded_record(row, "1" * count, np.ones(count), inference)
                     yield whole | {"valid": False, "error": failed[row.vid]}
             there = [row for row in batch if row.vid not in failed]
             if there:
                 vision = torch.stack([tokens[row.vid] for row in there])
-                masks, probabilities = _answers(model, tokenizer, profile, [row.query for row in there], vision)
+                masks, probabilities = answers(model, tokenizer, profile, [row.query for row in there], vision)
                 for row, mask, probability in zip(there, masks, probabilities, strict=True):
-                    yield _record(row, mask, probability, inference)
+                    yield decoded_record(row, mask, probability, inference)
             bar.update(len(batch))
 
 
@@ -313,7 +278,7 @@ def share(rows: Sequence[Row], rank: int, world: int) -> list[Row]:
     return [row for row in rows if number[row.vid] % world == rank]
 
 
-def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
+def whole(profile: config.Profile, run: Run, name: str) -> list[dict]:
     """Decode split `name` (val or test) with the run's checkpoint into `run.predicted(name)`; the records in row order.
 
     With several processes in the profile, the DeepSpeed launcher starts them and each decodes its share. Goes on after
@@ -323,9 +288,9 @@ def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
     rows, path = dataset.rows(profile, name), run.predicted(name)
     processes = min(profile.training.processes, torch.cuda.device_count() or profile.training.processes)
     if processes == 1:
-        model, _, tokenizer = _checkpoint(run.checkpoint)
+        model, _, tokenizer = loaded(run.checkpoint)
         return split(model, tokenizer, profile, rows, path)
-    blip3.complete(run.checkpoint)
+    require_complete(run.checkpoint)
     run.predictions.mkdir(parents=True, exist_ok=True)
     aside, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
     # Trained on several nodes, decoded on this one.
@@ -348,105 +313,28 @@ def whole(profile: config.Profile, run: config.Run, name: str) -> list[dict]:
     return read_predictions(path)
 
 
-def predict(
-    video: Path | str,
-    query: str | Sequence[str],
-    checkpoint: Path | str,
-    windows: moments.Policy = moments.BEST_WINDOWS,
-    saliency: moments.Method = moments.BEST_SALIENCY,
-) -> Prediction | list[Prediction]:
-    """Moments and highlights for one's own video file, of any length.
-
-    query: one text, or several about the same video (which is then decoded and encoded once); several give a list of
-    Predictions in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``), or
-    the name of a hub's repository that holds one. windows, saliency: policy and method of framseg.moments, by default
-    the best ones, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the authors'. The model
-    stays loaded for the next call.
-
-    The model has learned from f frames of 150 s. A longer video has n = t * f / 150 frames, rounded, so that they
-    stand as densely; where n is more than f, the model is asked about f of them at a time, each time half of f (rounded
-    down) further on and at last about the last f. A frame's probability is then the mean over the answers it is in,
-    weighted by its place there: 1 at either end, 2 beside it, and so on towards the middle. Its digit is 1 if the
-    answers that say 1 have at least half of the weight. Windows and clip scores follow from the two as for a short
-    video. The frames of a long video wait in a temporary file, so memory does not grow with the length. The video is
-    decoded in a process of its own, which is ended when no new frame has come for the profile's `frames.time_limit`.
-
-    Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that cannot serve
-    the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or method.
-    """
-    model, profile, tokenizer = _checkpoint(checkpoint)
-    count = profile.frames.count
-    inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
-    queries = [query] if isinstance(query, str) else list(query)
-    for text in queries:  # an empty one is to be known before the video is read
-        prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
-    section, size = profile.frames, profile.model.vision.image_size
-    with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
-        images, length = read_apart(video, count, USUAL_SECONDS / count, size, section.time_limit, file)
-        total = len(images)
-        begins = [*range(0, total - count, max(1, count // 2)), total - count]
-        weight = np.minimum(np.arange(count) + 1, count - np.arange(count))
-        weights = np.zeros(total, int)
-        for begin in begins:
-            weights[begin : begin + count] += weight
-        votes, probabilities = np.zeros((len(queries), total), int), np.zeros((len(queries), total))
-        kept = np.linspace(0, total - 1, count).round().astype(int)
-        frames = np.array(images[kept])
-        parts = _encoded_along(model, images, begins, count)
-        for begin, vision in tqdm(parts, "asking", len(begins), unit="part", disable=len(begins) == 1):
-            there = slice(begin, begin + count)
-            for first in range(0, len(queries), inference.batch):
-                some = slice(first, first + inference.batch)
-                texts = queries[some]
-                masks, probability = _answers(model, tokenizer, profile, texts, vision.expand(len(texts), -1, -1, -1))
-                votes[some, there] += weight * [[int(digit) for digit in mask] for mask in masks]
-                probabilities[some, there] += weight / weights[there] * probability
-    out = []
-    for text, ones, probability in zip(queries, 2 * votes >= weights, probabilities, strict=True):
-        answer = "".join("01"[one] for one in ones.astype(int))
-        valid, answer, found, scores = _understood(answer, probability, length, inference)
-        answered = (found, scores, answer, probability, valid, frames, frame_times(length, total)[kept])
-        out.append(Prediction(str(video), text, length, *answered))
-    return out[0] if isinstance(query, str) else out
-
-
-def _encoded_along(
-    model: blip3.Blip3, images: np.ndarray, begins: Sequence[int], count: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Every begin with the vision tokens [1, count, latents, width] of images [n, H, W, 3] from there on, in order.
-
-    Each image is encoded once. Neither more images nor more tokens than `count` are held.
-    """
-    tokens, last = _encoded(model, np.array(images[:count])[None]), 0
-    for begin in begins:
-        if begin > last:
-            found = _encoded(model, np.array(images[last + count : begin + count])[None])
-            tokens, last = torch.cat([tokens[:, begin - last :], found], dim=1), begin
-        yield begin, tokens
-
-
-def _checkpoint(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
+def loaded(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
     """Model, profile and tokenizer of a checkpoint; the last one stays loaded until its folder changes."""
-    folder = hub.local(checkpoint)
+    folder = local_folder(checkpoint)
     return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0))
 
 
 @lru_cache(maxsize=1)
 def _loaded(folder: Path, changed: int) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
     """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
-    model, profile = blip3.load_trained(folder)
+    model, profile = load_trained(folder)
     tokenizer = prompt.load(folder)
     prompt.check(tokenizer, profile.model, profile.frames.count)  # of a stranger's checkpoint, too
     return model.to(launcher.device()).eval(), profile, tokenizer
 
 
 @torch.inference_mode()
-def _encoded(model: blip3.Blip3, images: np.ndarray) -> Tensor:
+def encoded(model: blip3.Blip3, images: np.ndarray) -> Tensor:
     """uint8 [N, f, H, W, 3] RGB -> vision tokens [N, f, latents, width]."""
     return model.vision_tokens(dataset.pixels(images).to(model.device))
 
 
-def _answers(
+def answers(
     model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, queries: list[str], vision_tokens: Tensor
 ) -> tuple[list[str], np.ndarray]:
     """Masks of f characters and probabilities float64 [B, f] for B queries, each with its vision tokens."""
@@ -459,26 +347,6 @@ def _answers(
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
     masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
     return masks, decoded.probability.double().cpu().numpy()
-
-
-def _understood(
-    mask: str, probability: np.ndarray, duration: float, inference: config.Inference
-) -> tuple[bool, str, list[list[float]], np.ndarray]:
-    """Valid or not, the mask that counts (all ones for an invalid one), windows and clip saliency."""
-    valid = moments.valid(mask, len(probability))
-    mask = mask if valid else "1" * len(probability)
-    windows = moments.windows(mask, probability, duration, inference.windows)
-    return valid, mask, windows, moments.saliency(probability, duration, inference.saliency)
-
-
-def _record(row: Row, mask: str, probability: np.ndarray, inference: config.Inference) -> dict:
-    valid, mask, windows, saliency = _understood(mask, probability, row.duration, inference)
-    answer = {"mask": mask, "probability": probability.tolist(), "valid": valid}
-    return _about(row) | {WINDOWS: windows, SALIENCY: saliency.tolist()} | answer
-
-
-def _about(row: Row) -> dict:
-    return {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}
 
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:
@@ -506,7 +374,7 @@ def _fingerprint(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profi
     tokens, count = profile.model.tokens, profile.frames.count
     sections = {name: getattr(profile, name).model_dump(mode="json") for name in ("frames", "model", "inference")}
     example = prompt.prompt_ids(tokenizer, tokens, prompt.EXAMPLE_QUERY, count)
-    about = json.dumps([sections, example, blip3.fingerprint(model)], sort_keys=True)
+    about = json.dumps([sections, example, fingerprint(model)], sort_keys=True)
     return hashlib.sha256(about.encode()).hexdigest()
 
 
@@ -529,7 +397,7 @@ def _finished(
     for part in _parts(path) if rank is None else [_parts(path, rank)]:
         if not part.exists():
             continue
-        found = [record for _, line in json_lines(part, PredictionError) if (record := parse_object(line)[0])]
+        found = [record for _, line in numbered_lines(part, PredictionError) if (record := parse_object(line)[0])]
         if found[:1] != [made_by]:
             continue
         for record in found[1:]:
@@ -548,9 +416,9 @@ def main() -> None:
     options = parser.parse_args()
     with launcher.last_words():
         profile = config.load(options.profile)
-        run = config.Run(profile, options.run_dir)
+        run = Run(profile, options.run_dir)
         launcher.join(profile)
-        model, _, tokenizer = _checkpoint(run.checkpoint)
+        model, _, tokenizer = loaded(run.checkpoint)
         rows = dataset.rows(profile, options.split)
         split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
         torch.distributed.destroy_process_group()

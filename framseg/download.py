@@ -34,6 +34,7 @@ from urllib.request import Request, urlopen
 from tqdm.auto import tqdm
 
 from framseg import annotations, config
+from framseg.jsonl import write_lines
 
 ANNOTATIONS = "https://raw.githubusercontent.com/jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
 SHA256 = {
@@ -117,7 +118,7 @@ def _transfer(address: str, part: Path, about: Path) -> None:
             version = said["ETag"] or said["Last-Modified"] or "W/"
             version = None if version.startswith("W/") else version
             size, known = 0, {"version": version, "length": int(said["Content-Length"])}
-            annotations.write_lines(about, [known], DownloadError)
+            write_lines(about, [known], DownloadError)
         elif answer.status in (206, 416):
             right = (said["Content-Range"] or "").startswith(f"bytes {size}-")
             if not right or said.get("ETag", known["version"]) != known["version"]:

@@ -7,37 +7,35 @@ with one number for each 2-second clip; ours have frame probabilities too, proba
 """
 
 import argparse
-import csv
 import json
-import math
-import re
 import sys
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from framseg import moments
 from framseg.annotations import (
     ANNOTATORS,
-    LONGEST,
     AnnotationError,
     Row,
     clips,
     frame_labels,
     from_dict,
-    is_integer,
-    is_number,
-    json_lines,
-    parse_object,
     read,
     soft_targets,
-    write_lines,
+)
+from framseg.predictions import (
+    SALIENCY,
+    WINDOWS,
+    PredictionError,
+    all_have,
+    matched,
+    prediction_record,
+    read_predictions,
+    some,
 )
 
-WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
 LENGTHS = {"full": (0, np.inf), "long": (30, np.inf), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
 # What tables and figures show, by the official names.
@@ -49,10 +47,6 @@ METRICS = {
     "HL-min-VeryGood-Hit1": "HIT@1",
 }
 LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # least saliency of a highlight
-
-
-class PredictionError(ValueError):
-    """Predictions that cannot be used; the message names file, line and qid, one bad record a line."""
 
 
 def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], intersection: bool = False) -> dict:
@@ -68,7 +62,7 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
     """
     predictions, rows = matched(predictions, _labelled(annotations), intersection)
     brief, highlights, lengths = {}, {}, {}
-    if _all_have(predictions, WINDOWS):
+    if all_have(predictions, WINDOWS):
         pairs = _Pairs(predictions, rows)
         for name, bounds in LENGTHS.items():
             lengths[name] = _moment_metrics(pairs, *bounds)
@@ -77,7 +71,7 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
         brief |= {"MR-full-mAP": full["MR-mAP"]["average"]}
         brief |= {f"MR-full-mAP@{t}": full["MR-mAP"][t] for t in ("0.5", "0.75")}
         brief |= {f"MR-{name}-mAP": lengths[name]["MR-mAP"]["average"] for name in ("long", "middle", "short")}
-    if _all_have(predictions, SALIENCY):
+    if all_have(predictions, SALIENCY):
         truth = _truth(rows)
         precision, best = _highlight_precision(predictions, rows, truth), _best_clip(predictions, rows, truth)
         for i, (name, least) in enumerate(LEVELS.items()):
@@ -96,117 +90,13 @@ def per_query(predictions: Iterable[dict], annotations: Iterable[Row | dict], in
     """
     predictions, rows = matched(predictions, _labelled(annotations), intersection)
     out = [{"qid": row.qid} for row in rows]
-    if _all_have(predictions, WINDOWS):
+    if all_have(predictions, WINDOWS):
         for record, iou in zip(out, _Pairs(predictions, rows).first.tolist(), strict=True):
             record["iou"] = iou
-    if _all_have(predictions, SALIENCY):
+    if all_have(predictions, SALIENCY):
         for record, best in zip(out, _best_clip(predictions, rows, _truth(rows)).tolist(), strict=True):
             record["hit"] = best >= LEVELS["VeryGood"]
     return out
-
-
-def read_predictions(path: str | Path) -> list[dict]:
-    """Read and check a prediction file; raises PredictionError with file, line and qid of every bad record."""
-    return parse_predictions(json_lines(path, PredictionError), str(path))
-
-
-def parse_predictions(lines: Iterable[tuple[int, str]], name: str) -> list[dict]:
-    """Check numbered lines of JSON; `name` is the file in the messages. Raises PredictionError as above."""
-    records, bad, seen = [], [], {}
-    for number, text in lines:
-        record, reasons = parse_object(text)
-        if record is not None:
-            reasons = _reasons(record)
-            qid = record.get("qid")
-            if is_integer(qid) and seen.setdefault(qid, number) != number:
-                reasons.append(f"the query is on line {seen[qid]} already; keep one prediction")
-        if reasons:
-            bad.append(f"{name}:{number}: qid {(record or {}).get('qid', 'unknown')}: {'; '.join(reasons)}")
-        else:
-            records.append(record)
-    if bad:
-        raise PredictionError(_some(bad, "\n"))
-    if not records:
-        raise PredictionError(f"{name}: holds no predictions; expected one JSON object a line")
-    return records
-
-
-def read_released(path: str | Path) -> list[dict]:
-    """Predictions out of a CSV as the paper's authors released theirs.
-
-    Columns: qid, duration (s), windows (start/end/score, several joined by |), p0, p1, ... (frame probabilities). The
-    windows are put best first and filled up to ten as they were submitted; clip scores follow from the probabilities.
-    Raises PredictionError with file, line and qid of every row that cannot be read.
-    """
-    names: list[str] = []
-    records, bad = [], []
-    seen: dict[int, int] = {}
-    for number, text in json_lines(path, PredictionError):
-        try:
-            fields = next(csv.reader([text]))
-        except csv.Error as error:
-            raise PredictionError(f"{path}:{number}: not a line of CSV ({error})") from None
-        if not names:
-            names = fields
-            lacks = {"qid", "duration", "windows", "p0"} - set(names)
-            if lacks:
-                raise PredictionError(f"{path}:{number}: lacks the columns {', '.join(sorted(lacks))}")
-            continue
-        cells = dict(zip(names, fields, strict=False))
-        try:
-            if len(fields) != len(names):
-                raise ValueError(f"has {len(fields)} fields, and the first line names {len(names)}")
-            duration = float(cells["duration"])
-            if not is_number(duration) or not 0 < duration <= LONGEST:
-                raise ValueError(f"duration must be seconds above 0 and at most {LONGEST}, not {duration}")
-            listed = [[float(part) for part in window.split("/")] for window in cells["windows"].split("|")]
-            probability = [float(cell) for name, cell in cells.items() if re.fullmatch(r"p\d+", name)]
-            record = {"qid": int(cells["qid"]), "duration": duration, WINDOWS: listed}
-            reasons = _reasons(record)
-            if (first := seen.setdefault(record["qid"], number)) != number:
-                reasons.append(f"the query is on line {first} already; keep one prediction")
-            if not reasons:
-                record[WINDOWS] = moments.filled(sorted(listed, key=lambda window: -window[2]), duration)
-                record[SALIENCY] = moments.saliency(probability, duration).tolist()
-                record["probability"] = probability
-        except ValueError as error:
-            reasons = [str(error)]
-        records += [] if reasons else [record]
-        bad += [f"{path}:{number}: qid {cells.get('qid', 'unknown')}: {'; '.join(reasons)}"] if reasons else []
-    if bad or not records:
-        raise PredictionError(_some(bad, "\n") or f"{path}: holds no predictions")
-    return records
-
-
-def write_predictions(path: str | Path, predictions: Iterable[dict]) -> None:
-    """Check and write predictions, one JSON object a line; the file appears whole or not at all."""
-    predictions = list(predictions)
-    _check(predictions)
-    write_lines(path, predictions, PredictionError)
-
-
-def matched(
-    predictions: Iterable[dict], rows: Sequence[Row], intersection: bool = False
-) -> tuple[list[dict], list[Row]]:
-    """Checked predictions and their rows, in pairs, in the order of the rows; labels are not needed.
-
-    Raises PredictionError as `evaluate` does.
-    """
-    predictions = list(predictions)
-    _check(predictions)
-    by_qid = {record["qid"]: record for record in predictions}
-    qids = {row.qid for row in rows}
-    problems = [("annotated twice", _twice(row.qid for row in rows))]
-    if not intersection:
-        problems.append(("without a prediction", [row.qid for row in rows if row.qid not in by_qid]))
-        problems.append(("predicted but not annotated", [qid for qid in by_qid if qid not in qids]))
-    said = [f"queries {what}: {len(which)} (qid {_some(which, ', ')})" for what, which in problems if which]
-    if said:
-        raise PredictionError("; ".join(said))
-    rows = [row for row in rows if row.qid in by_qid]
-    if not rows:
-        raise PredictionError("no query is both predicted and annotated; take the annotations of the same split")
-    return [by_qid[row.qid] for row in rows], rows
 
 
 def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: int = 25) -> dict[str, list[dict]]:
@@ -236,7 +126,7 @@ def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: i
             (moments.windows(mask, probability, t), moments.saliency(probability, t)),
         )
         for answer, (found, scores) in zip(answers.values(), made, strict=True):
-            answer.append(_prediction(row, found, scores.tolist()))
+            answer.append(prediction_record(row, found, scores.tolist()))
     return answers
 
 
@@ -248,7 +138,7 @@ def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> lis
     queries.
     """
     predictions, rows = matched(predictions, rows)
-    if not (_all_have(predictions, WINDOWS) and _all_have(predictions, SALIENCY)):
+    if not (all_have(predictions, WINDOWS) and all_have(predictions, SALIENCY)):
         raise PredictionError(f"a shuffle needs predictions with {WINDOWS} and {SALIENCY}")
     random = np.random.default_rng(seed)
     videos = sorted({row.vid for row in rows})
@@ -266,7 +156,7 @@ def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> lis
         if len(scores) != count:
             middles, old = (np.arange(count) + 0.5) / count, (np.arange(len(scores)) + 0.5) / len(scores)
             scores = np.interp(middles, old, scores).tolist()
-        out[at] = _prediction(row, found, list(scores))
+        out[at] = prediction_record(row, found, list(scores))
     return [out[at] for at in range(len(rows))]
 
 
@@ -397,101 +287,12 @@ def _percent(values: np.ndarray) -> float:
     return round(100 * float(np.mean(values)), 2)
 
 
-def _prediction(row: Row, windows: list[list[float]], scores: list[float]) -> dict:
-    record = {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}
-    return record | {WINDOWS: windows, SALIENCY: scores}
-
-
 def _labelled(annotations: Iterable[Row | dict]) -> list[Row]:
     rows = [row if isinstance(row, Row) else from_dict(row) for row in annotations]
     without = [row.qid for row in rows if not row.labelled]
     if without:
-        raise AnnotationError(f"{len(without)} rows have no labels to score against (qid {_some(without, ', ')})")
+        raise AnnotationError(f"{len(without)} rows have no labels to score against (qid {some(without, ', ')})")
     return rows
-
-
-def _check(predictions: list[dict]) -> None:
-    bad = []
-    for place, record in enumerate(predictions, 1):
-        reasons = _reasons(record) if isinstance(record, dict) else [f"expected a dict, not {type(record).__name__}"]
-        if reasons:
-            qid = record.get("qid", "unknown") if isinstance(record, dict) else "unknown"
-            bad.append(f"prediction {place}: qid {qid}: {'; '.join(reasons)}")
-    if bad:
-        raise PredictionError(_some(bad, "\n"))
-    doubled = _twice(record["qid"] for record in predictions)
-    if doubled:
-        raise PredictionError(f"queries predicted twice: {len(doubled)} (qid {_some(doubled, ', ')}); keep one of each")
-
-
-def _reasons(record: dict) -> list[str]:
-    """Everything that is wrong with one prediction; empty if nothing is."""
-    reasons = []
-    if not is_integer(record.get("qid")):
-        reasons.append(f"qid must be an integer, not {record.get('qid')!r}")
-    if WINDOWS not in record and SALIENCY not in record:
-        reasons.append(f"has neither {WINDOWS} nor {SALIENCY}")
-    if WINDOWS in record:
-        listed = record[WINDOWS]
-        if not isinstance(listed, list | tuple) or not listed:
-            reasons.append(f"{WINDOWS} must be a list of [start, end, score]")
-        else:
-            reasons += [f"window {i + 1} {reason}" for i, w in enumerate(listed) if (reason := _window_reason(w))]
-    if SALIENCY in record:
-        scores = record[SALIENCY]
-        if not isinstance(scores, list | tuple | np.ndarray) or not len(scores):
-            reasons.append(f"{SALIENCY} must be a list of numbers, one for each clip")
-        elif (at := _not_finite(scores)) is not None:
-            reasons.append(f"{SALIENCY}: clip {at} has {str(scores[at])[:60]!r}, not a finite number")
-    if record.get("probability") is not None and not _are_shares(record["probability"]):
-        reasons.append("probability must be a list of numbers in 0..1, one for each frame")
-    return reasons
-
-
-def _window_reason(window: Any) -> str | None:
-    if not isinstance(window, list | tuple | np.ndarray) or len(window) != 3:
-        return f"is not [start, end, score]: {str(window)[:60]}"
-    if _not_finite(window) is not None:
-        return f"is not three finite numbers: {str(list(window))[:60]}"
-    if window[1] < window[0]:
-        return f"ends before it starts: {list(window)}"
-    return None
-
-
-def _not_finite(values: Sequence) -> int | None:
-    """The place of the first entry that is not a finite number; None if all are."""
-    # Whole lists of plain floats pass here at once: a split has 100,000 of them.
-    kinds = set(map(type, values))
-    if kinds == {float} and all(map(math.isfinite, values)):
-        return None
-    if kinds <= {float, int} and all(-1e300 < value < 1e300 for value in values):
-        return None
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Real) or not -1e300 < value < 1e300:
-            return i
-    return None
-
-
-def _are_shares(values: Any) -> bool:
-    listed = isinstance(values, list | tuple | np.ndarray)
-    return listed and _not_finite(values) is None and all(0 <= value <= 1 for value in values)
-
-
-def _all_have(predictions: list[dict], field: str) -> bool:
-    lacking = [record["qid"] for record in predictions if field not in record]
-    if lacking and len(lacking) < len(predictions):
-        raise PredictionError(f"{len(lacking)} predictions lack {field} that others have: qid {_some(lacking, ', ')}")
-    return not lacking
-
-
-def _twice(qids: Iterable[int]) -> list[int]:
-    seen: set[int] = set()
-    return [qid for qid in qids if qid in seen or seen.add(qid)]
-
-
-def _some(items: Sequence, separator: str, most: int = 20) -> str:
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return separator.join([str(item) for item in items[:most]] + more)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from framseg import annotations, blip3, config, dataset, decode, evaluate, hub, launcher, losses, needs, prompt
+from framseg import annotations, config, dataset, decode, evaluate, losses, prompt
+from framseg.checkpoint import CARD, load_base, model_card, save_trained
+from framseg.jsonl import is_number, parse_object, write_lines
+from framseg.predictions import write_predictions
+from framseg.run import launcher, preflight
+from framseg.run.paths import Run, hold
 
 POLL = 0.5  # seconds between two looks at the step log
 KEPT = 2  # resumable states: should the last one be damaged, there is one before it
@@ -92,7 +97,7 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
 
 
 def launch(
-    profile: config.Profile, run: config.Run, on_progress: Callable[[list[dict], list[dict]], None] | None = None
+    profile: config.Profile, run: Run, on_progress: Callable[[list[dict], list[dict]], None] | None = None
 ) -> None:
     """Train `profile` into `run` through the DeepSpeed launcher; goes on from a checkpoint.
 
@@ -113,11 +118,11 @@ def launch(
     if len(read_log(run.step_log)) >= total and run.checkpoint.is_dir():
         print(f"trained already: {total} steps in {run.train}")
         return
-    if lacking := needs.gpus(profile):
+    if lacking := preflight.gpus(profile):
         raise TrainError(lacking[0])
     stop, log = run.train / "stop", run.train / "output.log"
     try:
-        config.hold(run.train).close()  # the first of the processes takes it
+        hold(run.train).close()  # the first of the processes takes it
         config.save(profile, run.profile)
         config.save(profile, run.trained_with)
         run.trained_on.write_text(_rows_hash(profile), encoding="utf-8")
@@ -144,7 +149,7 @@ def launch(
         raise TrainError(f"training failed: {launcher.failure(process, log, begin)}")
 
 
-def _changed(profile: config.Profile, run: config.Run) -> list[str]:
+def _changed(profile: config.Profile, run: Run) -> list[str]:
     """What differs from the training that the run folder holds, in words; how it decodes may always change.
 
     Raises TrainError for settings that `training.may_change` does not name, and for other rows.
@@ -187,7 +192,7 @@ def _differences(old: dict, new: dict, at: str = "") -> dict[str, str]:
     return out
 
 
-def _watch(process: subprocess.Popen, run: config.Run, total: int, on_progress: Callable | None) -> None:
+def _watch(process: subprocess.Popen, run: Run, total: int, on_progress: Callable | None) -> None:
     first, validated = (len(read_log(log)) for log in (run.step_log, run.validation_log))
     told, shown = 0.0, None
     hide = on_progress is None and not sys.stderr.isatty()  # as under papermill
@@ -235,7 +240,7 @@ def read_log(path: Path) -> list[dict]:
     records = []
     # What stands behind the last newline is being written, or was when its process was killed.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], 1):
-        record, reasons = annotations.parse_object(line)
+        record, reasons = parse_object(line)
         if reasons := reasons or _unfit(record):
             raise TrainError(f"{path}:{number}: {'; '.join(reasons)}; remove {path.parent} to train anew")
         records.append(record)
@@ -254,7 +259,7 @@ def _unfit(record: dict) -> list[str]:
             values += [record[key] for key in LOSSES if record[key] is not None]
     except (LookupError, TypeError) as error:
         return [f"is no record of a training ({error!r})"]
-    odd = [value for value in values if not isinstance(value, float) and not annotations.is_number(value)]
+    odd = [value for value in values if not isinstance(value, float) and not is_number(value)]
     return [f"has {str(odd[0])[:60]!r} where a number must stand"] if odd else []
 
 
@@ -264,12 +269,12 @@ def _unfit(record: dict) -> list[str]:
 class Trainer:
     """One process of the training, between `deepspeed.initialize` and the exported checkpoint."""
 
-    def __init__(self, profile: config.Profile, run: config.Run):
+    def __init__(self, profile: config.Profile, run: Run):
         import deepspeed
 
         self.rank, self.world = launcher.join(profile)
         self.profile, self.run = profile, run
-        self.held = config.hold(run.train) if self.rank == 0 else None
+        self.held = hold(run.train) if self.rank == 0 else None
         self.tokenizer = prompt.load(profile.model.tokenizer)
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
         rows, _ = readable(profile)
@@ -279,7 +284,7 @@ class Trainer:
         self.total = total_steps(profile, len(rows))
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(profile.seed + self.rank)
-        self.model = blip3.base(profile)
+        self.model = load_base(profile)
         self.model.to(launcher.device())
         self.samples = dataset.Samples(profile, self.tokenizer, rows, self._features(rows))
         self.step, state = 0, self._newest_state()
@@ -344,10 +349,10 @@ class Trainer:
         if self.rank == 0:
             aside = self.run.checkpoint.with_name("checkpoint.part")
             shutil.rmtree(aside, ignore_errors=True)
-            blip3.save_trained(aside, self.model, self.start, self.profile, self.tokenizer)
+            save_trained(aside, self.model, self.start, self.profile, self.tokenizer)
             last = read_log(self.run.validation_log)[-1]
             (aside / "metrics.json").write_text(json.dumps(last["metrics"], indent=2) + "\n", encoding="utf-8")
-            (aside / hub.CARD).write_text(hub.card(self.profile, last["metrics"]), encoding="utf-8")
+            (aside / CARD).write_text(model_card(self.profile, last["metrics"]), encoding="utf-8")
             shutil.rmtree(self.run.checkpoint, ignore_errors=True)
             aside.rename(self.run.checkpoint)
 
@@ -438,7 +443,7 @@ class Trainer:
         if self.rank == 0:
             by_qid = {record["qid"]: record for share in shares for record in share}
             predictions = [by_qid[row.qid] for row in self.val]
-            evaluate.write_predictions(self.run.predicted("val", epoch), predictions)
+            write_predictions(self.run.predicted("val", epoch), predictions)
             _append(
                 self.run.validation_log,
                 {
@@ -502,7 +507,7 @@ class Trainer:
         if self.rank == 0:
             for log in (self.run.step_log, self.run.validation_log, self.run.skipped_log):
                 done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r.get("epoch", 0) <= epoch]
-                annotations.write_lines(log, done, TrainError)
+                write_lines(log, done, TrainError)
 
     def _partition(self) -> dict[str, Tensor]:
         zero = self.engine.optimizer
@@ -569,7 +574,7 @@ def _set_generators(saved: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(saved["random.cuda"])
 
 
-def _states(run: config.Run) -> list[Path]:
+def _states(run: Run) -> list[Path]:
     return sorted(run.resume.glob("step_*"))
 
 
@@ -613,7 +618,7 @@ def main() -> None:
     options = parser.parse_args()
     with launcher.last_words():
         profile = config.load(options.profile)
-        Trainer(profile, config.Run(profile, options.run_dir)).train()
+        Trainer(profile, Run(profile, options.run_dir)).train()
         torch.distributed.destroy_process_group()
 
 

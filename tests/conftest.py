@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from framseg.run.paths import Run
+
 # Small models on small machines: a second thread costs more than it gives, most of all beside other processes.
 torch.set_num_threads(1)
 # Tests started in the background would ignore Ctrl-C, and so would all that they start.
@@ -54,19 +56,20 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory) -> Path:
     """A data folder as a user would bring it: a few of the demo's videos with their annotations, frames extracted."""
-    from framseg import annotations, config, dataset, demo
+    from framseg import annotations, config, dataset
+    from framseg.demo import synthetic
 
     folder = tmp_path_factory.mktemp("small set")
     data = config.load("demo").data
     (folder / data.videos).mkdir()
     for split, count in {"train": 6, "val": 3, "test": 2}.items():
-        scenes = dict(list(demo.scenes(split).items())[:count])
+        scenes = dict(list(synthetic.scenes(split).items())[:count])
         for vid, scene in scenes.items():
-            demo.write_video(folder / data.videos / f"{vid}.mp4", scene)
-        rows = [row for row in demo.rows(split) if row.vid in scenes]
+            synthetic.write_video(folder / data.videos / f"{vid}.mp4", scene)
+        rows = [row for row in synthetic.rows(split) if row.vid in scenes]
         annotations.write(folder / getattr(data, "test_labels" if split == "test" else split), rows)
         if split == "test":
-            annotations.write(folder / data.test, [demo.unlabelled(row) for row in rows])
+            annotations.write(folder / data.test, [synthetic.unlabelled(row) for row in rows])
     report = dataset.extract(small_profile(folder), progress=False)
     assert not report.failed
     return folder
@@ -84,10 +87,10 @@ def small_profile(folder: Path, **changes):
 @pytest.fixture(scope="session")
 def trained(small_set, tmp_path_factory):
     """A profile and its finished run: a short training that nothing disturbed."""
-    from framseg import config, train
+    from framseg import train
 
     profile = small_profile(small_set)
-    run = config.Run(profile, tmp_path_factory.mktemp("run with a space") / "trained")
+    run = Run(profile, tmp_path_factory.mktemp("run with a space") / "trained")
     train.launch(profile, run)
     return profile, run
 
@@ -106,10 +109,9 @@ def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProces
 @pytest.fixture(scope="session")
 def chain(request, tmp_path_factory):
     """The run of all five notebooks on a few videos, with a training of two epochs."""
-    from framseg import config
 
     folder = tmp_path_factory.mktemp("notebooks") / "a run"
     small_set = request.getfixturevalue("small_set")
     done = start(folder, **SHORT, **{"data.folder": small_set})
     assert done.returncode == 0, done.stderr[-4000:]
-    return config.Run("demo", folder)
+    return Run("demo", folder)

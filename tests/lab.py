@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ipykernel.kernelspec import write_kernel_spec
 
-from framseg import config, run
+from framseg import config
+from framseg.run import notebooks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -27,7 +28,7 @@ def serve(folder: Path, own: Path) -> Iterator[str]:
 
     Its settings are in `own`, so none of the person who runs it count.
     """
-    write_kernel_spec(str(own / "data" / "kernels" / run.KERNEL))
+    write_kernel_spec(str(own / "data" / "kernels" / notebooks.KERNEL))
     settings = own / "config" / "labconfig"
     settings.mkdir(parents=True)
     disabled = {"@jupyterlab/apputils-extension:announcements": True}  # it asks about news from the network

@@ -12,7 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small import tiny
 
-from framseg import blip3, config, losses
+from framseg import config, losses
+from framseg.backbones import CheckpointError, blip3
+from framseg.checkpoint import load_base, load_trained, save_trained
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_shards_are_loaded_one_tensor_at_a_time(tmp_path):
     config.save(profile, tmp_path / "profile.yaml")
     code = (
         "import re, sys\n"
-        "from framseg import blip3, config\n"
+        "from framseg import config; from framseg.backbones import blip3\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "section = config.load(sys.argv[1] + '/profile.yaml').model\n"
         "before = peak()\n"
@@ -157,7 +159,7 @@ def test_a_checkpoint_of_another_shape_lists_all_that_is_wrong(model, tmp_path):
     del state["vlm.lang_model.lm_head.bias"]
     state["vlm.lang_model.what"] = torch.zeros(1)
     save_file(state, file)
-    with pytest.raises(blip3.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         blip3.Blip3.load_published(model.section, tmp_path)
     message = str(caught.value)
     assert "vision_tokenizer.latents is [4, 72], the profile's is [8, 72]" in message
@@ -168,10 +170,10 @@ def test_a_checkpoint_of_another_shape_lists_all_that_is_wrong(model, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x80\x04not a tensor", b"\xff" * 64])
 def test_a_damaged_checkpoint_names_its_file(model, tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(blip3.CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match="model.safetensors"):
         blip3.Blip3.load_published(model.section, tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(blip3.CheckpointError, match="no .safetensors"):
+    with pytest.raises(CheckpointError, match="no .safetensors"):
         blip3.Blip3.load_published(model.section, tmp_path)
 
 
@@ -179,7 +181,7 @@ def test_adapting_changes_nothing_and_the_export_gives_the_trained_logits(model,
     base = tmp_path / "base"
     model.save_published(base)
     profile = tiny(model__weights=str(base))
-    adapted = blip3.base(profile)
+    adapted = load_base(profile)
     start = adapted.adapt(profile.adapter, seed=3)
     adapted.eval()
     with torch.no_grad():
@@ -198,8 +200,8 @@ def test_adapting_changes_nothing_and_the_export_gives_the_trained_logits(model,
         def save(path):
             open(path, "w").close()
 
-    blip3.save_trained(tmp_path / "trained", adapted, start, profile, Saved)
-    loaded, again = blip3.load_trained(tmp_path / "trained")
+    save_trained(tmp_path / "trained", adapted, start, profile, Saved)
+    loaded, again = load_trained(tmp_path / "trained")
     with torch.no_grad():
         assert relative(loaded(**batch), trained) < 1e-4
     assert again == profile
@@ -215,7 +217,7 @@ def test_peft_loads_the_exported_adapter_on_the_original_base(model, batch, tmp_
     model.save_published(base)
     profile = tiny(model__weights=str(base), model__dtype=dtype)
     batch["pixel_values"] = batch["pixel_values"].to(getattr(torch, dtype))
-    plain, adapted = blip3.base(profile), blip3.base(profile)
+    plain, adapted = load_base(profile), load_base(profile)
     start = adapted.adapt(profile.adapter, seed=3)
     adapted.eval()
     with torch.no_grad():
@@ -238,12 +240,12 @@ def test_the_same_seed_gives_the_same_pissa(model, tmp_path):
     model.save_published(tmp_path)
     profile = tiny(model__weights=str(tmp_path))
     torch.manual_seed(5)
-    one = blip3.base(profile).adapt(profile.adapter, seed=3)
+    one = load_base(profile).adapt(profile.adapter, seed=3)
     torch.manual_seed(6)
-    other = blip3.base(profile).adapt(profile.adapter, seed=3)
+    other = load_base(profile).adapt(profile.adapter, seed=3)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_an_incomplete_checkpoint_says_what_is_missing(tmp_path):
-    with pytest.raises(blip3.CheckpointError, match="resampler.safetensors.*notebook 03"):
-        blip3.load_trained(tmp_path)
+    with pytest.raises(CheckpointError, match="resampler.safetensors.*notebook 03"):
+        load_trained(tmp_path)

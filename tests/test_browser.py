@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from small import make_video
 
-from framseg import annotations, browser, config, evaluate, frames
+from framseg import annotations, evaluate, frames
 from framseg.annotations import Row
+from framseg.predictions import PredictionError, read_predictions, write_predictions
+from framseg.run.paths import Run
+from framseg.viz import browser
 
 
 def row(qid: int, query: str, start: float, end: float) -> Row:
@@ -38,7 +41,7 @@ def prediction(qid: int, start: float, end: float, score: float, valid: bool = T
 @pytest.fixture
 def predictions(tmp_path):
     path = tmp_path / "some" / "val.jsonl"
-    evaluate.write_predictions(
+    write_predictions(
         path, [prediction(1, 0, 58, 0.9), prediction(2, 100, 140, 0.95), prediction(3, 0, 150, 0.4, valid=False)]
     )
     return path
@@ -104,7 +107,7 @@ def test_a_query_is_text_and_not_markup(opened):
 
 def test_export_and_figure(opened, predictions):
     opened.filter.value = next(name for name in browser.FILTERS if name.startswith("over-confident"))
-    assert [p["qid"] for p in evaluate.read_predictions(opened.export())] == [2]
+    assert [p["qid"] for p in read_predictions(opened.export())] == [2]
     files = opened.save_figure()
     assert {file.suffix for file in files} == {".png", ".pdf"}
     assert all(file.stat().st_size > 5000 for file in files)
@@ -134,7 +137,7 @@ def test_the_last_clip_may_be_shorter_and_stays_on_the_axis(tmp_path):
     short = Row(5, "a short one", 9, "video 5", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
     path = tmp_path / "val.jsonl"
     answer = {"qid": 5, "pred_relevant_windows": [[6, 9, 1.0]], "pred_saliency_scores": [0, 0, 0, 1]}
-    evaluate.write_predictions(path, [answer])
+    write_predictions(path, [answer])
     shape = browser.Browser(path, [short]).picture.value.split('<path d="')[1].split('"')[0]
     ends = [float(part.split("V")[0]) for part in shape.split("H")[1:]]
     assert len(ends) == 5 and max(ends) == browser.LEFT + browser.WIDTH
@@ -142,7 +145,7 @@ def test_the_last_clip_may_be_shorter_and_stays_on_the_axis(tmp_path):
 
 def test_two_runs_are_compared(predictions, tmp_path):
     other = tmp_path / "other" / "val.jsonl"
-    evaluate.write_predictions(other, [prediction(1, 90, 100, 0.3)])
+    write_predictions(other, [prediction(1, 90, 100, 0.3)])
     one = browser.Browser(predictions, ROWS, compare=other)
     assert one.picture.value.count("<svg") == 2 and "90 to 100 s" in one.picture.value
     one.next()
@@ -152,9 +155,9 @@ def test_two_runs_are_compared(predictions, tmp_path):
 def test_what_is_missing_is_said(predictions, tmp_path):
     with pytest.raises(annotations.AnnotationError, match="give the annotations"):
         browser.browse(predictions)
-    with pytest.raises(evaluate.PredictionError, match="notebook 04"):
-        browser.browse(config.Run("demo", tmp_path / "empty"))
-    with pytest.raises(evaluate.PredictionError, match="no query is both predicted and annotated"):
+    with pytest.raises(PredictionError, match="notebook 04"):
+        browser.browse(Run("demo", tmp_path / "empty"))
+    with pytest.raises(PredictionError, match="no query is both predicted and annotated"):
         browser.browse(predictions, [row(7, "else", 0, 10)])
 
 
@@ -183,7 +186,7 @@ def test_a_long_list_is_shown_in_pages(opened, monkeypatch):
 
 def test_a_comparison_can_be_sorted_and_ended(predictions, tmp_path):
     other = tmp_path / "other" / "val.jsonl"
-    evaluate.write_predictions(other, [prediction(1, 0, 60, 0.3), prediction(2, 60, 66, 0.3)])  # both perfect
+    write_predictions(other, [prediction(1, 0, 60, 0.3), prediction(2, 60, 66, 0.3)])  # both perfect
     one = browser.Browser(predictions, ROWS, compare=other)
     assert one.compare.value == "other/val"
     one.sort.value = "worse than the compared, most first"
@@ -257,5 +260,5 @@ def test_the_papers_own_predictions(shared, tmp_path):
     one.filter.value = list(browser.FILTERS)[1]
     reported = json.loads((shared / "golden" / "reported_scores.json").read_text())["val_released_scores_mask_policy"]
     assert 100 * len(one.selection()) / 1550 == pytest.approx(reported["MR-full-R1@0.7"], abs=0.005)
-    assert len(evaluate.read_predictions(one.export())) == len(one.selection())
+    assert len(read_predictions(one.export())) == len(one.selection())
     assert len(one.save_figure()) == 2

@@ -15,7 +15,7 @@ import pytest
 from framseg import annotations, codalab, evaluate, moments
 from framseg.annotations import AnnotationError, Row
 from framseg.codalab import SubmissionError
-from framseg.evaluate import PredictionError
+from framseg.predictions import PredictionError, read_predictions, write_predictions
 
 VAL, TEST = "hl_val_submission.jsonl", "hl_test_submission.jsonl"
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
@@ -39,8 +39,8 @@ def _text(*qids, **change):
 def folder(tmp_path):
     annotations.write(tmp_path / "highlight_val_release.jsonl", [_row(1), _row(2)])
     annotations.write(tmp_path / "highlight_test_with_gt.jsonl", [_row(3), _row(4), _row(5)])
-    evaluate.write_predictions(tmp_path / "val.jsonl", [_prediction(1), _prediction(2)])
-    evaluate.write_predictions(tmp_path / "test.jsonl", [_prediction(q) for q in (3, 4, 5)])
+    write_predictions(tmp_path / "val.jsonl", [_prediction(1), _prediction(2)])
+    write_predictions(tmp_path / "test.jsonl", [_prediction(q) for q in (3, 4, 5)])
     return tmp_path
 
 
@@ -70,7 +70,7 @@ def test_packed_files_hold_the_official_fields_and_are_scored(folder):
 
     report = codalab.check(packed, folder)
     rows = annotations.read(folder / "highlight_val_release.jsonl")
-    assert report["val"]["metrics"] == evaluate.evaluate(evaluate.read_predictions(folder / "val.jsonl"), rows)
+    assert report["val"]["metrics"] == evaluate.evaluate(read_predictions(folder / "val.jsonl"), rows)
     assert {k: v for k, v in report["test"].items() if k != "metrics"} == {
         "file": TEST,
         "queries": 3,
@@ -124,11 +124,11 @@ def test_the_papers_predictions_packed_and_scored_offline(shared, tmp_path):
         windows = moments.windows("1" * 25, probability, row.duration, "thresholds", "nearest")
         scores = moments.saliency(probability, row.duration).tolist()
         predictions.append({"qid": row.qid, "vid": row.vid, "query": row.query, WINDOWS: windows, SALIENCY: scores})
-    evaluate.write_predictions(tmp_path / "val.jsonl", predictions)
+    write_predictions(tmp_path / "val.jsonl", predictions)
     test_rows = annotations.read(shared / "qvhighlights/highlight_test_with_gt.jsonl")
     train = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
     trivial = evaluate.trivial(test_rows, train, seed=0)["best constant window"]
-    evaluate.write_predictions(tmp_path / "test.jsonl", trivial)
+    write_predictions(tmp_path / "test.jsonl", trivial)
 
     out = codalab.pack(tmp_path / "val.jsonl", tmp_path / "test.jsonl", tmp_path / "submission.zip")
     report = codalab.check(out, shared / "qvhighlights")

@@ -1,6 +1,7 @@
 import pytest
 
 from framseg import config
+from framseg.run.paths import Run
 
 
 def flat(value, key=""):
@@ -198,8 +199,8 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
 
 def test_paths_of_a_run(tmp_path):
     profile = config.load("paper")
-    assert config.Run(profile).root == config.REPOSITORY / "runs/paper"
-    run = config.Run(profile, tmp_path)
+    assert Run(profile).root == config.REPOSITORY / "runs/paper"
+    run = Run(profile, tmp_path)
     assert run.predicted("val") == tmp_path / "predictions/val.jsonl"
     assert run.predicted("val", 3) == tmp_path / "predictions/val_epoch_03.jsonl"
     for path in vars(run).values():

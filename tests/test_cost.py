@@ -4,7 +4,9 @@ from small import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from framseg import blip3, config, cost
+from framseg import config
+from framseg.backbones import blip3
+from framseg.run import cost
 
 TEXT = 12  # ids beside the images, with the answer
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import small_profile
 
-from framseg import annotations, blip3, config, dataset, decode, evaluate, frames, prompt, train
+from framseg import annotations, config, dataset, decode, evaluate, frames, prompt, train
+from framseg.checkpoint import load_base
+from framseg.predictions import WINDOWS, PredictionError
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def test_a_query_that_is_too_long_is_named_before_training_and_decoding(samples)
     profile, tokenizer = samples.profile, samples.tokenizer
     for start in (
         lambda: dataset.Samples(profile, tokenizer, [row]),
-        lambda: next(decode.records(blip3.base(profile), tokenizer, profile, [row])),
+        lambda: next(decode.records(load_base(profile), tokenizer, profile, [row])),
     ):
         with pytest.raises(prompt.PromptError, match=f"qid {row.qid}: .* tokens too many"):
             start()
@@ -157,7 +159,7 @@ def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path
     assert report.failed.keys() == {cut, hangs, text} and report.done == 6
     assert "took more than 5 s" in report.failed[hangs]
 
-    model, tokenizer = blip3.base(profile), prompt.load(profile.model.tokenizer)
+    model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
     found = decode.split(model, tokenizer, profile, rows, tmp_path / "val.jsonl", progress=False)
     assert [record["qid"] for record in found] == [row.qid for row in rows]
     for record in found:
@@ -166,9 +168,7 @@ def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path
 
     # Were every other answer perfect, the failed ones would still count.
     answers = [
-        record
-        if "error" in record
-        else record | {evaluate.WINDOWS: [[*window, 1.0] for window in row.relevant_windows]}
+        record if "error" in record else record | {WINDOWS: [[*window, 1.0] for window in row.relevant_windows]}
         for record, row in zip(found, rows, strict=True)
     ]
     sound = [row for row in rows if row.vid not in report.failed]
@@ -177,7 +177,7 @@ def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path
     assert scores["MR-full-R1@0.7"] == round(100 * len(sound) / len(rows), 2)
     alone = evaluate.evaluate([one for one in answers if "error" not in one], sound)["brief"]
     assert alone["MR-full-R1@0.7"] == 100 > scores["MR-full-R1@0.7"] and scores["MR-full-mAP"] < alone["MR-full-mAP"]
-    with pytest.raises(evaluate.PredictionError, match="without a prediction"):
+    with pytest.raises(PredictionError, match="without a prediction"):
         evaluate.evaluate([one for one in answers if "error" not in one], rows)
 
     with pytest.raises(train.TrainError, match=f"1 of the training videos .*{text}.*training.may_lack=1"):

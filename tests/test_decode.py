@@ -19,8 +19,11 @@ from transformers import LogitsProcessor, Phi3ForCausalLM
 from transformers.generation import LogitsProcessorList
 
 import framseg
-from framseg import blip3, config, dataset, decode, evaluate, frames, moments, prompt
+from framseg import config, dataset, decode, frames, moments, prompt
 from framseg.annotations import Row
+from framseg.backbones import CheckpointError, blip3
+from framseg.checkpoint import load_trained, save_trained
+from framseg.predictions import matched
 
 FRAMES = 5
 TINY = {
@@ -276,7 +279,7 @@ def setup(tmp_path):
         "paper",
         TINY
         | {"model.language": TINY["model.language"] | sizes, "model.tokens": published.tokens.model_dump()}
-        | {"model.tokenizer": "framseg/base", "model.language.sliding_window": None}
+        | {"model.tokenizer": "framseg/demo/base", "model.language.sliding_window": None}
         | {"data.folder": str(tmp_path / "data"), "inference.batch": 2},
     )
     torch.manual_seed(0)
@@ -333,7 +336,7 @@ def test_split_answers_every_row_in_order_and_encodes_a_video_once(setup):
         chosen = moments.saliency(record["probability"], t, inference.saliency).tolist()
         assert record["pred_saliency_scores"] == chosen
     assert len({record["mask"] for record in found}) > 1
-    evaluate.matched(found, ROWS)
+    matched(found, ROWS)
 
 
 def test_profile_chooses_windows_and_saliency(setup):
@@ -426,7 +429,7 @@ def test_unreadable_video_fails_its_queries_alone(setup, capsys):
     printed = capsys.readouterr()
     warnings = [line for line in (printed.out + printed.err).splitlines() if "warning" in line]
     assert len(warnings) == 2 and "c.mp4: is cut off" in warnings[1]
-    evaluate.matched(found, ROWS)
+    matched(found, ROWS)
 
 
 def test_failed_videos_are_tried_again(setup, monkeypatch):
@@ -457,13 +460,13 @@ def checkpoint(setup, tmp_path):
     section = setup.profile.model.model_copy(update={"weights": str(base)})
     profile = setup.profile.model_copy(update={"model": section})
     start = setup.model.adapt(profile.adapter, seed=0)
-    blip3.save_trained(tmp_path / "checkpoint", setup.model, start, profile, setup.tokenizer)
+    save_trained(tmp_path / "checkpoint", setup.model, start, profile, setup.tokenizer)
     return tmp_path / "checkpoint"
 
 
 def test_predict(setup, checkpoint, tmp_path, monkeypatch):
     video = make_video(tmp_path / "own.mp4", 21)
-    loaded, load = [], blip3.load_trained
+    loaded, load = [], load_trained
     monkeypatch.setattr(blip3, "load_trained", lambda folder: loaded.append(folder) or load(folder))
     one = framseg.predict(video, "a dog runs", checkpoint=checkpoint)
     queries = ["a dog runs", "a cat sleeps", "night falls"]
@@ -502,7 +505,7 @@ def test_predict_refuses_with_a_reason(checkpoint, tmp_path):
         framseg.predict(short, "  ", checkpoint=checkpoint)
     with pytest.raises(frames.VideoError, match="no such video"):
         framseg.predict(tmp_path / "none.mp4", "a dog", checkpoint=checkpoint)
-    with pytest.raises(blip3.CheckpointError, match="no trained checkpoint"):
+    with pytest.raises(CheckpointError, match="no trained checkpoint"):
         framseg.predict(short, "a dog", checkpoint=tmp_path / "none")
     with pytest.raises(frames.VideoError, match="damaged|cannot be opened"):
         (tmp_path / "cut.mp4").write_bytes(short.read_bytes()[:-900])
@@ -568,7 +571,7 @@ def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tm
     monkeypatch.undo()
     opened = frames.Video(video)
     images = opened.frames(opened.numbers(opened.length, n)[:, 0], 28)
-    model, _ = blip3.load_trained(checkpoint)
+    model, _ = load_trained(checkpoint)
     begins = {160: [0], 600: [0, 2, 4, 6, 8, 10, 12, 14, 15]}[seconds]
     for query, answer in zip(queries, answers, strict=True):
         weight, ones, probability = np.zeros(n), np.zeros(n), np.zeros(n)

@@ -3,26 +3,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from framseg import annotations, blip3, config, dataset, demo, frames, prompt
+from framseg import annotations, config, dataset, frames, prompt
+from framseg.checkpoint import load_base
+from framseg.demo import base_model, synthetic
 
 
 def test_a_scene_is_drawn_the_same_every_time(tmp_path):
-    vid, scene = next(iter(demo.scenes("val").items()))
-    assert demo.scenes("val")[vid] == scene
+    vid, scene = next(iter(synthetic.scenes("val").items()))
+    assert synthetic.scenes("val")[vid] == scene
     for name in ("one.mp4", "two.mp4"):
-        demo.write_video(tmp_path / name, scene)
+        synthetic.write_video(tmp_path / name, scene)
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
     video = frames.Video(tmp_path / "one.mp4")
-    assert (video.length, video.fps) == (scene.duration, demo.FPS)
+    assert (video.length, video.fps) == (scene.duration, synthetic.FPS)
 
 
 def test_splits_share_no_scene():
-    seeds = [scene.seed for split in demo.VIDEOS for scene in demo.scenes(split).values()]
-    assert len(set(seeds)) == len(seeds) == sum(demo.VIDEOS.values())
+    seeds = [scene.seed for split in synthetic.VIDEOS for scene in synthetic.scenes(split).values()]
+    assert len(set(seeds)) == len(seeds) == sum(synthetic.VIDEOS.values())
 
 
 def test_annotations_are_in_the_dataset_s_format(tmp_path):
-    rows = {split: demo.rows(split) for split in demo.VIDEOS}
+    rows = {split: synthetic.rows(split) for split in synthetic.VIDEOS}
     everything = [row for split in rows.values() for row in split]
     annotations.write(tmp_path / "rows.jsonl", everything)
     assert annotations.read(tmp_path / "rows.jsonl") == everything  # every check of the reader passes
@@ -41,25 +43,25 @@ def test_annotations_are_in_the_dataset_s_format(tmp_path):
 
 
 def test_the_base_has_not_read_the_demo_s_sentences():
-    queries = {row.query for split in demo.VIDEOS for row in demo.rows(split)}
-    read = {q.format(phrase=a.phrase, verb=a.verb) for q in demo.BASE_QUERIES for a in demo.ACTIVITIES}
-    assert len(queries) == len(demo.QUERIES) * len(demo.ACTIVITIES) and not queries & read
+    queries = {row.query for split in synthetic.VIDEOS for row in synthetic.rows(split)}
+    read = {q.format(phrase=a.phrase, verb=a.verb) for q in base_model.BASE_QUERIES for a in synthetic.ACTIVITIES}
+    assert len(queries) == len(synthetic.QUERIES) * len(synthetic.ACTIVITIES) and not queries & read
 
 
 def test_what_a_query_names_is_on_screen_in_its_windows_only():
-    for vid, scene in list(demo.scenes("val").items())[:3]:
-        for row in (row for row in demo.rows("val") if row.vid == vid):
-            (what,) = [activity for activity in demo.ACTIVITIES if activity.phrase in row.query]
+    for vid, scene in list(synthetic.scenes("val").items())[:3]:
+        for row in (row for row in synthetic.rows("val") if row.vid == vid):
+            (what,) = [activity for activity in synthetic.ACTIVITIES if activity.phrase in row.query]
             times = annotations.frame_times(row.duration, 25)
-            images = demo.render(scene, times).astype(int)
+            images = synthetic.render(scene, times).astype(int)
             near = (np.abs(images - np.array(what.rgb)).max(-1) < 22).sum((1, 2)) > 60
             assert near.tolist() == annotations.frame_labels(row, 25).astype(bool).tolist()
 
 
 def test_making_the_set_again_keeps_what_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "VIDEOS", {"train": 2, "val": 1, "test": 1})
+    monkeypatch.setattr(synthetic, "VIDEOS", {"train": 2, "val": 1, "test": 1})
     data = config.load("demo").data
-    demo.make(data, tmp_path)
+    synthetic.make(data, tmp_path)
     files = sorted((tmp_path / data.videos).glob("*.mp4"))
     assert len(files) == 4
     assert not annotations.read(tmp_path / data.test)[0].labelled
@@ -67,16 +69,16 @@ def test_making_the_set_again_keeps_what_is_there(tmp_path, monkeypatch):
     kept, lost = files[0].stat().st_mtime_ns, files[1].read_bytes()
     files[1].unlink()
     (tmp_path / "made.json").unlink()
-    demo.make(data, tmp_path)
+    synthetic.make(data, tmp_path)
     assert files[0].stat().st_mtime_ns == kept
     assert files[1].read_bytes() == lost
 
 
 def test_the_shipped_tokenizer_is_the_one_the_code_builds(tmp_path):
-    demo.build_tokenizer(tmp_path)
-    assert (tmp_path / prompt.FILE).read_bytes() == (demo.BASE / prompt.FILE).read_bytes()
+    base_model.build_tokenizer(tmp_path)
+    assert (tmp_path / prompt.FILE).read_bytes() == (base_model.BASE / prompt.FILE).read_bytes()
     profile = config.load("demo")
-    tokenizer = prompt.load(demo.BASE)
+    tokenizer = prompt.load(base_model.BASE)
     assert prompt.check(tokenizer, profile.model, 25).sample_positions < 300
     text = "Ein Mädchen öffnet 3 Türen — 第一"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -85,32 +87,32 @@ def test_the_shipped_tokenizer_is_the_one_the_code_builds(tmp_path):
 
 
 def test_the_shipped_base_is_small_and_fits():
-    assert sum(file.stat().st_size for file in demo.BASE.glob("*.safetensors")) <= 12e6
+    assert sum(file.stat().st_size for file in base_model.BASE.glob("*.safetensors")) <= 12e6
     profile = config.load("demo")
-    model = blip3.base(profile)
+    model = load_base(profile)
     assert model.lang_model.lm_head.weight is model.lang_model.model.embed_tokens.weight
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
 def test_make_base_writes_a_loadable_base_from_its_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "BASE_SCENES", 4)
-    monkeypatch.setattr(demo, "BASE_STEPS", (2, 2, 2))
+    monkeypatch.setattr(base_model, "BASE_SCENES", 4)
+    monkeypatch.setattr(base_model, "BASE_STEPS", (2, 2, 2))
     states = []
     for name in ("one", "two"):
-        demo.make_base(tmp_path / name, seed=1)
+        base_model.make_base(tmp_path / name, seed=1)
         states.append(load_file(tmp_path / name / "model.safetensors"))
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     profile = config.load("demo", {"model.weights": str(tmp_path / "one")})
-    start = blip3.base(config.load("demo")).state_dict()
-    assert {k: v.shape for k, v in blip3.base(profile).state_dict().items()} == {k: v.shape for k, v in start.items()}
+    start = load_base(config.load("demo")).state_dict()
+    assert {k: v.shape for k, v in load_base(profile).state_dict().items()} == {k: v.shape for k, v in start.items()}
 
 
 def test_no_room_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "VIDEOS", {"train": 1, "val": 1, "test": 1})
+    monkeypatch.setattr(synthetic, "VIDEOS", {"train": 1, "val": 1, "test": 1})
     data = config.load("demo").data
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="demo set could not be written"):
-        demo.make(data, tmp_path / "file" / "folder")
+        synthetic.make(data, tmp_path / "file" / "folder")
 
 
 def test_the_demo_differs_from_the_paper_by_its_profile_only():

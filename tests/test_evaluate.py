@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from framseg import annotations, evaluate
 from framseg.annotations import AnnotationError, Row
-from framseg.evaluate import PredictionError
+from framseg.predictions import PredictionError, read_predictions, read_released, write_predictions
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 REPOSITORY = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def golden(shared):
-    predictions = evaluate.read_predictions(shared / "golden/official_val_predictions.jsonl")
+    predictions = read_predictions(shared / "golden/official_val_predictions.jsonl")
     rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
     return predictions, rows, json.loads((shared / "golden/official_val_metrics.json").read_text())
 
@@ -69,7 +69,7 @@ def test_per_query_numbers_average_to_the_metrics(golden):
 def test_command_line(tmp_path):
     rows, predictions = [_row(1), _row(2)], [_prediction(1), _prediction(2), _prediction(3)]
     annotations.write(tmp_path / "rows.jsonl", rows)
-    evaluate.write_predictions(tmp_path / "predictions.jsonl", predictions)
+    write_predictions(tmp_path / "predictions.jsonl", predictions)
     command = [sys.executable, "-m", "framseg.evaluate", tmp_path / "predictions.jsonl", tmp_path / "rows.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 1 and done.stdout == ""
@@ -247,13 +247,13 @@ def test_a_malformed_record_is_named_by_file_line_and_qid(tmp_path, change, reas
     bad = _prediction(2) | change
     path.write_text(f"{json.dumps(_prediction(1))}\n\n{json.dumps(bad)}\n")
     with pytest.raises(PredictionError) as error:
-        evaluate.read_predictions(path)
+        read_predictions(path)
     assert str(error.value).startswith(f"{path}:3: qid {bad['qid']}: ") and reason in str(error.value)
     with pytest.raises(PredictionError) as error:
         evaluate.evaluate([_prediction(1), bad], [_row(1), _row(2)])
     assert str(error.value).startswith(f"prediction 2: qid {bad['qid']}: ") and reason in str(error.value)
     with pytest.raises(PredictionError):
-        evaluate.write_predictions(tmp_path / "new.jsonl", [bad])
+        write_predictions(tmp_path / "new.jsonl", [bad])
     assert not (tmp_path / "new.jsonl").exists()
 
 
@@ -263,24 +263,24 @@ def test_reading_lists_every_bad_line(tmp_path):
         "\n".join(["{", "3", json.dumps({"qid": 4}), json.dumps(_prediction(1)), json.dumps(_prediction(1))])
     )
     with pytest.raises(PredictionError) as error:
-        evaluate.read_predictions(path)
+        read_predictions(path)
     said = str(error.value).splitlines()
     assert [line.split(": ")[0] for line in said] == [f"{path}:{n}" for n in (1, 2, 3, 5)]
     assert "has neither pred_relevant_windows nor pred_saliency_scores" in said[2] and "on line 4 already" in said[3]
     path.write_text("\n")
     with pytest.raises(PredictionError, match="holds no predictions"):
-        evaluate.read_predictions(path)
+        read_predictions(path)
 
 
 def test_predictions_survive_writing_and_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "new folder" / "predictions.jsonl"
     record = _prediction(1) | {"query": "ein Hügel", "mask": "01", "probability": np.array([0.25, 0.5])}
-    evaluate.write_predictions(path, [record | {SALIENCY: np.array([0.5, 0.1])}])
-    read = evaluate.read_predictions(path)
+    write_predictions(path, [record | {SALIENCY: np.array([0.5, 0.1])}])
+    read = read_predictions(path)
     assert read == [record | {SALIENCY: [0.5, 0.1], "probability": [0.25, 0.5]}]
     with pytest.raises(PredictionError, match="qid 1: cannot be written"):
-        evaluate.write_predictions(path, [record | {"mask": float("nan")}])
-    assert evaluate.read_predictions(path) == read and len(list(path.parent.iterdir())) == 1
+        write_predictions(path, [record | {"mask": float("nan")}])
+    assert read_predictions(path) == read and len(list(path.parent.iterdir())) == 1
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def test_a_shuffled_model_scores_no_better_than_chance(golden):
 
 
 def test_the_papers_released_predictions(shared):
-    released = evaluate.read_released(shared / "golden/released_val_scores.csv")
+    released = read_released(shared / "golden/released_val_scores.csv")
     assert len(released) == 1550 and {len(one["probability"]) for one in released} == {25}
     first = released[0]
     assert (first["qid"], first["pred_relevant_windows"][:2]) == (2579, [[90, 150, 0.91199], [0, 150, 0]])
@@ -403,5 +403,5 @@ def test_the_papers_released_predictions(shared):
 )
 def test_a_bad_released_row_says_what_is_wrong(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
-    with pytest.raises(evaluate.PredictionError, match=message):
-        evaluate.read_released(tmp_path / "s.csv")
+    with pytest.raises(PredictionError, match=message):
+        read_released(tmp_path / "s.csv")

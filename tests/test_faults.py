@@ -18,16 +18,19 @@ from conftest import small_profile
 from safetensors.torch import load_file, save_file
 from test_train import logged, same_weights, validated
 
-from framseg import blip3, config, dataset, launcher, train
+from framseg import config, dataset, train
+from framseg.checkpoint import load_base
+from framseg.run import launcher
+from framseg.run.paths import BusyError, Run
 
 
-def processes_of(run: config.Run) -> list[psutil.Process]:
+def processes_of(run: Run) -> list[psutil.Process]:
     """The launcher and the training processes of a run, oldest first."""
     found = [p for p in psutil.process_iter(["cmdline"]) if str(run.root) in " ".join(p.info["cmdline"] or [])]
     return sorted((p for p in found if p.pid != os.getpid()), key=lambda process: process.pid)
 
 
-def alive(run: config.Run) -> list[psutil.Process]:
+def alive(run: Run) -> list[psutil.Process]:
     """Those that a moment after the end still run; the killed take one to go."""
     return psutil.wait_procs(processes_of(run), timeout=5)[1]
 
@@ -39,7 +42,7 @@ def wait_for(event, seconds: float = 240, every: float = 0.02) -> None:
         time.sleep(every)
 
 
-def same(one: config.Run, other: config.Run) -> bool:
+def same(one: Run, other: Run) -> bool:
     return logged(one) == logged(other) and same_weights(one, other) and validated(one) == validated(other)
 
 
@@ -50,9 +53,9 @@ def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_pa
     changes = {"training__save_steps": 2, "training__processes": processes, "training__epochs": epochs}
     profile = small_profile(profile.data.folder, **changes, training__accumulation=2 // processes)
     if processes > 1:
-        whole = config.Run(profile, tmp_path / "whole")
+        whole = Run(profile, tmp_path / "whole")
         train.launch(profile, whole)
-    run, steps = config.Run(profile, tmp_path / "killed"), len(train.read_log(whole.step_log))
+    run, steps = Run(profile, tmp_path / "killed"), len(train.read_log(whole.step_log))
     draw, hit, writing = random.Random(0), 0, 0
     for number in range(kills):
         ended = threading.Event()
@@ -90,7 +93,7 @@ def test_killed_at_any_point_and_resumed_is_bit_for_bit_the_same(trained, tmp_pa
 
 def test_a_damaged_state_is_seen_and_the_one_before_it_used(trained, tmp_path):
     profile, whole = trained
-    run = config.Run(profile, tmp_path / "damaged")
+    run = Run(profile, tmp_path / "damaged")
     shutil.copytree(whole.root, run.root)
     shutil.rmtree(run.checkpoint)
     first, last = sorted(run.resume.iterdir())
@@ -108,7 +111,7 @@ def test_a_damaged_state_is_seen_and_the_one_before_it_used(trained, tmp_path):
 
 def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_path):
     profile = small_profile(small_set)
-    run = config.Run(profile, tmp_path / "run")
+    run = Run(profile, tmp_path / "run")
     store = dataset.store(profile)
     vid = dataset.rows(profile, "train")[0].vid
     content = store.path(vid).read_bytes()
@@ -125,19 +128,20 @@ def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_pat
 LAUNCH = """
 import resource, sys
 from framseg import config, train
+from framseg.run.paths import Run
 
 profile, folder, limit = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
 try:
     profile = config.Profile.model_validate_json(profile)
-    train.launch(profile, config.Run(profile, folder))
+    train.launch(profile, Run(profile, folder))
 except train.TrainError as error:
     sys.exit(str(error))
 """
 
 
-def start_elsewhere(profile: config.Profile, run: config.Run, *before: str, limit: int = 0) -> subprocess.Popen:
+def start_elsewhere(profile: config.Profile, run: Run, *before: str, limit: int = 0) -> subprocess.Popen:
     """`train.launch` in a process of its own; `before` stands before its command, `limit` is its memory in bytes."""
     command = [*before, sys.executable, "-c", LAUNCH, profile.model_dump_json(), str(run.root), str(limit)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -146,7 +150,7 @@ def start_elsewhere(profile: config.Profile, run: config.Run, *before: str, limi
 @pytest.mark.slow
 def test_where_the_kernel_is_killed_the_training_ends_with_a_state(trained, tmp_path):
     profile, whole = trained
-    run = config.Run(profile, tmp_path / "left alone")
+    run = Run(profile, tmp_path / "left alone")
     watcher = start_elsewhere(profile, run)
     wait_for(lambda: len(train.read_log(run.step_log)) >= 2)
     watcher.kill()
@@ -159,13 +163,13 @@ def test_where_the_kernel_is_killed_the_training_ends_with_a_state(trained, tmp_
 
 def test_a_second_training_in_the_same_folder_is_refused(trained, tmp_path):
     profile, _ = trained
-    run = config.Run(profile, tmp_path / "twice")
+    run = Run(profile, tmp_path / "twice")
     run.train.mkdir(parents=True)
     with open(run.train / "lock", "w") as first:
         first.write("1234")
         first.flush()
         fcntl.flock(first, fcntl.LOCK_EX)
-        with pytest.raises(config.BusyError, match="process 1234 is at work in .*give another --run-dir"):
+        with pytest.raises(BusyError, match="process 1234 is at work in .*give another --run-dir"):
             train.launch(profile, run)
     assert not run.step_log.exists()
 
@@ -174,7 +178,7 @@ def test_a_second_training_in_the_same_folder_is_refused(trained, tmp_path):
 def not_a_number(small_set, tmp_path):
     """A profile that reads the encoder's output from the disk, where that of one training video is damaged."""
     profile = small_profile(small_set, training__cache_features=True)
-    model = blip3.base(profile).eval()
+    model = load_base(profile).eval()
     features = dataset.Features.of(profile, model)
     rows = dataset.rows(profile, "train")
     features.make(profile, model, [rows[0].vid])
@@ -189,7 +193,7 @@ def not_a_number(small_set, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_or_is_skipped_and_written_down(not_a_number, tmp_path):
     profile, qids = not_a_number
-    run = config.Run(profile, tmp_path / "not a number")
+    run = Run(profile, tmp_path / "not a number")
     with pytest.raises(train.TrainError, match="the loss of step .* is not finite, for .*may_skip allows 0"):
         train.launch(profile, run)
     [record] = train.read_log(run.skipped_log)
@@ -213,7 +217,7 @@ def test_a_loss_that_is_no_number_stops_or_is_skipped_and_written_down(not_a_num
 def test_a_gradient_that_is_no_number_stops_too(small_set, tmp_path):
     """The loss is around 1e36 and finite, its gradient's norm is not."""
     profile = small_profile(small_set, losses__pos_weight=1e36, losses__start=[0, 1, 0, 0])
-    run = config.Run(profile, tmp_path / "steep")
+    run = Run(profile, tmp_path / "steep")
     with pytest.raises(train.TrainError, match="the gradient of step 1 is not finite"):
         train.launch(profile, run)
     [record] = train.read_log(run.skipped_log)
@@ -228,7 +232,7 @@ def test_a_full_disk_ends_with_one_sentence(small_set, tmp_path):
     alone = ("unshare", "--mount", "sh", "-c")
     if subprocess.run([*alone, mount], capture_output=True).returncode:
         pytest.skip("a disk of 1 MB cannot be mounted here; the next test does with files that may not grow")
-    run = config.Run(profile, tmp_path / "disk" / "run")
+    run = Run(profile, tmp_path / "disk" / "run")
     process = start_elsewhere(profile, run, *alone, f'{mount} && exec "$@"', "sh")
     said = process.communicate(timeout=120)[1].strip()
     assert process.returncode == 1 and not alive(run)
@@ -239,7 +243,7 @@ def test_a_full_disk_ends_with_one_sentence(small_set, tmp_path):
 @pytest.mark.slow
 def test_a_file_that_cannot_be_written_ends_with_one_sentence_and_training_goes_on(trained, tmp_path):
     profile, whole = trained
-    run = config.Run(profile, tmp_path / "full")
+    run = Run(profile, tmp_path / "full")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # logs fit, a state does not
     try:
@@ -260,7 +264,7 @@ def without_override() -> tuple[str, ...]:
 def test_a_read_only_folder_ends_with_one_sentence(trained, tmp_path):
     profile, _ = trained
     (tmp_path / "shut").mkdir(mode=0o555)
-    run = config.Run(profile, tmp_path / "shut" / "run")
+    run = Run(profile, tmp_path / "shut" / "run")
     process = start_elsewhere(profile, run, *without_override())
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and not run.root.exists()
@@ -272,7 +276,7 @@ def test_a_read_only_folder_ends_with_one_sentence(trained, tmp_path):
 def test_a_missing_gpu_is_said_before_anything_starts(small_set, tmp_path):
     there = torch.cuda.device_count()
     profile = small_profile(small_set, model__dtype="bfloat16", training__processes=there + 1)
-    run = config.Run(profile, tmp_path / "no GPU")
+    run = Run(profile, tmp_path / "no GPU")
     with pytest.raises(train.TrainError, match=f"trains on {there + 1}, this machine has {there}; set training.proc"):
         train.launch(profile, run)
     assert not run.root.exists()
@@ -281,7 +285,7 @@ def test_a_missing_gpu_is_said_before_anything_starts(small_set, tmp_path):
 @pytest.mark.slow
 def test_out_of_memory_ends_with_one_sentence(small_set, tmp_path):
     profile = small_profile(small_set, inference__batch=2**20, training__micro_batch=6, training__accumulation=1)
-    run = config.Run(profile, tmp_path / "narrow")
+    run = Run(profile, tmp_path / "narrow")
     process = start_elsewhere(profile, run, limit=3 * 2**30)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and not alive(run)
@@ -291,7 +295,7 @@ def test_out_of_memory_ends_with_one_sentence(small_set, tmp_path):
 @pytest.mark.slow
 def test_a_reader_of_frames_that_dies_ends_with_one_sentence(trained, tmp_path):
     profile = small_profile(trained[0].data.folder, training__workers=1)
-    run = config.Run(profile, tmp_path / "reader")
+    run = Run(profile, tmp_path / "reader")
 
     def kill():
         wait_for(lambda: train.read_log(run.step_log))

@@ -7,8 +7,9 @@ from matplotlib import pyplot
 from matplotlib.container import BarContainer
 from PIL import Image
 
-from framseg import annotations, evaluate, figures, moments, reported
+from framseg import annotations, evaluate, moments
 from framseg.annotations import Row
+from framseg.viz import figures, paper_results
 
 F = 25
 
@@ -110,7 +111,7 @@ def test_overview_counts(pictures):
     expected = np.mean([annotations.frame_labels(one, F) for one in train], axis=0)
     np.testing.assert_array_equal(position.lines[0].get_ydata(), expected)
     found = annotations.class_balance(train, F)
-    assert [bar.get_width() for bar in bars(balance)] == [found.background_share, reported.BACKGROUND_SHARE]
+    assert [bar.get_width() for bar in bars(balance)] == [found.background_share, paper_results.BACKGROUND_SHARE]
     assert "70.04%\n2.3378 : 1" in texts(figure)
     with pytest.raises(ValueError, match="none of the splits test has labels"):
         figures.data_overview({"test": test}, F)

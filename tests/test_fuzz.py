@@ -22,15 +22,19 @@ from small import tiny
 from test_config import flat
 from test_prompt import letters
 
-from framseg import annotations, blip3, browser, codalab, config, evaluate, figures, prompt, steps, train
+from framseg import annotations, codalab, config, evaluate, prompt, train
 from framseg.annotations import AnnotationError, Row
-from framseg.blip3 import CheckpointError
+from framseg.backbones import CheckpointError, blip3
+from framseg.checkpoint import load_base, load_trained, save_trained
 from framseg.codalab import TEST_NAME, VAL_NAME, SubmissionError
 from framseg.config import ProfileError
-from framseg.evaluate import PredictionError
+from framseg.predictions import PredictionError, read_predictions, read_released, write_predictions
 from framseg.prompt import PromptError
-from framseg.run import NOTEBOOKS
+from framseg.run import stamps
+from framseg.run.notebooks import NOTEBOOKS
+from framseg.run.paths import Run
 from framseg.train import TrainError
+from framseg.viz import browser, figures
 
 reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -198,11 +202,11 @@ def test_annotations(tmp_path, content):
 def test_predictions(tmp_path, content):
     path = tmp_path / "predictions.jsonl"
     path.write_bytes(content)
-    found = outcome(lambda: evaluate.read_predictions(path), PredictionError, path)
+    found = outcome(lambda: read_predictions(path), PredictionError, path)
     if found is not None:
         scored = outcome(lambda: evaluate.evaluate(found, ROWS, intersection=True), PredictionError, "qid", "queries")
         assert scored is None or scored["brief"]
-        outcome(lambda: evaluate.write_predictions(tmp_path / "again.jsonl", found), PredictionError, "qid")
+        outcome(lambda: write_predictions(tmp_path / "again.jsonl", found), PredictionError, "qid")
 
 
 @st.composite
@@ -226,7 +230,7 @@ def released(draw):
 def test_released_predictions(tmp_path, content):
     path = tmp_path / "scores.csv"
     path.write_bytes(content)
-    found = outcome(lambda: evaluate.read_released(path), PredictionError, path)
+    found = outcome(lambda: read_released(path), PredictionError, path)
     if found is not None:
         outcome(lambda: evaluate.evaluate(found, ROWS, intersection=True), PredictionError, "qid", "queries")
 
@@ -251,7 +255,7 @@ def test_profiles(tmp_path, content):
     if profile is not None:
         config.save(profile, tmp_path / "again.yaml")
         assert config.load(tmp_path / "again.yaml") == profile
-        assert config.Run(profile).root.parent == config.REPOSITORY / "runs"
+        assert Run(profile).root.parent == config.REPOSITORY / "runs"
 
 
 KEYS = st.sampled_from(sorted(flat(config.load("demo").model_dump())))
@@ -380,8 +384,8 @@ def checkpoint(tmp_path_factory):
     profile = tiny(model__weights=str(folder / "base"), **layers)
     torch.manual_seed(0)
     blip3.Blip3(profile.model).save_published(folder / "base")
-    model = blip3.base(profile)
-    blip3.save_trained(folder / "trained", model, model.adapt(profile.adapter, 0), profile, letters()[0])
+    model = load_base(profile)
+    save_trained(folder / "trained", model, model.adapt(profile.adapter, 0), profile, letters()[0])
     return folder
 
 
@@ -393,7 +397,7 @@ def test_checkpoints(checkpoint, monkeypatch, data):
     file = data.draw(st.sampled_from([path for path in files if path.name != prompt.FILE]))
     with spoiled(file, data):
         loaded = outcome(
-            lambda: blip3.load_trained(checkpoint / "trained"),
+            lambda: load_trained(checkpoint / "trained"),
             (CheckpointError, ProfileError),
             *(
                 checkpoint / "trained",
@@ -454,10 +458,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     profile = config.load("demo", {"data.source": "folder", "data.folder": str(folder / "data")})
     (folder / "code").mkdir()
-    run = config.Run(profile, folder / "run")
+    run = Run(profile, folder / "run")
     run.notebooks.mkdir(parents=True)
     annotations.write(folder / "data" / profile.data.val, ROWS)
-    evaluate.write_predictions(run.predicted("val"), PREDICTIONS)
+    write_predictions(run.predicted("val"), PREDICTIONS)
     config.save(profile, run.profile)
     return profile, run, folder
 
@@ -485,8 +489,8 @@ def test_the_browser_on_a_run(made, data):
 @given(st.data())
 def test_stamps_of_finished_chapters(made, monkeypatch, data):
     profile, run, folder = made
-    monkeypatch.setattr(steps, "CODE", folder / "code")
-    step = steps.Step(NOTEBOOKS / "01_data.ipynb", profile, run)
+    monkeypatch.setattr(stamps, "CODE", folder / "code")
+    step = stamps.Step(NOTEBOOKS / "01_data.ipynb", profile, run)
     step.copy.touch()
     step.stamp.write_text(
         json.dumps({"inputs": step.inputs(), "began": 1.5, "device": "a CPU", "wrote": ["profile.yaml"]})
@@ -495,7 +499,7 @@ def test_stamps_of_finished_chapters(made, monkeypatch, data):
     with spoiled(step.stamp, data):
         why = step.changed()
         assert why is None or "changed" in why or "is gone" in why or why == "not finished yet"
-        assert isinstance(steps.read(step.copy).get("device", ""), str)
+        assert isinstance(stamps.read(step.copy).get("device", ""), str)
 
 
 @reused

@@ -12,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from small import tiny
 
-from framseg import blip3, config, hub, prompt
+from framseg import config, prompt
+from framseg.backbones import CheckpointError, blip3
+from framseg.checkpoint import CARD, load_base, model_card, save_trained
 from framseg.evaluate import METRICS
 
 
@@ -81,13 +83,13 @@ def checkpoint(tmp_path):
     """A trained checkpoint of a tiny model, base and all."""
     profile = tiny(model__weights=str(tmp_path / "base"), name="tiny")
     blip3.Blip3(profile.model).save_published(tmp_path / "base")
-    model = blip3.base(profile)
+    model = load_base(profile)
     start = model.adapt(profile.adapter, 0)
     folder = tmp_path / "checkpoint"
-    blip3.save_trained(folder, model, start, profile, prompt.load("framseg/base"))
+    save_trained(folder, model, start, profile, prompt.load("framseg/demo/base"))
     metrics = {"brief": {name: 12.5 for name in METRICS}}
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    (folder / hub.CARD).write_text(hub.card(profile, metrics), encoding="utf-8")
+    (folder / CARD).write_text(model_card(profile, metrics), encoding="utf-8")
     return folder
 
 
@@ -122,7 +124,7 @@ def test_pushed_and_fetched_by_name(server, checkpoint, tmp_path):
     assert "stray.pkl" not in server.files
 
     server.files["evil.py"] = b"raise SystemExit"
-    load = "import sys; from framseg import blip3, hub; print(blip3.load_trained(hub.local(sys.argv[1]))[1].name)"
+    load = "import sys; from framseg.checkpoint import load_trained, local_folder; print(load_trained(local_folder(sys.argv[1]))[1].name)"
     done = python(server, tmp_path, "-c", load, "somebody/moments")  # the relative base is found from tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "tiny" and "evil.py" not in server.fetched
@@ -132,13 +134,13 @@ def test_pushed_and_fetched_by_name(server, checkpoint, tmp_path):
 
 
 def test_the_card_says_what_was_trained_and_measured(checkpoint):
-    text = (checkpoint / hub.CARD).read_text(encoding="utf-8")
+    text = (checkpoint / CARD).read_text(encoding="utf-8")
     assert "| 12.50 | 12.50 | 12.50 | 12.50 | 12.50 |" in text
     assert "profile `tiny`" in text and "128 samples a step" in text
-    paper = hub.card(config.load("paper"), {"brief": {name: 1.0 for name in METRICS}})
+    paper = model_card(config.load("paper"), {"brief": {name: 1.0 for name in METRICS}})
     assert "base_model: Salesforce/xgen-mm-phi3-mini-instruct-interleave-r-v1.5\n" in paper
 
 
 def test_a_base_model_that_is_not_here_is_said(tmp_path):
-    with pytest.raises(blip3.CheckpointError, match="base model's folder is not here; set model.weights"):
-        blip3.base(tiny(model__weights=str(tmp_path / "gone")))
+    with pytest.raises(CheckpointError, match="base model's folder is not here; set model.weights"):
+        load_base(tiny(model__weights=str(tmp_path / "gone")))

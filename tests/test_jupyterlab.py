@@ -10,8 +10,11 @@ import nbformat
 import pytest
 from lab import CHROMIUM, launched, serve
 
-from framseg import browser, config, evaluate, run
-from framseg.browser import FILTERS
+from framseg import config
+from framseg.predictions import read_predictions
+from framseg.run import notebooks
+from framseg.viz import browser
+from framseg.viz.browser import FILTERS
 
 SCREENSHOTS = config.REPOSITORY / "runs" / "screenshots"
 PATIENCE = 120_000  # milliseconds
@@ -27,7 +30,7 @@ def lab(chain, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("lab")
     for path in chain.notebooks.glob("*.ipynb"):
         shutil.copy(path, folder)
-    notebook = nbformat.read(run.NOTEBOOKS / "05_figures.ipynb", as_version=4)
+    notebook = nbformat.read(notebooks.NOTEBOOKS / "05_figures.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if cell.id == "parameters")
     cell.source += f"\nprofile, run_dir = {str(chain.profile)!r}, {str(chain.root)!r}"
     nbformat.write(notebook, folder / "05_figures.ipynb")
@@ -102,7 +105,7 @@ def test_an_error_on_a_page_is_seen(lab, page):
 
 
 def place(cell: str) -> int:
-    cells = nbformat.read(run.NOTEBOOKS / "05_figures.ipynb", as_version=4).cells
+    cells = nbformat.read(notebooks.NOTEBOOKS / "05_figures.ipynb", as_version=4).cells
     return [one.id for one in cells].index(cell)
 
 
@@ -222,7 +225,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     twin.search.value = word
     one.get_by_role("button", name="export selection").click()
     expect(one).to_contain_text("predictions written to")
-    exported = evaluate.read_predictions(chain.predictions / "selection.jsonl")
+    exported = read_predictions(chain.predictions / "selection.jsonl")
     assert [record["qid"] for record in exported] == [entry["qid"] for entry in twin.shown]
     one.get_by_role("button", name="save figure").click()
     expect(one).to_contain_text(re.compile(r"saved .*\.pdf"))

@@ -18,7 +18,10 @@ from ipywidgets import Widget
 from test_frames import make_video, run, small_store
 
 import framseg
-from framseg import blip3, browser, config, dataset, decode, evaluate, frames, prompt
+from framseg import config, dataset, decode, evaluate, frames, prompt
+from framseg.checkpoint import load_base, save_trained
+from framseg.predictions import read_predictions
+from framseg.viz import browser
 
 QUERIES = 2000
 
@@ -66,7 +69,7 @@ def test_memory_stays_flat_over_2000_queries_and_their_metrics(small_set, tmp_pa
 
     monkeypatch.setattr(decode, "records", watched)
     path = tmp_path / "val.jsonl"
-    model, tokenizer = blip3.base(profile), prompt.load(profile.model.tokenizer)
+    model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
     found = decode.split(model, tokenizer, profile, rows, path, progress=False)
     assert len(measured) == QUERIES // 50 and grown(measured) < 20  # 2,000 records themselves take 8
     assert [record["qid"] for record in found] == list(range(QUERIES))
@@ -74,7 +77,7 @@ def test_memory_stays_flat_over_2000_queries_and_their_metrics(small_set, tmp_pa
 
     measured.clear()
     for _ in range(20):
-        assert len(evaluate.per_query(evaluate.read_predictions(path), rows)) == QUERIES
+        assert len(evaluate.per_query(read_predictions(path), rows)) == QUERIES
         evaluate.evaluate(found, rows)
         measured.append(megabytes())
     assert grown(measured) < 16
@@ -84,9 +87,9 @@ def test_memory_stays_flat_over_2000_queries_and_their_metrics(small_set, tmp_pa
 def test_memory_and_handles_stay_flat_over_many_videos_of_ones_own(small_set, tmp_path):
     """2,000 queries, twelve at a time about one video after the other."""
     profile = small_profile(small_set)
-    model, tokenizer = blip3.base(profile), prompt.load(profile.model.tokenizer)
+    model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
     start = model.adapt(profile.adapter, seed=0)
-    blip3.save_trained(tmp_path / "checkpoint", model, start, profile, tokenizer)
+    save_trained(tmp_path / "checkpoint", model, start, profile, tokenizer)
     del model, start
     videos = sorted(dataset.videos(profile).iterdir())
     (tmp_path / "bad.mp4").write_bytes(videos[0].read_bytes()[:-2000])
@@ -185,7 +188,7 @@ def test_the_browser_holds_20000_predictions(tmp_path):
     assert one.list.options[-1][1] == one.list.value == browser.PAGE - 1
     one.next()
     assert one.list.options[0][1] == one.list.value == browser.PAGE and f"query {browser.PAGE} " in one.picture.value
-    assert len(evaluate.read_predictions(one.export())) == 20_000
+    assert len(read_predictions(one.export())) == 20_000
 
     measured = []
     for number in range(400):

@@ -14,9 +14,13 @@ from conftest import SHORT, small_profile, start
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
-from framseg import annotations, codalab, config, cost, evaluate, figures, reported, run, train
+from framseg import annotations, codalab, config, evaluate, train
+from framseg.predictions import read_predictions
+from framseg.run import cost, notebooks
+from framseg.run.paths import Run
+from framseg.viz import figures, paper_results
 
-NOTEBOOKS = sorted(run.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 CHAPTERS = ["01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures"]
 
 
@@ -28,7 +32,7 @@ def test_there_are_five():
 def test_as_committed(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == run.KERNEL
+    assert notebook.metadata.kernelspec.name == notebooks.KERNEL
     assert 10 <= len(notebook.cells) <= 20
     assert notebook.cells[0].cell_type == "markdown"
     assert notebook.cells[0].source.startswith(f"# {int(path.stem[:2])} ·")
@@ -39,15 +43,15 @@ def test_as_committed(path):
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert tagged == code[:1]
     assert 'profile = "demo"' in tagged[0].source and "run_dir = None" in tagged[0].source
-    # No path of a run but those that config.Run gives.
+    # No path of a run but those that Run gives.
     assert not [cell.id for cell in code if re.search(r"""["']runs/|["']data/""", cell.source)]
 
 
-def executed(chain: config.Run, chapter: int) -> nbformat.NotebookNode:
+def executed(chain: Run, chapter: int) -> nbformat.NotebookNode:
     return nbformat.read(chain.notebooks / f"{CHAPTERS[chapter - 1]}.ipynb", as_version=4)
 
 
-def said(chain: config.Run, chapter: int, cell: str) -> str:
+def said(chain: Run, chapter: int, cell: str) -> str:
     """Everything a cell printed or showed as text, markup taken out."""
     found = next(one for one in executed(chain, chapter).cells if one.id == cell)
     texts = [out.text if out.output_type == "stream" else out.data.get("text/html", "") for out in found.outputs]
@@ -115,10 +119,10 @@ def test_chapter_3_logs_plainly_where_nobody_looks_on(chain):
 def test_chapter_3_is_shown_live_interrupted_and_resumed(small_set, tmp_path):
     """Its own cells in a kernel, as JupyterLab executes them; interrupted after two steps, then run again."""
     config.save(small_profile(small_set), tmp_path / "profile.yaml")
-    made = config.Run("demo", tmp_path / "run")
+    made = Run("demo", tmp_path / "run")
     cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOKS[2], as_version=4).cells}
     manager, client = start_new_kernel(
-        kernel_name=run.KERNEL, cwd=str(tmp_path), env=os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
+        kernel_name=notebooks.KERNEL, cwd=str(tmp_path), env=os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
     )
 
     def execute(source: str, interrupt_after: int | None = None) -> tuple[str, list[dict], str]:
@@ -165,7 +169,7 @@ def test_chapter_4_scores_what_it_decoded(chain, small_set):
     assert list(written)[3:] == ["all ones", "best constant window", "random masks"]
     assert written["this model"] == json.loads((chain.metrics / "val.json").read_text())
     for split, labels in (("val", profile.data.val), ("test", profile.data.test_labels)):
-        predictions = evaluate.read_predictions(chain.predicted(split))
+        predictions = read_predictions(chain.predicted(split))
         metrics = evaluate.evaluate(predictions, annotations.read(small_set / labels))
         assert metrics == json.loads((chain.metrics / f"{split}.json").read_text())
     shown = said(chain, 4, "metrics")
@@ -173,7 +177,7 @@ def test_chapter_4_scores_what_it_decoded(chain, small_set):
         assert name in shown and f"{metrics['brief']['MR-full-mAP']:.2f}" in {f"{float(n):.2f}" for n in numbers(shown)}
     table = said(chain, 4, "reported")
     assert "reported, real QVHighlights" in table and "measured here" in table
-    for row in (*reported.TEST.values(), *reported.BY_EPOCH):  # Tables I and IV
+    for row in (*paper_results.TEST.values(), *paper_results.BY_EPOCH):  # Tables I and IV
         assert {f"{value:.2f}" for value in row.values()} <= numbers(table)
     for record in train.read_log(chain.validation_log):
         assert f"{record['metrics']['brief']['MR-full-mAP']:.2f}" in numbers(table)
@@ -199,7 +203,7 @@ def test_chapter_4_shows_the_better_policies_as_recorded(chain):
 def test_chapter_5_shows_chosen_queries_the_browser_and_predict(chain, small_set):
     profile = config.load(chain.profile)
     rows = annotations.read(small_set / profile.data.val)
-    final, early = (evaluate.read_predictions(chain.predicted("val", epoch)) for epoch in (None, 1))
+    final, early = (read_predictions(chain.predicted("val", epoch)) for epoch in (None, 1))
     chosen = figures.choose(rows, final, *(evaluate.per_query(some, rows) for some in (final, early)))
     pictures = [path.stem for path in chain.figures.glob("qualitative_*.png")]
     assert len(pictures) == len(chosen) >= 1
@@ -295,7 +299,7 @@ def test_what_an_earlier_chapter_must_write_first(small_set, tmp_path, chapter, 
 
 def test_a_wrong_profile_name(tmp_path):
     command = [sys.executable, "-m", "papermill", str(NOTEBOOKS[1]), str(tmp_path / "out.ipynb")]
-    command += ["-k", run.KERNEL, "-p", "profile", "dmeo", "-p", "run_dir", str(tmp_path)]
+    command += ["-k", notebooks.KERNEL, "-p", "profile", "dmeo", "-p", "run_dir", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1

@@ -14,6 +14,7 @@ from conftest import SHORT
 from test_faults import alive, processes_of, wait_for, without_override
 
 from framseg import config, train
+from framseg.run.paths import Run
 
 # In a network of its own the loopback address is down, through which kernels and training processes are spoken to.
 LOOPBACK_UP = """
@@ -77,7 +78,7 @@ def test_a_read_only_tree_with_an_odd_name_a_fresh_home_and_no_network(small_set
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_shell_leaves_a_state_and_no_process(small_set, tmp_path):
-    run = config.Run("demo", tmp_path / "cut short")
+    run = Run("demo", tmp_path / "cut short")
     process = run_all(config.REPOSITORY, run.root, "--only", "03", *settings(small_set), "--set", "training.epochs=50")
     wait_for(lambda: len(train.read_log(run.step_log)) >= 2)
     os.killpg(process.pid, signal.SIGINT)
@@ -93,8 +94,8 @@ def test_without_a_network_what_would_be_fetched_is_said_within_ten_seconds(smal
     published = config.load("paper").model
     names = {"data.folder": small_set, "model.weights": published.weights, "model.tokenizer": published.tokenizer}
     code = (
-        "import json, sys, time; from framseg import config, needs; began = time.monotonic();"
-        "print(*needs.missing(config.load('demo', json.loads(sys.argv[1]))), sep='\\n');"
+        "import json, sys, time; from framseg import config; from framseg.run import preflight; began = time.monotonic();"
+        "print(*preflight.missing(config.load('demo', json.loads(sys.argv[1]))), sep='\\n');"
         "print(time.monotonic() - began)"
     )
     with socket.socket() as silent:

@@ -10,7 +10,10 @@ import nbformat
 import pytest
 import yaml
 
-from framseg import config, run, steps
+from framseg import config
+from framseg.run import notebooks as driver
+from framseg.run import stamps
+from framseg.run.paths import hold
 
 RUN_ALL = config.REPOSITORY / "run_all.sh"
 TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
@@ -19,7 +22,7 @@ TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
 def notebook(folder, name, *cells):
     parameters = nbformat.v4.new_code_cell("profile = 'paper'\nrun_dir = None", metadata={"tags": ["parameters"]})
     code = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    kernel = {"name": run.KERNEL, "display_name": "Python 3", "language": "python"}
+    kernel = {"name": notebooks.KERNEL, "display_name": "Python 3", "language": "python"}
     content = nbformat.v4.new_notebook(cells=[parameters, *code], metadata={"kernelspec": kernel})
     nbformat.write(content, folder / f"{name}.ipynb")
 
@@ -37,15 +40,15 @@ def notebooks(tmp_path, monkeypatch):
         write + "(Path(run_dir) / 'two.txt').write_text(str(config.load(profile).training.epochs))",
     )
     notebook(folder, "03_three", write + "(Path(run_dir) / 'three.txt').write_text('')")
-    monkeypatch.setattr(run, "NOTEBOOKS", folder)
+    monkeypatch.setattr(driver, "NOTEBOOKS", folder)
     monkeypatch.setenv("JUPYTER_PATH", "")  # these two are changed by the run: put back after the test
     monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr("framseg.needs.missing", lambda profile, trains: [])
+    monkeypatch.setattr("framseg.run.preflight.missing", lambda profile, trains: [])
     return folder
 
 
 def start(tmp_path, *options):
-    return run.main(["paper", "--run-dir", str(tmp_path / "a run"), *options])
+    return driver.main(["paper", "--run-dir", str(tmp_path / "a run"), *options])
 
 
 def test_all_notebooks_with_one_profile_in_this_interpreter(notebooks, tmp_path, capfd):
@@ -83,7 +86,7 @@ def _made(folder: Path) -> Path:
     ],
 )
 def test_chosen(notebooks, options, expected):
-    assert [path.stem for path in run.chosen(*options)] == expected
+    assert [path.stem for path in driver.chosen(*options)] == expected
 
 
 def test_a_failing_cell_is_shown_and_finished_steps_stay(notebooks, tmp_path, capfd):
@@ -114,12 +117,12 @@ def test_a_dead_kernel_is_said(notebooks, tmp_path, capfd):
     ],
 )
 def test_nothing_starts_with_wrong_options(notebooks, capsys, arguments, message):
-    assert run.main(arguments) == 2
+    assert driver.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("framseg.needs.missing", lambda profile, trains: ["weights of the model", "a GPU"])
+    monkeypatch.setattr("framseg.run.preflight.missing", lambda profile, trains: ["weights of the model", "a GPU"])
     assert start(tmp_path) == 2
     said = capsys.readouterr().err
     assert "'paper' cannot run here yet" in said and "- weights of the model\n- a GPU" in said
@@ -127,7 +130,7 @@ def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypa
 
 
 def test_a_second_run_in_the_same_folder_is_refused(notebooks, tmp_path, capsys):
-    with config.hold(tmp_path / "a run"):
+    with hold(tmp_path / "a run"):
         assert start(tmp_path, "--only", "01") == 2
     assert f"process {os.getpid()} is at work in {tmp_path / 'a run'}" in capsys.readouterr().err
     assert start(tmp_path, "--only", "01") == 0
@@ -148,13 +151,13 @@ def inputs(notebooks, tmp_path, monkeypatch):
         nbformat.write(content, made.notebooks / notebook.name)
         exec("\n".join(cell.source for cell in content.cells[1:]), {"run_dir": made.root, "profile": made.profile})
 
-    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(driver, "execute", execute)
     for name in ("code", "data/videos"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "code/module.py").write_text("one = 1\n")
     (tmp_path / "data/highlight_val_release.jsonl").write_text("{}\n")
     (tmp_path / "data/videos/a.mp4").write_bytes(b"a")
-    monkeypatch.setattr(steps, "CODE", tmp_path / "code")
+    monkeypatch.setattr(stamps, "CODE", tmp_path / "code")
     assert again(tmp_path) == 0
     return tmp_path
 
@@ -174,7 +177,7 @@ NAMES = ("01_one", "02_two", "03_three")
 
 
 def test_what_is_finished_is_skipped(inputs, capfd, monkeypatch):
-    monkeypatch.setattr(run, "execute", None)  # nothing may be executed
+    monkeypatch.setattr(driver, "execute", None)  # nothing may be executed
     page = (inputs / "a run/report.html").stat().st_mtime_ns
     assert again(inputs) == 0
     out = capfd.readouterr().out
@@ -241,7 +244,7 @@ def test_what_the_first_chapter_makes_is_no_change(notebooks, tmp_path, capfd):
     )
     for expected in ("not finished yet", SKIPPED):
         options = ["--profile", "demo", "--run-dir", str(tmp_path / "a run"), "--set", f"data.folder={folder}"]
-        assert run.main(options) == 0
+        assert driver.main(options) == 0
         assert said(capfd) == dict.fromkeys(NAMES, expected)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from framseg import config, dataset, evaluate
+from framseg.predictions import read_predictions
+from framseg.run.paths import Run
 
 pytestmark = pytest.mark.slow
 
@@ -17,20 +19,20 @@ THRESHOLDS = {"MR-full-R1@0.5": 75, "MR-full-R1@0.7": 60}
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, config.Run]:
-    run = config.Run("demo", tmp_path_factory.mktemp("demo run"))
+def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Run]:
+    run = Run("demo", tmp_path_factory.mktemp("demo run"))
     environment = {key: value for key, value in os.environ.items() if key != "FRAMSEG_SHARED"}
     command = [str(config.REPOSITORY / "run_all.sh"), "demo", "--run-dir", str(run.root)]
     done = subprocess.run(command, cwd=Path.home(), env=environment, capture_output=True, text=True, timeout=900)
     return done, run
 
 
-def brief(run: config.Run, epoch: int | None = None) -> dict:
-    predictions = evaluate.read_predictions(run.predicted("val", epoch))
+def brief(run: Run, epoch: int | None = None) -> dict:
+    predictions = read_predictions(run.predicted("val", epoch))
     return evaluate.evaluate(predictions, rows(run, "val"))["brief"]
 
 
-def rows(run: config.Run, split: str) -> list:
+def rows(run: Run, split: str) -> list:
     return dataset.rows(config.load(run.profile), split)
 
 
@@ -50,7 +52,7 @@ def test_it_has_learned(demo):
         assert trained[name] >= least
     val, profile = rows(run, "val"), config.load(run.profile)
     trivial = evaluate.trivial(val, rows(run, "train"), profile.seed, profile.frames.count)
-    trivial["query ignored"] = evaluate.shuffled(evaluate.read_predictions(run.predicted("val")), val, profile.seed)
+    trivial["query ignored"] = evaluate.shuffled(read_predictions(run.predicted("val")), val, profile.seed)
     best = max(evaluate.evaluate(p, val)["brief"]["HL-min-VeryGood-Hit1"] for p in trivial.values())
     assert trained["HL-min-VeryGood-Hit1"] >= 1.5 * best
 

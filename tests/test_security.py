@@ -24,7 +24,9 @@ from test_codalab import TEST, VAL, folder  # noqa: F401
 from test_fuzz import checkpoint  # noqa: F401
 from test_run import notebooks, shell, start  # noqa: F401
 
-from framseg import blip3, codalab, config, dataset, frames, prompt, train
+from framseg import codalab, config, dataset, frames, prompt, train
+from framseg.backbones import CheckpointError, blip3
+from framseg.checkpoint import load_trained
 
 
 @pytest.fixture
@@ -61,23 +63,23 @@ def test_a_pickle_among_base_weights(checkpoint, harm, tmp_path, name):  # noqa:
     profile = config.load(checkpoint / "trained" / "profile.yaml")
     (tmp_path / "base").mkdir()
     shutil.copy(harm, tmp_path / "base" / name)
-    with pytest.raises(blip3.CheckpointError, match=str(tmp_path / "base")):
+    with pytest.raises(CheckpointError, match=str(tmp_path / "base")):
         blip3.Blip3.load_published(profile.model, tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", ["resampler.safetensors", "adapter/adapter_model.safetensors"])
 def test_a_pickle_in_a_checkpoint(checkpoint, harm, tmp_path, name):  # noqa: F811
     shutil.copytree(checkpoint / "trained", tmp_path / "trained")
-    right = blip3.load_trained(tmp_path / "trained")[1]
+    right = load_trained(tmp_path / "trained")[1]
     for beside in (f"{name.rpartition('.')[0]}.bin", "training_args.bin"):  # never looked at
         shutil.copy(harm, tmp_path / "trained" / beside)
-    assert blip3.load_trained(tmp_path / "trained")[1] == right
+    assert load_trained(tmp_path / "trained")[1] == right
     shutil.copy(harm, tmp_path / "trained" / name)
-    with pytest.raises(blip3.CheckpointError, match=f"{name}: damaged or not a safetensors file"):
-        blip3.load_trained(tmp_path / "trained")
+    with pytest.raises(CheckpointError, match=f"{name}: damaged or not a safetensors file"):
+        load_trained(tmp_path / "trained")
     (tmp_path / "trained" / name).unlink()
-    with pytest.raises(blip3.CheckpointError, match=f"{name} missing"):
-        blip3.load_trained(tmp_path / "trained")
+    with pytest.raises(CheckpointError, match=f"{name} missing"):
+        load_trained(tmp_path / "trained")
 
 
 def test_a_pickle_as_tokenizer_features_or_state(harm, tmp_path):
@@ -101,7 +103,7 @@ def test_an_adapter_s_settings_name_no_code(checkpoint, marker, tmp_path, monkey
     mapping = {"base_model_class": "harmful", "parent_library": "harmful"}
     harmful = {"auto_mapping": mapping, "megatron_config": {"a": 1}, "megatron_core": "harmful", "peft_type": "harmful"}
     file.write_text(json.dumps(json.loads(file.read_text()) | harmful))
-    blip3.load_trained(tmp_path / "trained")
+    load_trained(tmp_path / "trained")
     assert "harmful" not in sys.modules
 
 

@@ -16,7 +16,11 @@ import torch
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from framseg import blip3, config, dataset, decode, evaluate, frames, losses, needs, prompt, train
+from framseg import config, dataset, decode, frames, losses, prompt, train
+from framseg.checkpoint import load_base, load_trained
+from framseg.predictions import read_predictions
+from framseg.run import preflight
+from framseg.run.paths import Run
 
 
 def test_the_paper_s_deepspeed_configuration():
@@ -68,8 +72,8 @@ def test_every_epoch_is_validated_by_decoding(trained):
 
 def test_only_resampler_and_adapter_are_trained(trained):
     profile, run = trained
-    before = blip3.base(profile).state_dict()
-    after, _ = blip3.load_trained(run.checkpoint)
+    before = load_base(profile).state_dict()
+    after, _ = load_trained(run.checkpoint)
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before[name])}
     assert all(name.startswith("vision_tokenizer.") or ".layers." in name for name in changed)
     assert not any(name.startswith("vision_encoder.") for name in changed)
@@ -111,7 +115,7 @@ def test_other_settings_in_the_same_folder_are_refused(trained):
 def test_settings_that_are_named_may_change(small_set, tmp_path, capsys):
     """Half of a training, then more epochs and smaller micro-batches: the steps done stay, the rest is done anew."""
     profile = small_profile(small_set, training__epochs=1)
-    run = config.Run(profile, tmp_path / "longer")
+    run = Run(profile, tmp_path / "longer")
     train.launch(profile, run)
     before = logged(run)
     more = {"training__epochs": 2, "training__micro_batch": 1, "training__accumulation": 4}
@@ -141,7 +145,7 @@ def test_other_rows_under_the_same_settings_are_refused(trained):
         file.write_bytes(before)
 
 
-def same_weights(one: config.Run, other: config.Run, tolerance: float = 0) -> bool:
+def same_weights(one: Run, other: Run, tolerance: float = 0) -> bool:
     for name in ("resampler.safetensors", "adapter/adapter_model.safetensors"):
         first, second = load_file(one.checkpoint / name), load_file(other.checkpoint / name)
         for key, value in first.items():
@@ -150,7 +154,7 @@ def same_weights(one: config.Run, other: config.Run, tolerance: float = 0) -> bo
     return True
 
 
-def logged(run: config.Run) -> list[dict]:
+def logged(run: Run) -> list[dict]:
     """The step log without what depends on the clock."""
     clock = {"seconds", "samples_per_second", "memory_gib"}
     return [{k: v for k, v in record.items() if k not in clock} for record in train.read_log(run.step_log)]
@@ -158,7 +162,7 @@ def logged(run: config.Run) -> list[dict]:
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, capsys):
     profile, whole = trained
-    run = config.Run(profile, tmp_path / "cut")
+    run = Run(profile, tmp_path / "cut")
 
     def interrupt():
         while len(train.read_log(run.step_log)) < 2:
@@ -193,18 +197,18 @@ def test_every_random_generator_is_part_of_the_state():
     assert [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)] == drawn
 
 
-def validated(run: config.Run) -> list[dict]:
+def validated(run: Run) -> list[dict]:
     return [record["metrics"] for record in train.read_log(run.validation_log)]
 
 
 def test_cached_features_train_the_same(trained, tmp_path):
     profile, whole = trained
     section = profile.training.model_copy(update={"cache_features": True})
-    run = config.Run(profile, tmp_path / "cached")
+    run = Run(profile, tmp_path / "cached")
     train.launch(profile.model_copy(update={"training": section}), run)
     assert [r["loss"] for r in logged(run)] == pytest.approx([r["loss"] for r in logged(whole)], rel=1e-4)
     assert same_weights(run, whole, tolerance=1e-4)
-    features = dataset.Features.of(profile, blip3.base(profile))
+    features = dataset.Features.of(profile, load_base(profile))
     files = {path.stem for path in features.folder.iterdir()}
     assert files == {row.vid for row in dataset.rows(profile, "train")}
     [size] = {path.stat().st_size for path in features.folder.iterdir()}
@@ -218,7 +222,7 @@ def test_cached_features_train_the_same(trained, tmp_path):
         features.read(vid, np.zeros(25, int))
 
 
-def on_two_nodes(run: config.Run, folder: Path) -> None:
+def on_two_nodes(run: Run, folder: Path) -> None:
     """The README's command for several nodes, on two loopback addresses of this machine."""
     (folder / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n", encoding="utf-8")
     command = f"--no_ssh --master_addr 127.0.0.1 --master_port {free_port()} --no_local_rank --module framseg.train"
@@ -252,7 +256,7 @@ def test_two_processes_and_two_nodes_train_as_one_with_twice_the_accumulation(sm
             training__epochs=1,
             adapter__dropout=0.0,
         )
-        run = config.Run(profile, tmp_path / f"run of {name}")
+        run = Run(profile, tmp_path / f"run of {name}")
         runs.append(run)
         if name == "nodes":
             run.root.mkdir()
@@ -264,7 +268,7 @@ def test_two_processes_and_two_nodes_train_as_one_with_twice_the_accumulation(sm
     assert same_weights(two, one, tolerance=2e-5) and same_weights(two, nodes)
     assert logged(two) == logged(nodes)
     assert [a["loss"] for a in logged(two)] == pytest.approx([b["loss"] for b in logged(one)], rel=1e-4)
-    shared_out, alone = (evaluate.read_predictions(run.predicted("val", 0)) for run in (two, one))
+    shared_out, alone = (read_predictions(run.predicted("val", 0)) for run in (two, one))
     assert [(p["qid"], p["mask"]) for p in shared_out] == [(p["qid"], p["mask"]) for p in alone]
     for first, second in zip(shared_out, alone, strict=True):
         assert first["probability"] == pytest.approx(second["probability"], abs=1e-4)  # other batches round otherwise
@@ -275,11 +279,11 @@ def test_two_processes_decode_a_split_as_one(trained, tmp_path):
     two = small_profile(profile.data.folder, training__processes=2)
     alone = decode.whole(profile, run, "val")
     path = run.predicted("val")
-    assert evaluate.read_predictions(path) == alone
+    assert read_predictions(path) == alone
     path.unlink()
 
     # What one process finished before it was interrupted is kept by two, a line that was cut off is not.
-    model, _ = blip3.load_trained(run.checkpoint)
+    model, _ = load_trained(run.checkpoint)
     made_by = decode._fingerprint(model, prompt.load(run.checkpoint), two)
     kept = alone[1] | {"pred_saliency_scores": [0.5] * 75}
     lines = [json.dumps({"made_by": made_by}), json.dumps(kept), json.dumps(alone[0])[:40]]
@@ -290,12 +294,12 @@ def test_two_processes_decode_a_split_as_one(trained, tmp_path):
     for one, other in zip(shared_out, alone, strict=True):
         assert one["mask"] == other["mask"]
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)  # other batches round otherwise
-    assert evaluate.read_predictions(path) == shared_out and not list(run.predictions.glob("*.part*"))
+    assert read_predictions(path) == shared_out and not list(run.predictions.glob("*.part*"))
 
 
 def test_a_process_that_fails_to_decode_is_said(trained, tmp_path):
     profile, run = trained
-    broken = config.Run(profile, tmp_path / "broken")
+    broken = Run(profile, tmp_path / "broken")
     shutil.copytree(run.checkpoint, broken.checkpoint)
     (broken.checkpoint / "resampler.safetensors").write_bytes(b"not tensors")
     two = small_profile(profile.data.folder, training__processes=2)
@@ -322,8 +326,8 @@ def test_training_videos_without_frames_are_refused_or_left_out_by_name(small_se
 def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     profile = config.load("paper", {"data.folder": str(tmp_path), "model.weights": str(tmp_path / "none")})
-    said = "\n".join(needs.missing(profile))
+    said = "\n".join(preflight.missing(profile))
     for what in ("highlight_train_release.jsonl", "videos", "weights", "tokenizer", "GPU"):
         assert what in said
     assert said.count(f"python -m framseg.download {tmp_path}") == 5  # four annotation files and the videos
-    assert needs.missing(config.load("demo")) == []
+    assert preflight.missing(config.load("demo")) == []

@@ -13,7 +13,9 @@ from pathlib import Path
 import common
 import torch
 
-from framseg import blip3, config, cost
+from framseg import config
+from framseg.backbones import blip3
+from framseg.run import cost
 
 POSITIONS = 3621  # of the paper's sample
 GPU_GIB = 79  # of an 80 GB card, as CUDA counts them

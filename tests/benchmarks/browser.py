@@ -25,13 +25,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lab import CHROMIUM, launched, serve
 
-from framseg import annotations, browser, evaluate, frames, moments
+from framseg import annotations, frames, moments
+from framseg.predictions import SALIENCY, WINDOWS, write_predictions
+from framseg.viz import browser
 
 RECORD = Path(__file__).parent / "records" / "browser.json"
 VIDEOS, MOVES = 20, 30
 
 CELL = """
-from framseg import browser, frames
+from framseg import frames
+from framseg.viz import browser
 print("re" + "ady")
 store = frames.Store({folder!r} + "/store", 384, 25, 0, 0.1, 90)
 """
@@ -60,9 +63,9 @@ def make(folder: Path, count: int) -> None:
         windows = moments.windows((probability > 0.6).astype(int), probability, 150)
         answer = {"probability": probability.tolist(), "mask": "1" * 25, "valid": True, "query": query, "vid": vid}
         scores = moments.saliency(probability, 150).tolist()
-        predictions.append({"qid": qid, evaluate.WINDOWS: windows, evaluate.SALIENCY: scores} | answer)
+        predictions.append({"qid": qid, WINDOWS: windows, SALIENCY: scores} | answer)
     annotations.write(folder / f"rows_{count}.jsonl", rows)
-    evaluate.write_predictions(folder / f"{count}.jsonl", predictions)
+    write_predictions(folder / f"{count}.jsonl", predictions)
 
 
 def fill(store: frames.Store) -> None:

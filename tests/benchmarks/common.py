@@ -4,7 +4,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from framseg import cost
+from framseg.run import cost
 
 RECORDS = Path(__file__).parent / "records"
 

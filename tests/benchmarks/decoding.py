@@ -17,7 +17,10 @@ import common
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, Phi3ForCausalLM
 
-from framseg import blip3, config, cost, decode, prompt
+from framseg import config, decode, prompt
+from framseg.backbones import blip3
+from framseg.checkpoint import load_base
+from framseg.run import cost
 
 QUERY = "a {} walks over the {} with a {}"
 NOUNS = ("dog", "bridge", "red umbrella", "bicycle", "friend")
@@ -41,7 +44,11 @@ class Work:
     """`videos` random videos with `each` queries, ready for both sides."""
 
     def __init__(self, profile: config.Profile, model: blip3.Blip3, videos: int, each: int):
-        tokenizer, tokens, size = prompt.load("framseg/base"), profile.model.tokens, profile.model.vision.image_size
+        tokenizer, tokens, size = (
+            prompt.load("framseg/demo/base"),
+            profile.model.tokens,
+            profile.model.vision.image_size,
+        )
         self.profile, self.model, self.each = profile, model, each
         draw = torch.Generator().manual_seed(0)
         self.pixels = torch.randint(
@@ -143,7 +150,7 @@ def main() -> None:
             model = blip3.Blip3(profile.model).eval()
             torch.set_default_dtype(torch.float32)
     else:
-        model = blip3.base(profile).to(device)
+        model = load_base(profile).to(device)
 
     work = Work(profile, model, options.videos, each=1)
     work.ours(), work.librarys()  # warm-up

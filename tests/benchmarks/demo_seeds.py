@@ -18,19 +18,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from framseg import (
-    annotations,
-    blip3,
-    config,
-    dataset,
-    decode,
-    evaluate,
-    figures,
-    frames,
-    moments,
-    prompt,
-    train,
-)
+from framseg import annotations, config, dataset, decode, evaluate, frames, moments, prompt, train
+from framseg.checkpoint import load_trained
+from framseg.demo import synthetic
+from framseg.predictions import SALIENCY, WINDOWS, read_predictions
+from framseg.run.paths import Run
+from framseg.viz import figures
 
 BEAMS = (2, 4, 8)
 
@@ -39,9 +32,9 @@ def short(metrics: dict) -> dict:
     return {name: metrics["brief"][name] for name in evaluate.METRICS}
 
 
-def beams_of(run: config.Run, rows: list[annotations.Row], beams: int) -> list[tuple[np.ndarray, ...]]:
+def beams_of(run: Run, rows: list[annotations.Row], beams: int) -> list[tuple[np.ndarray, ...]]:
     """Each row's masks [k, f], scores [k] and probabilities [k, f], best beam first."""
-    model, profile = blip3.load_trained(run.checkpoint)
+    model, profile = load_trained(run.checkpoint)
     model, tokenizer, store = model.eval(), prompt.load(run.checkpoint), dataset.store(profile)
     count, tokens, out = profile.frames.count, profile.model.tokens, {}
     for vid in dict.fromkeys(row.vid for row in rows):
@@ -67,10 +60,10 @@ def read_beams(row: annotations.Row, masks: np.ndarray, scores: np.ndarray, prob
 
 
 def answer(row: annotations.Row, windows: list, saliency: np.ndarray) -> dict:
-    return {"qid": row.qid, evaluate.WINDOWS: windows, evaluate.SALIENCY: saliency.tolist()}
+    return {"qid": row.qid, WINDOWS: windows, SALIENCY: saliency.tolist()}
 
 
-def readings(run: config.Run, rows: list[annotations.Row]) -> dict:
+def readings(run: Run, rows: list[annotations.Row]) -> dict:
     """Scores of the trained model by how its answers are read."""
     out = {}
     for beams in BEAMS:
@@ -101,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     profile = config.load("demo")
-    dataset.prepare(profile)
+    synthetic.prepare(profile)
     dataset.extract(profile)
     val, rows = dataset.rows(profile, "val"), dataset.rows(profile, "train")
     record = common.about() | {
@@ -115,12 +108,12 @@ def main() -> None:
     for seed in parser.parse_args().seeds:
         profile = config.load("demo", {"seed": seed})
         with tempfile.TemporaryDirectory() as folder:
-            run = config.Run(profile, folder)
+            run = Run(profile, folder)
             began = time.monotonic()
             train.launch(profile, run)
             seconds = time.monotonic() - began
             epochs = [short(entry["metrics"]) for entry in train.read_log(run.validation_log)]
-            predictions = evaluate.read_predictions(run.predicted("val", profile.training.epochs))
+            predictions = read_predictions(run.predicted("val", profile.training.epochs))
             ignored = evaluate.evaluate(evaluate.shuffled(predictions, val, seed), val)
             steps = len(train.read_log(run.step_log))
             read = readings(run, val)

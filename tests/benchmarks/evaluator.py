@@ -15,6 +15,7 @@ from pathlib import Path
 import common
 
 from framseg import annotations, evaluate
+from framseg.predictions import read_predictions
 
 REPEATS = 9
 
@@ -22,7 +23,7 @@ REPEATS = 9
 def main() -> None:
     shared = Path(os.environ["FRAMSEG_SHARED"])
     rows = annotations.read(shared / "qvhighlights" / "highlight_val_release.jsonl")
-    predictions = evaluate.read_predictions(shared / "golden" / "official_val_predictions.jsonl")
+    predictions = read_predictions(shared / "golden" / "official_val_predictions.jsonl")
     expected = json.loads((shared / "golden" / "official_val_metrics.json").read_text(encoding="utf-8"))
     seconds = []
     for _ in range(REPEATS):

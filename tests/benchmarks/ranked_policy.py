@@ -21,6 +21,7 @@ import torch
 
 from framseg import annotations, evaluate, moments
 from framseg.annotations import Row
+from framseg.predictions import SALIENCY, WINDOWS
 
 RECORD = Path(__file__).parent / "records" / "ranked_policy.json"
 SHOWN = {short: official for official, short in evaluate.METRICS.items()}
@@ -224,9 +225,9 @@ def smoothed(values: np.ndarray, data: Released, width: float = moments.KERNEL) 
 
 def answers(data: Released, windows: Sequence | None, saliency: Sequence | None) -> list[dict]:
     out = [{"qid": row.qid} for row in data.rows]
-    for name, given in ((evaluate.WINDOWS, windows), (evaluate.SALIENCY, saliency)):
+    for name, given in ((WINDOWS, windows), (SALIENCY, saliency)):
         for record, one in zip(out, given or (), strict=given is not None):
-            record[name] = one if name == evaluate.WINDOWS else one.tolist()
+            record[name] = one if name == WINDOWS else one.tolist()
     return out
 
 

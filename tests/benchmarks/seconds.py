@@ -23,13 +23,14 @@ from pathlib import Path
 import common
 
 from framseg import config
+from framseg.run import WAITING_THREADS
 
 ROUNDS = 2
 STEPS = "10"  # of training, five of them counted
 
 
 def start(tree: Path, *command: str | Path, **changes: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key != config.WAITING_THREADS[0]}
+    environment = {key: value for key, value in os.environ.items() if key != WAITING_THREADS[0]}
     environment |= {"PYTHONPATH": str(tree), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | changes
     return subprocess.run(list(map(str, command)), cwd=tree, env=environment, capture_output=True, text=True)
 

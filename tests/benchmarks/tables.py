@@ -14,8 +14,9 @@ import sys
 import common
 from matplotlib.figure import Figure
 
-from framseg import config, figures
+from framseg import config
 from framseg.evaluate import METRICS
+from framseg.viz import figures
 
 README = config.REPOSITORY / "README.md"
 UNMEASURED = "unmeasured"

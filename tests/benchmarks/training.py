@@ -18,7 +18,11 @@ from pathlib import Path
 import common
 import torch
 
-from framseg import annotations, blip3, config, cost, dataset, prompt, train
+from framseg import annotations, config, dataset, prompt, train
+from framseg.backbones import blip3
+from framseg.demo import synthetic
+from framseg.run import cost
+from framseg.run.paths import Run
 
 WARM_UP = 5  # steps that are not counted: compilation, caches, the first reads
 
@@ -26,7 +30,7 @@ WARM_UP = 5  # steps that are not counted: compilation, caches, the first reads
 def prepared(name: str, options: argparse.Namespace) -> config.Profile:
     """The profile on just as many of the demo's rows as the steps need, validated on almost nothing."""
     demo, folder = config.load("demo"), options.folder / "data"
-    dataset.prepare(demo)
+    synthetic.prepare(demo)
     rows = dataset.rows(demo, "train")
     changes = dict(change.split("=", 1) for change in options.set)
     section = config.load(name, changes).training
@@ -42,7 +46,7 @@ def prepared(name: str, options: argparse.Namespace) -> config.Profile:
     annotations.write(folder / demo.data.val, dataset.rows(demo, "val")[:2])
     changes |= {
         "data.folder": str(folder),
-        "model.tokenizer": "framseg/base",
+        "model.tokenizer": "framseg/demo/base",
         "training.remainder": "carry",
         "training.epochs": epochs,
     }
@@ -67,7 +71,7 @@ def random_weights(profile: config.Profile) -> None:
 def trained(profile: config.Profile, options: argparse.Namespace) -> list[dict]:
     """The log of the first --steps optimizer steps."""
     dataset.extract(profile, ("train", "val"))
-    run = config.Run(profile, options.folder / profile.name)
+    run = Run(profile, options.folder / profile.name)
     train.launch(profile, run)
     return train.read_log(run.step_log)[: options.steps]
 
@@ -96,7 +100,7 @@ def main() -> None:
         a_step = section.micro_batch * section.accumulation * section.processes
         speeds = [a_step / step["seconds"] for step in counted]
         text = prompt.prompt_ids(
-            prompt.load("framseg/base"), profile.model.tokens, prompt.EXAMPLE_QUERY, profile.frames.count
+            prompt.load("framseg/demo/base"), profile.model.tokens, prompt.EXAMPLE_QUERY, profile.frames.count
         )
         count = profile.frames.count
         positions = len(text) + count * (profile.model.resampler.latents - 1) + count + 1

@@ -10,10 +10,11 @@ from pathlib import Path
 import nbformat
 
 from framseg import config
-from framseg.annotations import parse_object
+from framseg.jsonl import parse_object
+from framseg.run.paths import Run
 
 KINDS = {"inputs": dict, "wrote": list, "device": str}  # of a stamp's entries
-CODE = Path(__file__).parent
+CODE = Path(__file__).parent.parent
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Step:
 
     notebook: Path
     profile: config.Profile
-    run: config.Run
+    run: Run
 
     def __post_init__(self):
         self.copy = self.run.notebooks / self.notebook.name

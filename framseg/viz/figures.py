@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from framseg import reported
 from framseg.annotations import (
     ANNOTATORS,
     CLIP_SECONDS,
@@ -35,7 +34,9 @@ from framseg.annotations import (
     frame_labels,
     frame_times,
 )
-from framseg.evaluate import METRICS, SALIENCY, WINDOWS, per_query
+from framseg.evaluate import METRICS, per_query
+from framseg.predictions import SALIENCY, WINDOWS
+from framseg.viz import paper_results
 
 BLUE, ORANGE, GREEN, RED, PINK, BROWN, _, GREY, _, SKY = sns.color_palette("colorblind").as_hex()
 TRUE, PREDICTED, PROBABILITY, OTHER = GREEN, RED, BLUE, GREY
@@ -171,7 +172,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
 
     found = {name: class_balance(rows, frames) for name, rows in labelled.items()}
     bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [
-        ("paper", reported.BACKGROUND_SHARE, reported.CLASS_RATIO)
+        ("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO)
     ]
     for name, share, ratio in bars:
         balance.barh(name, share, color=colours.get(name, "white"), edgecolor=GREY, hatch="" if name in found else "//")

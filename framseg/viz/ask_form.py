@@ -8,9 +8,10 @@ import anywidget
 import ipywidgets as widgets
 import traitlets
 
-from framseg import browser, decode, figures
 from framseg.frames import VideoError
-from framseg.stage import Stage
+from framseg.predictor import Prediction, predict
+from framseg.viz import browser, figures
+from framseg.viz.player import Stage
 
 
 def form(checkpoint: Path | str) -> widgets.Widget:
@@ -56,7 +57,7 @@ class Ask:
 
     def __init__(self, checkpoint: Path | str):
         self.checkpoint = checkpoint
-        self.answers: list[decode.Prediction] = []
+        self.answers: list[Prediction] = []
         wide = widgets.Layout(width="99%")
         self.upload = Upload()
         self.video = widgets.Text(placeholder="or the path of a video on the machine of the kernel", layout=wide)
@@ -84,7 +85,7 @@ class Ask:
         self.said.value, self.button.disabled = "looking at the video …", True
         with self.progress:  # shows the bar that a long video has
             try:
-                self.answers = decode.predict(video, queries, self.checkpoint)
+                self.answers = predict(video, queries, self.checkpoint)
                 self.said.value = ""
             except (ValueError, OSError) as error:
                 self.said.value = html.escape(str(error))

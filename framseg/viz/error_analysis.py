@@ -7,9 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from framseg import evaluate, figures, moments
+from framseg import evaluate, moments
 from framseg.annotations import Row, frame_labels, frame_times
-from framseg.evaluate import WINDOWS
+from framseg.predictions import WINDOWS, PredictionError, matched
+from framseg.viz import figures
 
 LENGTHS = (10, 30, 60, np.inf)  # seconds, upper ends of the groups of moments
 POSITIONS = 4
@@ -38,10 +39,10 @@ def by_frame(rows: Sequence[Row], predictions: Sequence[dict]) -> dict[str, np.n
     end of a moment (`distance`), [queries * f] each. Raises PredictionError where the qids do not match or predictions
     have no frame probabilities.
     """
-    predictions, rows = evaluate.matched(predictions, rows)
+    predictions, rows = matched(predictions, rows)
     lacking = [one["qid"] for one in predictions if not one.get("probability")]
     if lacking:
-        raise evaluate.PredictionError(f"{len(lacking)} predictions have no frame probabilities (qid {lacking[0]}, …)")
+        raise PredictionError(f"{len(lacking)} predictions have no frame probabilities (qid {lacking[0]}, …)")
     probability = [np.asarray(one["probability"], dtype=np.float64) for one in predictions]
     digit = [
         np.array([int(character) for character in one["mask"]]) if "mask" in one else (values >= 0.5).astype(int)
@@ -84,7 +85,7 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
     the longest moment's place. Frames: calibration, precision and recall, errors by the distance to the nearest end of
     a moment, and each distance's share of all errors. Without frame probabilities the lower row says so.
     """
-    predictions, rows = evaluate.matched(predictions, rows)
+    predictions, rows = matched(predictions, rows)
     iou = np.array([one["iou"] for one in evaluate.per_query(predictions, rows)])
     out = figures._picture(4.6)
     (spread, length, number, place), below = out.subplots(2, 4)

@@ -15,10 +15,13 @@ import ipywidgets as widgets
 import numpy as np
 from PIL import Image
 
-from framseg import annotations, config, evaluate, figures
+from framseg import annotations, config, evaluate
 from framseg.annotations import CLIP_SECONDS, Row
 from framseg.frames import Store, VideoError
-from framseg.stage import Stage
+from framseg.predictions import PredictionError, matched, read_predictions, read_released, write_predictions
+from framseg.run.paths import Run
+from framseg.viz import figures
+from framseg.viz.player import Stage
 
 WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, curve, one lane of windows, labels
 NARROW = 400  # pixels: width of the time axis where two are side by side
@@ -54,10 +57,10 @@ SORTS: dict[str, Callable[[Entry], tuple]] = {
 
 
 def browse(
-    run: config.Run | Path | str,
+    run: Run | Path | str,
     rows: Sequence[Row] | Path | str | None = None,
     store: Store | None = None,
-    compare: config.Run | Path | str | None = None,
+    compare: Run | Path | str | None = None,
     videos: Path | str | None = None,
     folder: Path | str | None = None,
 ) -> widgets.Widget:
@@ -138,7 +141,7 @@ class Browser:
         """Write the selection as JSON lines beside the predictions; returns the file."""
         path = self.folder / "selection.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        evaluate.write_predictions(path, self.selection())
+        write_predictions(path, self.selection())
         self.said.value = f"{len(self.shown)} predictions written to {html.escape(str(path))}"
         return path
 
@@ -194,7 +197,7 @@ class Browser:
     def _try(self, action: Callable) -> None:
         try:
             action()
-        except (OSError, evaluate.PredictionError) as error:  # a read-only folder, a file that others have changed
+        except (OSError, PredictionError) as error:  # a read-only folder, a file that others have changed
             self.said.value = f"not done: {html.escape(str(error))}"
 
     def _compare(self) -> None:
@@ -267,14 +270,14 @@ class Browser:
         )
 
 
-def _source(run: config.Run | Path | str) -> tuple[Path, config.Profile | None]:
+def _source(run: Run | Path | str) -> tuple[Path, config.Profile | None]:
     """A predictions file, and the profile it was made with where it belongs to a run."""
-    if not isinstance(run, config.Run):
+    if not isinstance(run, Run):
         if Path(run).suffix in (".jsonl", ".csv"):
             return Path(run), None
-        run = config.Run("", run)
+        run = Run("", run)
     if not run.predicted("val").is_file():
-        raise evaluate.PredictionError(f"{run.predicted('val')}: no predictions here; notebook 04 writes them")
+        raise PredictionError(f"{run.predicted('val')}: no predictions here; notebook 04 writes them")
     return run.predicted("val"), config.load(run.profile)
 
 
@@ -284,8 +287,8 @@ def _title(file: Path) -> str:
 
 
 def _entries(file: Path, rows: list[Row]) -> list[Entry]:
-    read = evaluate.read_released if file.suffix == ".csv" else evaluate.read_predictions
-    predictions, rows = evaluate.matched(read(file), rows, intersection=True)
+    read = read_released if file.suffix == ".csv" else read_predictions
+    predictions, rows = matched(read(file), rows, intersection=True)
     labelled = all(row.labelled for row in rows)
     numbers = {number["qid"]: number for number in evaluate.per_query(predictions, rows)} if labelled else {}
     return [

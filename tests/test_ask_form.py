@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from small import make_video
 
-from framseg import ask, decode
+from framseg import decode
 from framseg.frames import VideoError
+from framseg.predictor import Prediction
+from framseg.viz import ask_form
 
 
 @pytest.fixture
@@ -17,12 +19,12 @@ def form(monkeypatch):
             raise VideoError(f"{video}: is <nothing>")
         flat, frames = np.linspace(0, 1, 5), np.zeros((5, 8, 8, 3), np.uint8)
         return [
-            decode.Prediction(video, query, 10, [[2, 6, 0.5]], flat, "01100", flat, True, frames, 2 * np.arange(5) + 1)
+            Prediction(video, query, 10, [[2, 6, 0.5]], flat, "01100", flat, True, frames, 2 * np.arange(5) + 1)
             for query in queries
         ]
 
     monkeypatch.setattr(decode, "predict", predict)
-    return ask.Ask("a checkpoint")
+    return ask_form.Ask("a checkpoint")
 
 
 def test_every_line_is_a_query(form, tmp_path):

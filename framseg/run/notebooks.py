@@ -18,7 +18,9 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from framseg import config, steps
+from framseg import config
+from framseg.run import WAITING_THREADS, preflight, stamps
+from framseg.run.paths import BusyError, Run, hold
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
 KERNEL = "python3"
@@ -61,7 +63,7 @@ def chosen(only: str | None, first: str | None) -> list[Path]:
     return notebooks[found[0] :] if first else [notebooks[found[0]]]
 
 
-def resolve(options: argparse.Namespace) -> tuple[config.Profile, config.Run]:
+def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
     """The profile with its changes, and the run's paths.
 
     A part of a run (--only, --from) goes on with the profile that the run folder holds.
@@ -75,18 +77,17 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, config.Run]:
             raise RunError(f"--set {change}: write KEY=VALUE, e.g. training.epochs=2")
         overrides[key.strip()] = value
     profile = config.load(options.name or options.profile or "demo", overrides)
-    run = config.Run(profile, options.run_dir and options.run_dir.resolve())
+    run = Run(profile, options.run_dir and options.run_dir.resolve())
     if (options.only or options.first) and run.profile.is_file():
         profile = config.load(run.profile, overrides)
     return profile, run
 
 
-def refuse_incomplete(profile: config.Profile, run: config.Run, todo: list[steps.Step]) -> None:
+def refuse_incomplete(profile: config.Profile, run: Run, todo: list[stamps.Step]) -> None:
     """Raise RunError with everything that the profile needs for these notebooks and this machine has not."""
-    from framseg import needs  # here, so that a mistyped option is answered at once
 
     trains = any(one.notebook.stem.startswith(TRAINING) for one in todo) and not run.checkpoint.is_dir()
-    missing = needs.missing(profile, trains)
+    missing = preflight.missing(profile, trains)
     if missing:
         what = "\n".join(f"- {line}" for line in missing)
         raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{what}")
@@ -97,7 +98,7 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def execute(notebook: Path, run: config.Run) -> None:
+def execute(notebook: Path, run: Run) -> None:
     """Execute one notebook with the run's parameters; the executed copy is kept, a failed one's too."""
     parameters = {"profile": str(run.profile), "run_dir": str(run.root)}
     if "live" in papermill.inspect_notebook(_literal(notebook)):
@@ -116,7 +117,7 @@ def execute(notebook: Path, run: config.Run) -> None:
         )
 
 
-def step(notebook: Path, run: config.Run) -> str | None:
+def step(notebook: Path, run: Run) -> str | None:
     """Execute one notebook; why it failed, with the end of its traceback on stderr, or None."""
     try:
         execute(notebook, run)
@@ -139,13 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
     always = next((option for option, value in asked.items() if value), None)
     try:
         profile, run = resolve(options)
-        todo = [steps.Step(notebook, profile, run) for notebook in chosen(options.only, options.first)]
+        todo = [stamps.Step(notebook, profile, run) for notebook in chosen(options.only, options.first)]
         if always or any(one.changed() for one in todo):
             refuse_incomplete(profile, run, todo)
-        held = config.hold(run.root)
+        held = hold(run.root)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         config.save(profile, run.profile)
-    except (RunError, config.ProfileError, config.BusyError) as error:
+    except (RunError, config.ProfileError, BusyError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -155,9 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
         return carry_out(todo, profile, run, always)
 
 
-def carry_out(todo: list[steps.Step], profile: config.Profile, run: config.Run, always: str | None) -> int:
+def carry_out(todo: list[stamps.Step], profile: config.Profile, run: Run, always: str | None) -> int:
     """Execute what has changed, or all for the reason `always`; the exit code."""
-    os.environ.setdefault(*config.WAITING_THREADS)
+    os.environ.setdefault(*WAITING_THREADS)
     # Notebooks import this framseg, from whatever folder they are started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     began, skipped, reason = time.monotonic(), 0, None
@@ -186,7 +187,3 @@ def carry_out(todo: list[steps.Step], profile: config.Profile, run: config.Run, 
     kept = f", {skipped} skipped" if skipped else ""
     print(f"{len(todo) - skipped} notebooks in {time.monotonic() - began:.0f} s{kept}; everything is in {run.root}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

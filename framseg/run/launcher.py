@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from framseg import config
+from framseg.run import WAITING_THREADS
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
 WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks after the started ones
@@ -145,7 +146,7 @@ def _launcher(processes: int) -> list[str]:
 def _environment(profile: config.Profile) -> dict[str, str]:
     environment = os.environ | {WATCHER: str(os.getpid())}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment.setdefault(*config.WAITING_THREADS)
+    environment.setdefault(*WAITING_THREADS)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     if profile.training.threads:

@@ -1,6 +1,6 @@
 """The part of the widgets that a page must do itself: show a picture, tell of keys and clicks, play a clip.
 
-The page's side is `stage.js`. Clips come over the widget's own channel, so a notebook needs no file server; they are
+The page's side is `player.js`. Clips come over the widget's own channel, so a notebook needs no file server; they are
 cut out of their video without encoding it again, so neither side holds more than the stretch that is played.
 """
 
@@ -30,7 +30,7 @@ class Stage(anywidget.AnyWidget):
     field of text; a key that comes before `answered` is not sent.
     """
 
-    _esm = Path(__file__).with_name("stage.js")
+    _esm = Path(__file__).with_name("player.js")
     value = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, move: Callable[[int], None], play: Callable[[float, float | None], None]):

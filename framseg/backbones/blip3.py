@@ -3,33 +3,24 @@
 Parameter names are those of the published checkpoint (without its leading ``vlm.``), so that it loads as it is.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVisionModel
 from transformers.cache_utils import Cache
 
-from framseg import annotations, config
+from framseg import config
+from framseg.backbones import CheckpointError
 
 PREFIX = "vlm."  # what the published checkpoint puts before every name
 ADAPTER = "default"
-ADAPTER_FILE = "adapter/adapter_model.safetensors"
-NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings of an adapter
-SAMPLED = 64  # values of each parameter that tell one set of weights from another
-
-
-class CheckpointError(ValueError):
-    """Weights that do not belong to this model; the message names the folder and every offending tensor."""
 
 
 class ResamplerAttention(nn.Module):
@@ -343,111 +334,3 @@ class Blip3(nn.Module):
                 tensors[f"base_model.model.{name}.{half}.weight"] = torch.cat(pair, dim).contiguous()
         rank = len(tensors[f"base_model.model.{targets[0]}.lora_A.weight"])
         return LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=targets, inference_mode=True), tensors
-
-
-def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits of a few values of every parameter: tells one set of weights from another."""
-    found = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // SAMPLED)][:SAMPLED]
-        found.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def base(profile: config.Profile) -> Blip3:
-    """The untouched base model of the profile; a Hugging Face repository's weights are fetched (safetensors alone)."""
-    name = profile.model.weights
-    folder = config.local_weights(name)
-    if folder is None and (Path(name).is_absolute() or name.count("/") != 1):
-        raise CheckpointError(f"{name}: the base model's folder is not here; set model.weights to where it is")
-    try:
-        folder = folder or Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # the HTTP library's errors share no base of the hub's
-        raise CheckpointError(
-            f"{name}: neither the base model's folder nor to be had from the Hugging Face hub "
-            f"({' '.join(str(error).split())}); set model.weights to where it is"
-        ) from None
-    return Blip3.load_published(profile.model, folder)
-
-
-def save_trained(
-    folder: Path, model: Blip3, start: dict[str, Tensor], profile: config.Profile, tokenizer: Tokenizer
-) -> None:
-    """Write what `load_trained` reads: profile, tokenizer, resampler and adapter; the base stays where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lora, tensors = model.adapter(start)
-    lora.save_pretrained(folder / "adapter")
-    save_file(tensors, folder / ADAPTER_FILE)
-    resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
-    save_file(resampler, folder / "resampler.safetensors")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config.save(profile, folder / "profile.yaml")
-
-
-def complete(folder: Path | str) -> Path:
-    """The folder, if it holds a trained checkpoint. Raises CheckpointError with what is missing."""
-    folder = Path(folder)
-    needed = [
-        "profile.yaml",
-        "resampler.safetensors",
-        "adapter/adapter_config.json",
-        ADAPTER_FILE,
-    ]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
-        )
-    return folder
-
-
-def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
-    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
-
-    Raises CheckpointError if the folder is incomplete or damaged or its tensors do not fit the profile's model, and
-    ProfileError for its profile.
-    """
-    folder = complete(folder)
-    profile = config.load(folder / "profile.yaml")
-    resampler, pairs = (_tensors(folder / name) for name in ("resampler.safetensors", ADAPTER_FILE))
-    targets, scaling = _adapter_settings(folder / "adapter" / "adapter_config.json")
-    model = base(profile)
-    dtype = getattr(torch, profile.model.dtype)
-    try:
-        model.vision_tokenizer.load_state_dict({name: value.to(dtype) for name, value in resampler.items()})
-        with torch.no_grad():
-            for target in targets:
-                a, b = (pairs.pop(f"base_model.model.{target}.lora_{half}.weight").float() for half in "AB")
-                weight = model.get_parameter(f"{target}.weight")
-                weight += (b @ a * scaling).to(weight.dtype)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: does not fit the profile's model: {error}") from None
-    if pairs:
-        raise CheckpointError(f"{folder / ADAPTER_FILE}: {min(pairs)} belongs to none of adapter_config.json's targets")
-    return model.eval(), profile
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-    if odd := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
-        raise CheckpointError(f"{file}: {odd[0]} holds values that are no numbers; fetch it again, or train anew")
-    return tensors
-
-
-def _adapter_settings(file: Path) -> tuple[list[str], float]:
-    """Layers of a plain LoRA adapter and what their pairs are multiplied by; nothing else is taken from the file."""
-    about, reasons = annotations.parse_object(file.read_bytes())
-    if not reasons:
-        rank, alpha, targets = (about.get(key) for key in ("r", "lora_alpha", "target_modules"))
-        if not annotations.is_integer(rank) or rank < 1 or not annotations.is_number(alpha):
-            reasons = ["r and lora_alpha must be numbers, r at least 1"]
-        elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-            reasons = ["target_modules must be a list of names"]
-        reasons += [f"{key} is set, and only a plain LoRA adapter can be read" for key in NOT_PLAIN if about.get(key)]
-    if reasons:
-        raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
-    return targets, alpha / rank

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from framseg import annotations, errors, evaluate
+from framseg import annotations, evaluate
 from framseg.annotations import Row
+from framseg.predictions import PredictionError
+from framseg.viz import error_analysis
 
 SHORT = Row(1, "a cat sleeps", 150, "a", ((10, 14),), (5, 6), ((2, 3, 4),) * 2)
 TWO = Row(2, "a dog runs", 150, "b", ((0, 30), (60, 120)), tuple([*range(15), *range(30, 60)]), ((4, 4, 4),) * 45)
@@ -14,31 +16,31 @@ def prediction(row: Row, probability: np.ndarray) -> dict:
 
 def test_frames_know_their_label_and_the_way_to_a_moments_end():
     probability = np.linspace(0, 1, 25)
-    found = errors.by_frame([TWO, SHORT], [prediction(SHORT, probability), prediction(TWO, probability)])
+    found = error_analysis.by_frame([TWO, SHORT], [prediction(SHORT, probability), prediction(TWO, probability)])
     assert found["label"].tolist() == [*annotations.frame_labels(TWO, 25), *annotations.frame_labels(SHORT, 25)]
     # Frames stand at 3, 9, 15, 21, ... seconds; the ends are 0, 30, 60 and 120.
     assert found["distance"][:8].tolist() == [3, 9, 15, 9, 3, 3, 9, 15]
     assert found["digit"].tolist() == [int(p >= 0.5) for p in found["probability"]]
-    with pytest.raises(evaluate.PredictionError, match="1 predictions have no frame probabilities"):
-        errors.by_frame([SHORT], [{"qid": 1, "pred_relevant_windows": [[0, 30, 1]]}])
+    with pytest.raises(PredictionError, match="1 predictions have no frame probabilities"):
+        error_analysis.by_frame([SHORT], [{"qid": 1, "pred_relevant_windows": [[0, 30, 1]]}])
 
 
 def test_calibration_by_hand():
-    said, true, count, error = errors.calibration(np.array([0.0, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1]))
+    said, true, count, error = error_analysis.calibration(np.array([0.0, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1]))
     np.testing.assert_allclose(said, [0.025, 0.975])
     np.testing.assert_allclose(true, [0.5, 1.0])
     assert count.tolist() == [2, 2] and error == pytest.approx((0.475 + 0.025) / 2)
 
 
 def test_precision_and_recall_by_hand():
-    precision, recall, average = errors.precision_recall(np.array([0.9, 0.8, 0.8, 0.1]), np.array([1, 0, 1, 1]))
+    precision, recall, average = error_analysis.precision_recall(np.array([0.9, 0.8, 0.8, 0.1]), np.array([1, 0, 1, 1]))
     np.testing.assert_allclose(precision, [1, 2 / 3, 3 / 4])  # the two of 0.8 enter together
     np.testing.assert_allclose(recall, [1 / 3, 2 / 3, 1])
     assert average == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
 
 
 def test_what_a_grid_can_say():
-    found = errors.reachable([SHORT, TWO], 25)
+    found = error_analysis.reachable([SHORT, TWO], 25)
     # No frame stands between 10 and 14 s, so the labels have no 1; the best run of 6-second frames is two of them.
     assert found["true labels"][0]["pred_relevant_windows"][0][:2] == [0, 150]
     assert found["best digits"][0]["pred_relevant_windows"] == [[6.0, 18.0, pytest.approx(4 / 12)]]
@@ -51,7 +53,7 @@ def test_no_mask_beats_the_best_digits(shared):
     rows = annotations.read(shared / "qvhighlights" / "highlight_val_release.jsonl")
     best = []
     for frames in (10, 25, 50):
-        found = {name: evaluate.evaluate(one, rows) for name, one in errors.reachable(rows, frames).items()}
+        found = {name: evaluate.evaluate(one, rows) for name, one in error_analysis.reachable(rows, frames).items()}
         labels, digits = found["true labels"]["brief"], found["best digits"]["brief"]
         assert all(labels[key] <= digits[key] for key in ("MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP"))
         best.append(digits["MR-full-mAP"])
@@ -61,7 +63,7 @@ def test_no_mask_beats_the_best_digits(shared):
 def test_figures_draw_what_was_counted():
     rows, probability = [SHORT, TWO], np.where(np.arange(25) < 5, 0.9, 0.1)
     predictions = [prediction(row, probability) for row in rows]
-    picture = errors.figure(rows, predictions)
+    picture = error_analysis.figure(rows, predictions)
     spread, length = picture.axes[:2]
     share, edges, _ = spread.patches[0].get_data()
     assert share.sum() == 1 and share[-1] == 0.5  # the second query's first window is exact
@@ -73,10 +75,11 @@ def test_figures_draw_what_was_counted():
     ]
     assert any("error 0." in text.get_text() for text in picture.axes[4].texts)
     without = [{key: value for key, value in one.items() if key != "probability"} for one in predictions]
-    said = [text.get_text() for axes in errors.figure(rows, without).axes for text in axes.texts]
+    said = [text.get_text() for axes in error_analysis.figure(rows, without).axes for text in axes.texts]
     assert said == ["These predictions have no frame probabilities."]
     metrics = {
-        f: {name: evaluate.evaluate(one, rows) for name, one in errors.reachable(rows, f).items()} for f in (10, 25)
+        f: {name: evaluate.evaluate(one, rows) for name, one in error_analysis.reachable(rows, f).items()}
+        for f in (10, 25)
     }
-    drawn = errors.reach(metrics, evaluate.evaluate(predictions, rows)).axes[0]
+    drawn = error_analysis.reach(metrics, evaluate.evaluate(predictions, rows)).axes[0]
     assert [line.get_label() for line in drawn.lines] == ["best digits", "true labels", "reached"]

@@ -2,8 +2,8 @@ import av
 import pytest
 from small import make_video
 
-from framseg import stage
 from framseg.frames import VideoError
+from framseg.viz import player
 
 
 def times(content: bytes, folder) -> tuple[list[float], list[str]]:
@@ -25,27 +25,27 @@ def times(content: bytes, folder) -> tuple[list[float], list[str]]:
 )
 def test_a_stretch_is_cut_with_its_sound(tmp_path, name, settings, kind, codecs):
     video = make_video(tmp_path / name, 60, rate=10, **settings)
-    content, begin, media = stage.cut(video, 40.05, 44)
+    content, begin, media = player.cut(video, 40.05, 44)
     found, streams = times(content, tmp_path)
     assert media == f"video/{kind}" and streams == codecs
     assert 0 <= begin <= 40.05 and found[0] == pytest.approx(0, abs=0.02)
     assert 44 <= begin + found[-1] < 46  # a few frames more, where their order in the file is another
     assert len(content) < video.stat().st_size
-    content, begin, _ = stage.cut(video, 0, 1000)
+    content, begin, _ = player.cut(video, 0, 1000)
     assert begin == 0 and len(times(content, tmp_path)[0]) == 600
 
 
 def test_a_clip_is_no_longer_than_its_limit(tmp_path, monkeypatch):
     video = make_video(tmp_path / "a.mp4", 60, rate=10)
-    whole = len(stage.cut(video, 0, 60)[0])
-    monkeypatch.setattr(stage, "MOST", whole // 2)
-    assert len(stage.cut(video, 0, 60)[0]) < 0.9 * whole
+    whole = len(player.cut(video, 0, 60)[0])
+    monkeypatch.setattr(player, "MOST", whole // 2)
+    assert len(player.cut(video, 0, 60)[0]) < 0.9 * whole
 
 
 def test_what_no_browser_plays_is_said(tmp_path):
     old = make_video(tmp_path / "a.avi", 2, codec="mpeg4")
     with pytest.raises(VideoError, match="browsers cannot play mpeg4 video; convert it to H.264"):
-        stage.cut(old, 0, 1)
+        player.cut(old, 0, 1)
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(VideoError, match="cannot be played"):
-        stage.cut(tmp_path / "text.mp4", 0, 1)
+        player.cut(tmp_path / "text.mp4", 0, 1)

@@ -18,7 +18,9 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from framseg import config, steps
+from framseg import config
+from framseg.run import stamps
+from framseg.run.paths import Run
 
 TEMPLATE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js %}{% endblock %}
@@ -39,7 +41,7 @@ WIDGET = "<p><em>A widget, alive in the notebook alone: open the chapter in Jupy
 MATH = re.compile(r"\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+(?:\n[^$\n]+)*)\$", re.DOTALL)
 
 
-def write(profile: config.Profile, run: config.Run) -> None:
+def write(profile: config.Profile, run: Run) -> None:
     """Write `run.report` from the executed copies in `run.notebooks`; what cannot be read is said in its place."""
     cells, contents, chapters = [], [], []
     for path in sorted(run.notebooks.glob("[0-9][0-9]_*.ipynb")):
@@ -52,7 +54,7 @@ def write(profile: config.Profile, run: config.Run) -> None:
                 new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {html.escape(str(error))}")
             )
             continue
-        chapters.append([path.stem, began, state, steps.read(path).get("device", "–")])
+        chapters.append([path.stem, began, state, stamps.read(path).get("device", "–")])
         for cell in notebook.cells:
             cell.id = f"{path.stem[:2]}-{cell.id}"
             contents += _contents(cell)

@@ -1,0 +1,257 @@
+"""The embedded demo: a synthetic video set in QVHighlights' format and a small base model that can read it.
+
+A video shows one coloured shape at a time, moving over a noisy background that changes; each stretch of it is
+one activity. The nearer (larger) the shape, the higher its saliency. Annotations, videos, tokenizer and base
+weights are made from seeds alone; nothing is fetched.
+"""
+
+import json
+import math
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm.auto import tqdm
+
+from framseg.annotations import CLIP_SECONDS, Row, write
+from framseg.config import Data, Profile, data_folder
+
+VERSION = 1  # of the set: another number makes it anew
+SEED = 2026
+VIDEOS = {"train": 220, "val": 60, "test": 60}
+WIDTH, HEIGHT, FPS = 96, 72, 4
+DURATION = 150
+SHORT_SHARE = 0.08  # of videos shorter than DURATION
+STRETCH = (14, 44)  # seconds of one activity
+ANNOTATORS = 3
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a stretch of video shows, and how queries name it."""
+
+    rgb: tuple[int, int, int]
+    shape: str
+    phrase: str
+    verb: str
+
+
+ACTIVITIES = (
+    Activity((220, 30, 40), "circle", "crimson ball", "bouncing"),
+    Activity((40, 90, 230), "square", "sapphire box", "sliding"),
+    Activity((40, 180, 60), "triangle", "emerald kite", "gliding"),
+    Activity((250, 220, 40), "cross", "lemon windmill", "turning"),
+    Activity((240, 130, 20), "diamond", "tangerine lantern", "swinging"),
+    Activity((150, 50, 200), "ring", "violet hoop", "rolling"),
+    Activity((60, 215, 225), "circle", "turquoise bubble", "rising"),
+    Activity((250, 130, 190), "square", "rosy cushion", "tumbling"),
+)
+QUERIES = (
+    "A {phrase} is {verb} across the scene.",
+    "Someone filmed a {phrase} {verb} about",
+    "the {phrase} keeps {verb}",
+    "We see a {phrase} that is {verb} past the camera.",
+)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    start: int  # seconds, on the clip grid
+    end: int
+    activity: int | None  # index into ACTIVITIES; None shows the background alone
+    nearness: tuple[float, float, float]  # mean, amplitude and phase of its course
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One video, before it is drawn."""
+
+    duration: int
+    stretches: tuple[Stretch, ...]
+    seed: int
+
+
+def scene(rng: np.random.Generator, duration: int = DURATION) -> Scene:
+    """Draw a scene: three activities in turns, each on screen for about 30 % of the time."""
+    cast = rng.choice(len(ACTIVITIES), 3, replace=False)
+    stretches, start, last = [], 0, None
+    while start < duration:
+        low, high = STRETCH
+        length = CLIP_SECONDS * int(rng.integers(low // CLIP_SECONDS, high // CLIP_SECONDS + 1))
+        if duration - start - length < low:  # what remains is too short for a stretch of its own
+            length = duration - start
+        choices = [None if rng.random() < 0.12 else int(a) for a in cast if a != last]
+        last = choices[int(rng.integers(len(choices)))]
+        course = (float(rng.uniform(0.35, 0.65)), float(rng.uniform(0.2, 0.45)), float(rng.uniform(0, 2 * math.pi)))
+        stretches.append(Stretch(start, start + length, last, course))
+        start += length
+    return Scene(duration, tuple(stretches), int(rng.integers(2**31)))
+
+
+def nearness(stretch: Stretch, times: np.ndarray) -> np.ndarray:
+    mean, amplitude, phase = stretch.nearness
+    turn = 2 * math.pi * (times - stretch.start) / max(stretch.end - stretch.start, 24)
+    return np.clip(mean + amplitude * np.sin(turn + phase), 0, 1)
+
+
+def render(scene: Scene, times: np.ndarray, noise: float = 1.0) -> np.ndarray:
+    """Draw the scene at the given times (seconds). Returns [n, HEIGHT, WIDTH, 3], uint8 RGB.
+
+    noise: how far the background strays from a plain grey, 1 for the demo set.
+    """
+    width, height = WIDTH, HEIGHT
+    rng = np.random.default_rng(scene.seed)
+    # The background changes at moments of its own, so that it says nothing about the activity.
+    changes = np.sort(rng.uniform(0, scene.duration, 6))
+    tones = rng.uniform(-58, 57, (7, 1, 1, 1)) + rng.uniform(-28, 28, (7, 1, 1, 3))
+    coarse = rng.normal(0, 22, (7, 9, 12, 1))
+    rows, columns = np.arange(height) * 9 // height, np.arange(width) * 12 // width
+    backgrounds = (128 + noise * (tones + coarse[:, rows][:, :, columns])).astype(np.int16)
+    grain = rng.normal(0, 8 * noise, (16, height, width, 1)).astype(np.int16)
+    frames = backgrounds[np.searchsorted(changes, times)] + grain[rng.integers(16, size=len(times))]
+
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    y, x = (y + 0.5) / height, (x + 0.5) / height
+    for stretch in scene.stretches:
+        path = rng.uniform(0.5, 1.6, 2), rng.uniform(0, 2 * math.pi, 2)
+        if stretch.activity is None:
+            continue
+        activity = ACTIVITIES[stretch.activity]
+        colour = np.asarray(activity.rgb) + rng.integers(-14, 15, 3)
+        shown = np.flatnonzero((times >= stretch.start) & (times < stretch.end))
+        if not len(shown):
+            continue
+        now = times[shown]
+        radius = 0.10 + 0.16 * nearness(stretch, now)
+        angle = path[0][:, None] * now + path[1][:, None]
+        centre_x = (width / height) * (0.5 + 0.32 * np.sin(angle[0]))
+        centre_y = 0.5 + 0.24 * np.cos(angle[1])
+        dx, dy = (
+            ((grid - centre[:, None, None]) / radius[:, None, None]).astype(np.float32)
+            for grid, centre in ((x, centre_x), (y, centre_y))
+        )
+        part = frames[shown]
+        part[_inside(activity.shape, dx, dy)] = colour
+        frames[shown] = part
+    return np.clip(frames, 0, 255).astype(np.uint8)
+
+
+def _inside(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Which pixels belong to the shape; offsets from its centre in units of its radius."""
+    if shape in ("circle", "ring"):
+        distance = dx * dx + dy * dy
+        return (distance < 1) & (distance > 0.25) if shape == "ring" else distance < 1
+    dx, dy = np.abs(dx), dy if shape == "triangle" else np.abs(dy)
+    if shape == "square":
+        return np.maximum(dx, dy) < 0.88
+    if shape == "diamond":
+        return dx + dy < 1.15
+    if shape == "cross":
+        return (np.minimum(dx, dy) < 0.36) & (np.maximum(dx, dy) < 1)
+    return (dy < 0.7) & (dy > 2 * dx - 1)  # triangle
+
+
+def label(scene: Scene, activity: int, rng: np.random.Generator) -> dict:
+    """Windows, clip ids and three annotators' scores of one activity, as QVHighlights writes them.
+
+    The scores follow the shape's nearness; each annotator has a leaning of his own and wavers a little.
+    """
+    windows, clips, scores = [], [], []
+    leaning = rng.uniform(-0.6, 0.6, ANNOTATORS)
+    for stretch in scene.stretches:
+        if stretch.activity != activity:
+            continue
+        ids = np.arange(stretch.start // CLIP_SECONDS, stretch.end // CLIP_SECONDS)
+        near = nearness(stretch, CLIP_SECONDS * (ids + 0.5))
+        votes = 0.6 + 3.6 * near[:, None] + leaning + rng.normal(0, 0.25, (len(ids), ANNOTATORS))
+        windows.append((stretch.start, stretch.end))
+        clips += ids.tolist()
+        scores += np.clip(np.rint(votes), 0, 4).astype(int).tolist()
+    return {
+        "relevant_windows": tuple(windows),
+        "relevant_clip_ids": tuple(clips),
+        "saliency_scores": tuple(tuple(vote) for vote in scores),
+    }
+
+
+def scenes(split: str) -> dict[str, Scene]:
+    """All scenes of a split by video id."""
+    rng = np.random.default_rng([SEED, list(VIDEOS).index(split)])
+    out = {}
+    for number in range(VIDEOS[split]):
+        short = rng.random() < SHORT_SHARE
+        duration = CLIP_SECONDS * int(rng.integers(40, 74)) if short else DURATION
+        out[f"shapes-{split}-{number:03d}_0.0_{duration:.1f}"] = scene(rng, duration)
+    return out
+
+
+def rows(split: str) -> list[Row]:
+    """Annotations of a split: one query for each activity that a video shows, worded in one of four ways."""
+    # Apart from the scenes' generator, so that wording and votes leave the videos as they are.
+    rng = np.random.default_rng([SEED, 10 + list(VIDEOS).index(split)])
+    out = []
+    for vid, one in scenes(split).items():
+        for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
+            what = ACTIVITIES[activity]
+            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
+            qid = 10_000 * (1 + list(VIDEOS).index(split)) + len(out)
+            out.append(Row(qid, query, one.duration, vid, **label(one, activity, rng)))
+    return out
+
+
+def write_video(path: Path, scene: Scene) -> None:
+    """Encode a scene as H.264 mp4; the bytes depend on the scene alone."""
+    frames = render(scene, np.arange(scene.duration * FPS) / FPS)
+    aside = path.with_suffix(f".{os.getpid()}.part")
+    with av.open(aside, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "36", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(aside, path)
+
+
+def prepare(profile: Profile) -> None:
+    """Make the demo set if the profile uses it and it is not there yet."""
+    if profile.data.source == "demo":
+        make(profile.data, data_folder(profile))
+
+
+def make(data: Data, folder: Path) -> None:
+    """Write the demo set into `folder`, laid out as `data` names it; what is already there is kept.
+
+    Raises OSError, saying how much room it needs, when the disk is full.
+    """
+    stamp = folder / "made.json"
+    made = {"version": VERSION, "seed": SEED, "videos": VIDEOS, "size": [WIDTH, HEIGHT, FPS]}
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made:
+        return
+    videos = folder / data.videos
+    try:
+        videos.mkdir(parents=True, exist_ok=True)
+        missing = {
+            videos / f"{vid}.mp4": one
+            for split in VIDEOS
+            for vid, one in scenes(split).items()
+            if not (videos / f"{vid}.mp4").is_file()
+        }
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+            jobs = [pool.submit(write_video, path, one) for path, one in missing.items()]
+            for job in tqdm(as_completed(jobs), "demo videos", len(jobs), disable=not jobs, unit="video"):
+                job.result()
+        for split in VIDEOS:
+            write(folder / getattr(data, split), [unlabelled(row) if split == "test" else row for row in rows(split)])
+        write(folder / data.test_labels, rows("test"))
+        stamp.write_text(json.dumps(made) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{folder}: the demo set could not be written ({error}); it needs 150 MB") from error
+
+
+def unlabelled(row: Row) -> Row:
+    """The row as the test split shows it."""
+    return replace(row, relevant_windows=None, relevant_clip_ids=None, saliency_scores=None)

@@ -1,0 +1,69 @@
+"""Every path of a run, and the lock on a folder."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import TextIO
+
+from framseg.config import REPOSITORY, Profile
+
+DYING = 5.0  # seconds that a process which was killed may take to let its folder go
+
+
+class BusyError(RuntimeError):
+    """A folder that another process works in; the message names both."""
+
+
+class Run:
+    """Every path of one run, all below `root` (by default ``runs/<profile>`` in the repository)."""
+
+    def __init__(self, profile: Profile | str, root: Path | str | None = None):
+        name = profile if isinstance(profile, str) else profile.name
+        self.root = Path(root) if root else REPOSITORY / "runs" / name
+        self.profile = self.root / "profile.yaml"
+        self.notebooks = self.root / "notebooks"
+        self.train = self.root / "train"
+        self.step_log = self.train / "steps.jsonl"  # one line an optimizer step
+        self.validation_log = self.train / "validation.jsonl"  # one line an epoch: the metrics
+        self.skipped_log = self.train / "skipped.jsonl"  # one line a step that was not finite, with its qids
+        self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
+        self.trained_on = self.train / "rows.sha256"  # of the training annotations
+        # step_000123/: the last two states that training can go on from
+        self.resume = self.train / "resume"
+        self.checkpoint = self.root / "checkpoint"  # what framseg.predict reads
+        self.predictions = self.root / "predictions"
+        self.metrics = self.root / "metrics"
+        self.submission = self.root / "submission.zip"
+        self.report = self.root / "report.html"  # all executed notebooks on one page
+        self.figures = self.root / "figures"
+
+    def predicted(self, split: str, epoch: int | None = None) -> Path:
+        """Predictions of a split: the final ones, or those decoded after an epoch (counted from 1)."""
+        return self.predictions / (f"{split}.jsonl" if epoch is None else f"{split}_epoch_{epoch:02d}.jsonl")
+
+
+def hold(folder: Path) -> TextIO:
+    """Keep other processes from working in `folder`, until the result is closed or this process ends.
+
+    Raises BusyError if another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    deadline = time.monotonic() + DYING
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+        if time.monotonic() > deadline:
+            file.seek(0)
+            with file:
+                raise BusyError(
+                    f"process {file.read()} is at work in {folder}: wait for it, end it, or give another --run-dir"
+                )
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -1,0 +1,1 @@
+"""What one looks at: figures, tables, the prediction browser, the form."""
