@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from framseg import FramsegError
 from framseg.jsonl import is_integer, is_number, is_text, numbered_lines, parse_object, write_lines
 
 CLIP_SECONDS = 2
@@ -23,30 +24,31 @@ VID_BYTES = 200  # with an ending it becomes a file's name, which has 255 at mos
 LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")
 
 
-class AnnotationError(ValueError):
+class AnnotationError(FramsegError, ValueError):
     """Rows that cannot be used; the message has one line for each: file:line, qid, every reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One query on one video.
-
-    duration: seconds. relevant_windows: (start, end) in seconds, ordered, apart. relevant_clip_ids: the 2-second
-    clips the windows touch. saliency_scores: for each of these clips three scores 0..4. The last three are None
-    in a split without labels.
-    """
+    """One query on one video of `duration` seconds; all there is in a split without labels."""
 
     qid: int
     query: str
     duration: float
     vid: str
-    relevant_windows: tuple[tuple[float, float], ...] | None = None
-    relevant_clip_ids: tuple[int, ...] | None = None
-    saliency_scores: tuple[tuple[int, int, int], ...] | None = None
 
-    @property
-    def labelled(self) -> bool:
-        return self.relevant_windows is not None
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow(Row):
+    """A row with its labels.
+
+    relevant_windows: (start, end) in seconds, ordered, without overlap. relevant_clip_ids: the 2-second clips that the
+    windows touch. saliency_scores: for each of these clips the scores 0..4 of three annotators.
+    """
+
+    relevant_windows: tuple[tuple[float, float], ...]
+    relevant_clip_ids: tuple[int, ...]
+    saliency_scores: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
     records = []
     for row in rows:
         record = {"qid": row.qid, "query": row.query, "duration": row.duration, "vid": row.vid}
-        records.append(record | ({name: getattr(row, name) for name in LABELS} if row.labelled else {}))
+        labels = {name: getattr(row, name) for name in LABELS} if isinstance(row, LabelledRow) else {}
+        records.append(record | labels)
     write_lines(path, records, AnnotationError)
 
 
@@ -119,31 +122,31 @@ def frame_times(duration: float, frames: int) -> np.ndarray:
     return duration * (np.arange(frames) + 0.5) / frames
 
 
-def frame_labels(row: Row, frames: int) -> np.ndarray:
+def frame_labels(row: LabelledRow, frames: int) -> np.ndarray:
     """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included.
 
     Raises AnnotationError for a row without labels.
     """
-    _need_labels(row)
+    [row] = labelled([row])
     times = frame_times(row.duration, frames)
     windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
     return ((times >= windows[:, :1]) & (times <= windows[:, 1:])).any(0).astype(np.int8)
 
 
-def soft_targets(row: Row, frames: int) -> np.ndarray:
+def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
     """Segmentation targets, float64 [frames] in 0..1.
 
     The mean of the three annotators' scores over 4 for the 2-second clip that holds the frame's time, 0 outside
     the relevant clips. Raises AnnotationError for a row without labels.
     """
-    _need_labels(row)
+    [row] = labelled([row])
     scores = np.zeros(math.ceil(row.duration / CLIP_SECONDS))
     sums = np.reshape(row.saliency_scores, (-1, ANNOTATORS)).sum(axis=1)
     scores[list(row.relevant_clip_ids)] = sums / (ANNOTATORS * TOP_SALIENCY)
     return scores[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
 
 
-def class_balance(rows: Iterable[Row], frames: int) -> ClassBalance:
+def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
     """Count background and foreground frames over labelled rows. Raises AnnotationError if either is missing."""
     labels = np.stack([frame_labels(row, frames) for row in rows])
     foreground = int(labels.sum())
@@ -153,12 +156,12 @@ def class_balance(rows: Iterable[Row], frames: int) -> ClassBalance:
     return ClassBalance(background / foreground, background / labels.size, foreground, background)
 
 
-def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
+def annotator_distance(rows: Iterable[LabelledRow]) -> AnnotatorDistance:
     """How far two annotators of the same clip are apart, over all relevant clips of labelled rows.
 
     Raises AnnotationError if there is none.
     """
-    votes = np.array([three for row in rows if row.labelled for three in row.saliency_scores]).reshape(-1, ANNOTATORS)
+    votes = np.array([three for row in labelled(rows) for three in row.saliency_scores]).reshape(-1, ANNOTATORS)
     if not len(votes):
         raise AnnotationError("no row has a relevant clip, so no annotators can be compared")
     first, second = (votes[:, pair].ravel() for pair in ([0, 0, 1], [1, 2, 2]))
@@ -170,21 +173,29 @@ def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
     return AnnotatorDistance(measured, chance)
 
 
-def _need_labels(row: Row) -> None:
-    if not row.labelled:
-        raise AnnotationError(f"qid {row.qid}: has no labels; take a split with relevant_windows")
+def labelled(rows: Iterable[Row]) -> list[LabelledRow]:
+    """The rows, as rows with labels. Raises AnnotationError with the qids of those that have none."""
+    rows = list(rows)
+    without = [row.qid for row in rows if not isinstance(row, LabelledRow)]
+    if without:
+        listed = ", ".join(map(str, without[:20])) + (f", and {len(without) - 20} more" if len(without) > 20 else "")
+        raise AnnotationError(f"{len(without)} rows have no labels (qid {listed}); take a split with relevant_windows")
+    return [row for row in rows if isinstance(row, LabelledRow)]
 
 
 def _row(record: dict) -> Row:
+    row = Row(record["qid"], record["query"], record["duration"], record["vid"])
     windows, ids, scores = (record.get(name) for name in ("relevant_windows", "relevant_clip_ids", "saliency_scores"))
-    return Row(
-        record["qid"],
-        record["query"],
-        record["duration"],
-        record["vid"],
-        None if windows is None else tuple((start, end) for start, end in windows),
-        None if ids is None else tuple(ids),
-        None if scores is None else tuple(tuple(three) for three in scores),
+    if windows is None or ids is None or scores is None:
+        return row
+    return LabelledRow(
+        row.qid,
+        row.query,
+        row.duration,
+        row.vid,
+        tuple((start, end) for start, end in windows),
+        tuple(ids),
+        tuple((first, second, third) for first, second, third in scores),
     )
 
 

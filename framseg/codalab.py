@@ -19,7 +19,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from framseg.annotations import Row, clips, read
+from framseg import FramsegError
+from framseg.annotations import LabelledRow, Row, clips, read
 from framseg.evaluate import evaluate
 from framseg.moments import LISTED
 from framseg.predictions import SALIENCY, WINDOWS, PredictionError, matched, parse_predictions, read_predictions
@@ -34,7 +35,7 @@ TABLE_BYTES = 2**16  # the archive's table of contents; two entries take under 3
 _END = struct.Struct("<4s4H2LH")  # the record that closes a zip
 
 
-class SubmissionError(ValueError):
+class SubmissionError(FramsegError, ValueError):
     """A submission that would not count; the message has one line for every reason found."""
 
 
@@ -190,7 +191,7 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
         "file": name,
         "queries": len(rows),
         "windows": sum(len(record[WINDOWS]) for record in predictions),
-        "metrics": evaluate(predictions, rows) if all(row.labelled for row in rows) else None,
+        "metrics": evaluate(predictions, rows) if all(isinstance(row, LabelledRow) for row in rows) else None,
         "notes": notes,
     }
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from framseg import FramsegError
+
 PROFILES = Path(__file__).parent / "profiles"
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,7 +28,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Weights = tuple[NotNegative, NotNegative, NotNegative, NotNegative]
 
 
-class ProfileError(ValueError):
+class ProfileError(FramsegError, ValueError):
     """A profile that cannot be used; the message names the file, the key and what to write instead."""
 
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from framseg import config, dataset, prompt
+from framseg import FramsegError, config, dataset, prompt
 from framseg.annotations import Row
 from framseg.backbones import blip3, fingerprint
 from framseg.checkpoint import load_trained, local_folder, require_complete
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 POLL = 0.5  # seconds between two looks at what is finished
 
 
-class DecodeError(RuntimeError):
+class DecodeError(FramsegError, RuntimeError):
     """Decoding that did not end well; the message says where its log is."""
 
 

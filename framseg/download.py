@@ -33,7 +33,7 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
-from framseg import annotations, config
+from framseg import FramsegError, annotations, config
 from framseg.jsonl import write_lines
 
 ANNOTATIONS = "https://raw.githubusercontent.com/jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
@@ -53,7 +53,7 @@ TRIES = 5  # in a row that bring nothing
 PAUSE = 1.0  # seconds before the next try, doubled each time
 
 
-class DownloadError(ValueError):
+class DownloadError(FramsegError, ValueError):
     """Data that cannot be had; the message names the address or file and says what to do."""
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from framseg import moments
 from framseg.annotations import (
     ANNOTATORS,
-    AnnotationError,
+    LabelledRow,
     Row,
     clips,
     frame_labels,
     from_dict,
+    labelled,
     read,
     soft_targets,
 )
@@ -33,7 +34,6 @@ from framseg.predictions import (
     matched,
     prediction_record,
     read_predictions,
-    some,
 )
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
@@ -287,12 +287,8 @@ def _percent(values: np.ndarray) -> float:
     return round(100 * float(np.mean(values)), 2)
 
 
-def _labelled(annotations: Iterable[Row | dict]) -> list[Row]:
-    rows = [row if isinstance(row, Row) else from_dict(row) for row in annotations]
-    without = [row.qid for row in rows if not row.labelled]
-    if without:
-        raise AnnotationError(f"{len(without)} rows have no labels to score against (qid {some(without, ', ')})")
-    return rows
+def _labelled(annotations: Iterable[Row | dict]) -> list[LabelledRow]:
+    return labelled(row if isinstance(row, Row) else from_dict(row) for row in annotations)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

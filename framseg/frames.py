@@ -29,6 +29,8 @@ import pebble
 from PIL import Image
 from tqdm.auto import tqdm
 
+from framseg import FramsegError
+
 decord.logging.set_level(decord.logging.QUIET)
 
 ABOUT = "frames.json"  # member of a store file that says what made it
@@ -40,7 +42,7 @@ PROGRAM_STREAM = b"\0\0\1\xba"  # how .mpg and .vob files begin
 CLOCK = 1e-4  # seconds; finer differences between timestamps are rounding (decord keeps them in float32)
 
 
-class VideoError(ValueError):
+class VideoError(FramsegError, ValueError):
     """A video whose frames cannot be had; the message names the video and the reason."""
 
 

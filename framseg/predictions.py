@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from framseg import config, moments
+from framseg import FramsegError, config, moments
 from framseg.annotations import LONGEST, Row
 from framseg.jsonl import is_integer, is_number, numbered_lines, parse_object, write_lines
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 
 
-class PredictionError(ValueError):
+class PredictionError(FramsegError, ValueError):
     """Predictions that cannot be used; the message names file, line and qid, one bad record a line."""
 
 

@@ -56,7 +56,7 @@ class Prediction:
 
     def show(self) -> "Figure":
         """The qualitative figure: frames, predicted windows, curve; the last line of a cell shows it."""
-        from framseg import figures  # here, because drawing takes a second to import and not every answer is drawn
+        from framseg.viz import figures  # here, because drawing takes a second to import
 
         return figures.qualitative(self.row, self.record, self.frames, self.times)
 

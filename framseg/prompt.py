@@ -16,7 +16,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 
-from framseg import config
+from framseg import FramsegError, config
 
 FILE = "tokenizer.json"
 # What BLIP-3 adds to Phi-3's vocabulary, in the order of their ids.
@@ -51,7 +51,7 @@ RANDOM_MASKS = 10_000
 EXHAUSTIVE_LENGTH = 10  # every mask of up to this many frames is tried
 
 
-class PromptError(ValueError):
+class PromptError(FramsegError, ValueError):
     """A query or a tokenizer that the method cannot use; the message says why."""
 
 

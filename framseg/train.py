@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from framseg import annotations, config, dataset, decode, evaluate, losses, prompt
+from framseg import FramsegError, annotations, config, dataset, decode, evaluate, losses, prompt
 from framseg.checkpoint import CARD, load_base, model_card, save_trained
 from framseg.jsonl import is_number, parse_object, write_lines
 from framseg.predictions import write_predictions
@@ -38,7 +38,7 @@ LOSSES = ("loss", *losses.NAMES)  # None if not finite
 PATIENCE = 120  # seconds that an interrupted training has to write its checkpoint
 
 
-class TrainError(RuntimeError):
+class TrainError(FramsegError, RuntimeError):
     """Training that did not end well; the message says why and where its log is."""
 
 

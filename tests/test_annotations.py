@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framseg import annotations
-from framseg.annotations import AnnotationError, Row
+from framseg.annotations import AnnotationError, LabelledRow, Row
 
 GOOD = {
     "qid": 7,
@@ -28,7 +28,12 @@ def test_public_files_have_their_sizes_and_balance(shared):
     test = annotations.read(folder / "highlight_test_release.jsonl")
     public = annotations.read(folder / "highlight_test_with_gt.jsonl")
     assert [len(rows) for rows in (train, val, test, public)] == [7218, 1550, 1542, 1542]
-    assert [all(row.labelled for row in rows) for rows in (train, val, test, public)] == [True, True, False, True]
+    assert [all(isinstance(row, annotations.LabelledRow) for row in rows) for rows in (train, val, test, public)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     assert [row.qid for row in test] == [row.qid for row in public]
 
     counted = annotations.class_balance(train, 25)
@@ -157,7 +162,7 @@ def test_labels_and_targets_follow_the_frame_times(half_seconds, frames, data):
     ids = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
     scores = {clip: tuple(data.draw(st.tuples(*[st.integers(0, 4)] * 3))) for clip in ids}
     windows = [(2.0 * clip, min(2.0 * clip + 2, duration)) for clip in ids]
-    row = Row(1, "q", duration, "v", tuple(windows), tuple(ids), tuple(scores.values()))
+    row = LabelledRow(1, "q", duration, "v", tuple(windows), tuple(ids), tuple(scores.values()))
     labels, targets = annotations.frame_labels(row, frames), annotations.soft_targets(row, frames)
     assert labels.dtype == np.int8 and targets.dtype == np.float64
     for i in range(frames):
@@ -176,7 +181,7 @@ def test_a_frame_at_a_windows_end_is_in_it():
 
 def test_rows_without_labels_give_no_targets():
     row = Row(3, "q", 10, "v")
-    assert not row.labelled
+    assert not isinstance(row, annotations.LabelledRow)
     for function in (annotations.frame_labels, annotations.soft_targets):
         with pytest.raises(AnnotationError, match="qid 3: has no labels"):
             function(row, 5)

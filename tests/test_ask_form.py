@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from small import make_video
 
-from framseg import decode
 from framseg.frames import VideoError
 from framseg.predictor import Prediction
 from framseg.viz import ask_form
@@ -23,7 +22,7 @@ def form(monkeypatch):
             for query in queries
         ]
 
-    monkeypatch.setattr(decode, "predict", predict)
+    monkeypatch.setattr(ask_form, "predict", predict)
     return ask_form.Ask("a checkpoint")
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from small import make_video
 
-from framseg import annotations, evaluate, frames
-from framseg.annotations import Row
+from framseg import annotations, frames
+from framseg.annotations import LabelledRow, Row
 from framseg.predictions import PredictionError, read_predictions, write_predictions
 from framseg.run.paths import Run
 from framseg.viz import browser
@@ -14,7 +14,7 @@ from framseg.viz import browser
 
 def row(qid: int, query: str, start: float, end: float) -> Row:
     clips = tuple(range(int(start) // 2, int(end) // 2))
-    return Row(qid, query, 150, f"video {qid}", ((start, end),), clips, tuple((2, 3, 4) for _ in clips))
+    return LabelledRow(qid, query, 150, f"video {qid}", ((start, end),), clips, tuple((2, 3, 4) for _ in clips))
 
 
 ROWS = [
@@ -121,7 +121,7 @@ def test_nothing_to_save_and_nowhere_to_write_are_said(opened, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "<the folder>")
 
-    monkeypatch.setattr(evaluate, "write_predictions", refuse)
+    monkeypatch.setattr(browser, "write_predictions", refuse)
     opened.buttons["export selection"].click()
     assert "not done" in opened.said.value and "&lt;the folder&gt;" in opened.said.value
 
@@ -134,7 +134,7 @@ def test_buttons_move(opened):
 
 
 def test_the_last_clip_may_be_shorter_and_stays_on_the_axis(tmp_path):
-    short = Row(5, "a short one", 9, "video 5", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
+    short = LabelledRow(5, "a short one", 9, "video 5", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
     path = tmp_path / "val.jsonl"
     answer = {"qid": 5, "pred_relevant_windows": [[6, 9, 1.0]], "pred_saliency_scores": [0, 0, 0, 1]}
     write_predictions(path, [answer])

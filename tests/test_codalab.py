@@ -6,14 +6,13 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from framseg import annotations, codalab, evaluate, moments
-from framseg.annotations import AnnotationError, Row
+from framseg.annotations import AnnotationError, LabelledRow, Row
 from framseg.codalab import SubmissionError
 from framseg.predictions import PredictionError, read_predictions, write_predictions
 
@@ -23,7 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def _row(qid):
-    return Row(qid, f"query {qid}", 10, f"v{qid}", ((2, 6),), (1, 2), ((4, 3, 2), (4, 4, 4)))
+    return LabelledRow(qid, f"query {qid}", 10, f"v{qid}", ((2, 6),), (1, 2), ((4, 3, 2), (4, 4, 4)))
 
 
 def _prediction(qid, **change):
@@ -154,7 +153,7 @@ def test_anothers_predictions_pass_with_notes_on_what_the_protocol_puts_up_with(
 
 
 def test_a_test_split_without_labels_is_checked_but_not_scored(folder):
-    bare = [replace(_row(q), relevant_windows=None, relevant_clip_ids=None, saliency_scores=None) for q in (3, 4, 5)]
+    bare = [Row(q, f"query {q}", 10, f"v{q}") for q in (3, 4, 5)]
     annotations.write(folder / "highlight_test_release.jsonl", bare)
     report = codalab.check(_archive(folder), folder, test="highlight_test_release.jsonl")
     assert report["test"]["metrics"] is None and report["val"]["metrics"] is not None

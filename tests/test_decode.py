@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, Phi3ForCausalLM
 from transformers.generation import LogitsProcessorList
 
 import framseg
-from framseg import config, dataset, decode, frames, moments, prompt
+from framseg import config, dataset, decode, frames, moments, predictor, prompt
 from framseg.annotations import Row
 from framseg.backbones import CheckpointError, blip3
 from framseg.checkpoint import load_trained, save_trained
@@ -258,7 +258,7 @@ def test_unusable_prompts_are_refused():
 # ---- whole splits ----------------------------------------------------------------------------------------------------
 
 ROWS = [
-    Row(qid, query, duration, vid, None, None, None)
+    Row(qid, query, duration, vid)
     for qid, query, duration, vid in [
         (7, "a dog runs", 150, "b"),
         (3, "two people talk in a kitchen", 126, "a"),
@@ -409,7 +409,7 @@ def test_what_other_settings_left_is_not_used(setup, monkeypatch, change):
         inference = setup.profile.inference.model_copy(update={"beams": 3})
         run(setup, profile=setup.profile.model_copy(update={"inference": inference}))
     else:  # of the two rows that were done, one asks something else now
-        other = Row(3, "a cat sleeps", 126, "a", None, None, None)
+        other = Row(3, "a cat sleeps", 126, "a")
         found = run(setup, [other if row.qid == 3 else row for row in ROWS])
         assert found[1]["query"] == "a cat sleeps"
     assert sum(sizes) == {"weights": 6, "beams": 6, "query": 5}[change]
@@ -467,7 +467,7 @@ def checkpoint(setup, tmp_path):
 def test_predict(setup, checkpoint, tmp_path, monkeypatch):
     video = make_video(tmp_path / "own.mp4", 21)
     loaded, load = [], load_trained
-    monkeypatch.setattr(blip3, "load_trained", lambda folder: loaded.append(folder) or load(folder))
+    monkeypatch.setattr(decode, "load_trained", lambda folder: loaded.append(folder) or load(folder))
     one = framseg.predict(video, "a dog runs", checkpoint=checkpoint)
     queries = ["a dog runs", "a cat sleeps", "night falls"]
     several = framseg.predict(str(video), queries, checkpoint=str(checkpoint))
@@ -560,7 +560,7 @@ def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tm
     video = make_video(tmp_path / "long.mp4", seconds)
     decoded, encoded = [], []
     read_apart, vision_tokens = decode.read_apart, blip3.Blip3.vision_tokens
-    monkeypatch.setattr(decode, "read_apart", lambda *a: decoded.append(a[0]) or read_apart(*a))
+    monkeypatch.setattr(predictor, "read_apart", lambda *a: decoded.append(a[0]) or read_apart(*a))
     monkeypatch.setattr(blip3.Blip3, "vision_tokens", lambda *a: encoded.append(a[1].shape[1]) or vision_tokens(*a))
     # Three a batch, four queries: the last one is alone in its batch.
     queries = ["a dog runs", "a cat sleeps", "night falls", "rain"]

@@ -64,8 +64,8 @@ def test_making_the_set_again_keeps_what_is_there(tmp_path, monkeypatch):
     synthetic.make(data, tmp_path)
     files = sorted((tmp_path / data.videos).glob("*.mp4"))
     assert len(files) == 4
-    assert not annotations.read(tmp_path / data.test)[0].labelled
-    assert annotations.read(tmp_path / data.test_labels)[0].labelled
+    assert not isinstance(annotations.read(tmp_path / data.test)[0], annotations.LabelledRow)
+    assert isinstance(annotations.read(tmp_path / data.test_labels)[0], annotations.LabelledRow)
     kept, lost = files[0].stat().st_mtime_ns, files[1].read_bytes()
     files[1].unlink()
     (tmp_path / "made.json").unlink()

@@ -97,7 +97,7 @@ def site(monkeypatch):
 
 
 def row(number: int, vid: str) -> annotations.Row:
-    return annotations.Row(number, "a query", 150, vid, ((0, 4),), (0, 1), ((1, 2, 3), (4, 4, 4)))
+    return annotations.LabelledRow(number, "a query", 150, vid, ((0, 4),), (0, 1), ((1, 2, 3), (4, 4, 4)))
 
 
 def tar_gz(members: dict[str, bytes | tarfile.TarInfo], level: int = 1) -> bytes:

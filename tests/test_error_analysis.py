@@ -2,12 +2,14 @@ import numpy as np
 import pytest
 
 from framseg import annotations, evaluate
-from framseg.annotations import Row
+from framseg.annotations import LabelledRow, Row
 from framseg.predictions import PredictionError
 from framseg.viz import error_analysis
 
-SHORT = Row(1, "a cat sleeps", 150, "a", ((10, 14),), (5, 6), ((2, 3, 4),) * 2)
-TWO = Row(2, "a dog runs", 150, "b", ((0, 30), (60, 120)), tuple([*range(15), *range(30, 60)]), ((4, 4, 4),) * 45)
+SHORT = LabelledRow(1, "a cat sleeps", 150, "a", ((10, 14),), (5, 6), ((2, 3, 4),) * 2)
+TWO = LabelledRow(
+    2, "a dog runs", 150, "b", ((0, 30), (60, 120)), tuple([*range(15), *range(30, 60)]), ((4, 4, 4),) * 45
+)
 
 
 def prediction(row: Row, probability: np.ndarray) -> dict:

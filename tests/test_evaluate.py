@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framseg import annotations, evaluate
-from framseg.annotations import AnnotationError, Row
+from framseg.annotations import AnnotationError, LabelledRow, Row
 from framseg.predictions import PredictionError, read_predictions, read_released, write_predictions
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
@@ -26,7 +26,9 @@ def golden(shared):
 
 def _row(qid, duration=20, windows=((4, 8),), scores=(4, 4, 4), vid=None):
     ids = [clip for start, end in windows for clip in range(int(start // 2), int(-(-end // 2)))]
-    return Row(qid, "q", duration, vid or f"v{qid}", tuple(windows), tuple(ids), tuple([tuple(scores)] * len(ids)))
+    return LabelledRow(
+        qid, "q", duration, vid or f"v{qid}", tuple(windows), tuple(ids), tuple([tuple(scores)] * len(ids))
+    )
 
 
 def _prediction(qid, windows=((4, 8, 0.5),), scores=(0.0, 0.0, 1.0, 1.0)):
@@ -151,7 +153,7 @@ def test_agrees_with_the_protocol_written_out_plainly(seed):
         windows = list(zip(cuts[::2], cuts[1::2], strict=True))[: random.integers(1, 4)]
         ids = sorted({clip for s, e in windows for clip in range(int(s // 2), int(-(-e // 2)))})
         scores = [tuple(three) for three in random.integers(0, 5, (len(ids), 3)).tolist()]
-        rows.append(Row(qid, "q", duration, "v", tuple(windows), tuple(ids), tuple(scores)))
+        rows.append(LabelledRow(qid, "q", duration, "v", tuple(windows), tuple(ids), tuple(scores)))
         listed = []
         for _ in range(random.integers(1, 14)):
             if random.random() < 0.5:  # near a true window

@@ -8,7 +8,7 @@ from matplotlib.container import BarContainer
 from PIL import Image
 
 from framseg import annotations, evaluate, moments
-from framseg.annotations import Row
+from framseg.annotations import LabelledRow, Row
 from framseg.viz import figures, paper_results
 
 F = 25
@@ -17,7 +17,7 @@ F = 25
 def row(qid: int, start: float, end: float, query: str = "a cat sleeps", duration: float = 150, vid: str = "") -> Row:
     clips = tuple(range(int(start) // 2, int(-(-end // 2))))
     scores = tuple((2, 3, 4) for _ in clips)
-    return Row(qid, query, duration, vid or f"video {qid}", ((start, end),), clips, scores)
+    return LabelledRow(qid, query, duration, vid or f"video {qid}", ((start, end),), clips, scores)
 
 
 def prediction(one: Row, probability: np.ndarray, **more) -> dict:
@@ -292,7 +292,7 @@ def test_overlapping_windows_get_lanes_and_padding_is_dropped():
 
 
 def test_true_saliency_counts_a_shorter_last_clip():
-    one = Row(1, "a cat", 9, "v", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
+    one = LabelledRow(1, "a cat", 9, "v", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
     assert figures.true_saliency(one).tolist() == [0, 0, 0, 0.5, 1]
 
 

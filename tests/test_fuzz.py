@@ -23,7 +23,7 @@ from test_config import flat
 from test_prompt import letters
 
 from framseg import annotations, codalab, config, evaluate, prompt, train
-from framseg.annotations import AnnotationError, Row
+from framseg.annotations import AnnotationError, LabelledRow
 from framseg.backbones import CheckpointError, blip3
 from framseg.checkpoint import load_base, load_trained, save_trained
 from framseg.codalab import TEST_NAME, VAL_NAME, SubmissionError
@@ -160,8 +160,8 @@ def outcome(read, errors, *places):
 
 
 ROWS = [
-    Row(1, "query 1", 10, "v1", ((2, 6),), (1, 2), ((4, 3, 2), (4, 4, 4))),
-    Row(2, "en hund 🐕 und 'x'", 9.5, "v2", ((0, 2.5), (8, 9.5)), (0, 1, 4), ((4, 4, 4), (0, 0, 0), (1, 2, 3))),
+    LabelledRow(1, "query 1", 10, "v1", ((2, 6),), (1, 2), ((4, 3, 2), (4, 4, 4))),
+    LabelledRow(2, "en hund 🐕 und 'x'", 9.5, "v2", ((0, 2.5), (8, 9.5)), (0, 1, 4), ((4, 4, 4), (0, 0, 0), (1, 2, 3))),
 ]
 RECORDS = [
     {name: getattr(row, name) for name in ("qid", "query", "duration", "vid", *annotations.LABELS)} for row in ROWS
@@ -193,7 +193,7 @@ def test_annotations(tmp_path, content):
         annotations.write(tmp_path / "again.jsonl", rows)
         assert annotations.read(tmp_path / "again.jsonl") == rows
         for row in rows:
-            if row.labelled:
+            if isinstance(row, annotations.LabelledRow):
                 assert len(annotations.frame_labels(row, 5)) == len(annotations.soft_targets(row, 5)) == 5
 
 

@@ -22,7 +22,7 @@ TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
 def notebook(folder, name, *cells):
     parameters = nbformat.v4.new_code_cell("profile = 'paper'\nrun_dir = None", metadata={"tags": ["parameters"]})
     code = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    kernel = {"name": notebooks.KERNEL, "display_name": "Python 3", "language": "python"}
+    kernel = {"name": driver.KERNEL, "display_name": "Python 3", "language": "python"}
     content = nbformat.v4.new_notebook(cells=[parameters, *code], metadata={"kernelspec": kernel})
     nbformat.write(content, folder / f"{name}.ipynb")
 

@@ -3,13 +3,15 @@
 import hashlib
 from typing import TYPE_CHECKING
 
+from framseg import FramsegError
+
 if TYPE_CHECKING:
     from torch import nn
 
 SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FramsegError, ValueError):
     """Weights that do not belong to this model; the message names the folder and every offending tensor."""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from framseg.annotations import Row
+from framseg.annotations import LabelledRow
 from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, label, nearness, render, scene
 
 BASE = Path(__file__).parent / "base"
@@ -99,7 +99,7 @@ def _pictures(rng: np.random.Generator, count: int, image_size: int, frames: int
                 shown[i, inside] = 1 + stretch.activity
                 near[i, inside] = nearness(stretch, times[order][inside])
         for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
-            row = Row(i, "", DURATION, "", **label(one, activity, rng))
+            row = LabelledRow(i, "", DURATION, "", **label(one, activity, rng))
             questions.append((i, activity, frame_labels(row, frames)[order], soft_targets(row, frames)[order]))
     return {
         "pixels": pixels,

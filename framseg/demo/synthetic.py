@@ -9,7 +9,7 @@ import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import av
 import numpy as np
 from tqdm.auto import tqdm
 
-from framseg.annotations import CLIP_SECONDS, Row, write
+from framseg.annotations import CLIP_SECONDS, LabelledRow, Row, write
 from framseg.config import Data, Profile, data_folder
 
 VERSION = 1  # of the set: another number makes it anew
@@ -189,7 +189,7 @@ def scenes(split: str) -> dict[str, Scene]:
     return out
 
 
-def rows(split: str) -> list[Row]:
+def rows(split: str) -> list[LabelledRow]:
     """Annotations of a split: one query for each activity that a video shows, worded in one of four ways."""
     # Apart from the scenes' generator, so that wording and votes leave the videos as they are.
     rng = np.random.default_rng([SEED, 10 + list(VIDEOS).index(split)])
@@ -199,7 +199,7 @@ def rows(split: str) -> list[Row]:
             what = ACTIVITIES[activity]
             query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
             qid = 10_000 * (1 + list(VIDEOS).index(split)) + len(out)
-            out.append(Row(qid, query, one.duration, vid, **label(one, activity, rng)))
+            out.append(LabelledRow(qid, query, one.duration, vid, **label(one, activity, rng)))
     return out
 
 
@@ -254,4 +254,4 @@ def make(data: Data, folder: Path) -> None:
 
 def unlabelled(row: Row) -> Row:
     """The row as the test split shows it."""
-    return replace(row, relevant_windows=None, relevant_clip_ids=None, saliency_scores=None)
+    return Row(row.qid, row.query, row.duration, row.vid)

@@ -18,8 +18,8 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from framseg import config
-from framseg.run import WAITING_THREADS, preflight, stamps
+from framseg import FramsegError, config
+from framseg.run import WAITING_THREADS, stamps
 from framseg.run.paths import BusyError, Run, hold
 
 NOTEBOOKS = config.REPOSITORY / "notebooks"
@@ -28,7 +28,7 @@ TRAINING = "03"  # the notebook that trains
 TAIL = 25  # lines of a failed cell's traceback that are shown
 
 
-class RunError(Exception):
+class RunError(FramsegError):
     """A run that cannot start; the message says why."""
 
 
@@ -85,6 +85,8 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
 
 def refuse_incomplete(profile: config.Profile, run: Run, todo: list[stamps.Step]) -> None:
     """Raise RunError with everything that the profile needs for these notebooks and this machine has not."""
+
+    from framseg.run import preflight  # here, so that a mistyped option is answered at once
 
     trains = any(one.notebook.stem.startswith(TRAINING) for one in todo) and not run.checkpoint.is_dir()
     missing = preflight.missing(profile, trains)
@@ -178,7 +180,7 @@ def carry_out(todo: list[stamps.Step], profile: config.Profile, run: Run, always
         one.finish()
         print(f"      {time.monotonic() - start:.0f} s", flush=True)
     if skipped < len(todo) or not run.report.is_file():
-        from framseg import report  # here, so that a mistyped option is answered at once
+        from framseg.run import report  # here, so that a mistyped option is answered at once
 
         report.write(profile, run)
         print(f"report: {run.report}")

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from framseg import FramsegError
 from framseg.config import REPOSITORY, Profile
 
 DYING = 5.0  # seconds that a process which was killed may take to let its folder go
 
 
-class BusyError(RuntimeError):
+class BusyError(FramsegError, RuntimeError):
     """A folder that another process works in; the message names both."""
 
 

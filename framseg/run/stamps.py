@@ -72,7 +72,7 @@ class Step:
 
     def finish(self) -> None:
         """Write the stamp of a step that ended well, with the files that it wrote into the run folder."""
-        from framseg import cost  # here, so that a run with nothing to do does without torch
+        from framseg.run import cost  # here, so that a run with nothing to do does without torch
 
         if self.profile.data.source == "demo":  # the first chapter has made it
             self.made_from["the data"] = self._data()

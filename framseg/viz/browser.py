@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from framseg import annotations, config, evaluate
-from framseg.annotations import CLIP_SECONDS, Row
+from framseg.annotations import CLIP_SECONDS, LabelledRow, Row
 from framseg.frames import Store, VideoError
 from framseg.predictions import PredictionError, matched, read_predictions, read_released, write_predictions
 from framseg.run.paths import Run
@@ -41,9 +41,9 @@ FILTERS: dict[str, Callable[[Entry], bool]] = {
         e["iou"] is not None and e["iou"] < figures.WRONG and e["confidence"] >= figures.CONFIDENT
     ),
     "invalid mask": lambda e: e["prediction"].get("valid") is False,
-    "short moment (up to 10 s)": lambda e: any(0 < end - start <= 10 for start, end in e["row"].relevant_windows or ()),
-    "middle (10 to 30 s)": lambda e: any(10 < end - start <= 30 for start, end in e["row"].relevant_windows or ()),
-    "long (over 30 s)": lambda e: any(end - start > 30 for start, end in e["row"].relevant_windows or ()),
+    "short moment (up to 10 s)": lambda e: any(0 < end - start <= 10 for start, end in _true_windows(e["row"])),
+    "middle (10 to 30 s)": lambda e: any(10 < end - start <= 30 for start, end in _true_windows(e["row"])),
+    "long (over 30 s)": lambda e: any(end - start > 30 for start, end in _true_windows(e["row"])),
 }
 SORTS: dict[str, Callable[[Entry], tuple]] = {
     "query id": lambda e: (e["qid"],),
@@ -54,6 +54,10 @@ SORTS: dict[str, Callable[[Entry], tuple]] = {
     "better than the compared, most first": lambda e: (e["gain"] is None, -(e["gain"] or 0), e["qid"]),
     "worse than the compared, most first": lambda e: (e["gain"] is None, e["gain"], e["qid"]),
 }
+
+
+def _true_windows(row: Row) -> tuple[tuple[float, float], ...]:
+    return row.relevant_windows if isinstance(row, LabelledRow) else ()
 
 
 def browse(
@@ -289,7 +293,7 @@ def _title(file: Path) -> str:
 def _entries(file: Path, rows: list[Row]) -> list[Entry]:
     read = read_released if file.suffix == ".csv" else read_predictions
     predictions, rows = matched(read(file), rows, intersection=True)
-    labelled = all(row.labelled for row in rows)
+    labelled = all(isinstance(row, LabelledRow) for row in rows)
     numbers = {number["qid"]: number for number in evaluate.per_query(predictions, rows)} if labelled else {}
     return [
         {
@@ -341,7 +345,7 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
         out.append(f'<path d="{edges}" stroke="white"/>')
         y += STRIP
     lanes, left_out = figures.lanes(prediction, duration)
-    truth = [[(0, start, end, 1.0) for start, end in row.relevant_windows]] if row.labelled else []
+    truth = [[(0, start, end, 1.0) for start, end in row.relevant_windows]] if isinstance(row, LabelledRow) else []
     named = [("true", lane, figures.TRUE) for lane in truth]
     named += [("" if i else "predicted", lane, figures.PREDICTED) for i, lane in enumerate(lanes)]
     bars = []
@@ -358,7 +362,7 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
         out.append(f'<text x="0" y="{y + 13}">{left_out} windows more, not drawn</text>')
         y += LANE
     bottom = y + 8 + PLOT
-    if row.labelled:
+    if isinstance(row, LabelledRow):
         steps = [(x(CLIP_SECONDS * i), bottom - PLOT * v) for i, v in enumerate(figures.true_saliency(row))]
         path = f"M{x(0):.1f},{bottom}" + "".join(
             f"V{v:.1f}H{min(x0 + width * CLIP_SECONDS / duration, LEFT + width):.1f}" for x0, v in steps
@@ -375,7 +379,7 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     apart = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
     for second in range(0, int(duration) + 1, apart):
         out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, apart)}</text>')
-    key = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if row.labelled else "")
+    key = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if isinstance(row, LabelledRow) else "")
     out.append(f'<text x="0" y="{bottom + 34}">{key}</text>')
     span = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
     out.append(f'<rect class="axis" data-duration="{duration:g}" {span} fill="transparent"/>')

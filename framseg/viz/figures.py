@@ -27,6 +27,7 @@ from framseg.annotations import (
     ANNOTATORS,
     CLIP_SECONDS,
     TOP_SALIENCY,
+    LabelledRow,
     Row,
     annotator_distance,
     class_balance,
@@ -120,7 +121,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
     the commonest words, and the class balance of `frames` frames a video beside the paper's. Splits without labels are
     in the panels about videos and words only.
     """
-    labelled = {name: [row for row in rows if row.labelled] for name, rows in splits.items()}
+    labelled = {name: [row for row in rows if isinstance(row, LabelledRow)] for name, rows in splits.items()}
     labelled = {name: rows for name, rows in labelled.items() if rows}
     if not labelled:
         raise ValueError(f"none of the splits {', '.join(splits)} has labels; give at least one that has")
@@ -557,7 +558,7 @@ def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[t
 def scores(row: Row, prediction: dict) -> str:
     """What the prediction scored, in words: IoU of the first window, highlight hit or miss, its score."""
     said = []
-    if row.labelled:
+    if isinstance(row, LabelledRow):
         number = per_query([prediction], [row])[0]
         said += [f"IoU {number['iou']:.2f}"] if "iou" in number else []
         said += [f"highlight {'hit' if number['hit'] else 'missed'}"] if "hit" in number else []
@@ -585,7 +586,7 @@ def qualitative(
     t = row.duration
     named = [("predicted", prediction, PREDICTED), *([(*against, OTHER)] if against else [])]
     listed = [(name, *lanes(record, t), colour) for name, record, colour in named]
-    levels = sum(max(len(found), 1) for _, found, _, _ in listed) + row.labelled
+    levels = sum(max(len(found), 1) for _, found, _, _ in listed) + isinstance(row, LabelledRow)
     title = textwrap.wrap(f"“{row.query}”", 88) or [""]
     heights = [0.62 if frames is not None else 0.16, 0.17 * levels + 0.08, 1.35]
     figure = _picture(sum(heights) + 0.75 + 0.17 * len(title))
@@ -611,7 +612,7 @@ def qualitative(
 
     ticks = []
     level = 0
-    if row.labelled:
+    if isinstance(row, LabelledRow):
         for start, end in row.relevant_windows:
             spans.barh(level, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
         ticks.append((level, "true"))
@@ -632,7 +633,7 @@ def qualitative(
     spans.grid(axis="x", linewidth=0.4)
     spans.set_axisbelow(True)
 
-    if row.labelled:
+    if isinstance(row, LabelledRow):
         truth = true_saliency(row)
         edges = np.minimum(np.arange(len(truth) + 1) * float(CLIP_SECONDS), t)
         curve.stairs(truth, edges, fill=True, color=TRUE, alpha=0.3, label="true saliency (mean of annotators / 4)")

@@ -58,7 +58,7 @@ def make(folder: Path, count: int) -> None:
         clips = tuple(range(start // 2, start // 2 + 10))
         saliency = tuple(tuple(random.integers(0, 5, 3).tolist()) for _ in clips)
         query = f"a person number {qid} talks to the camera while walking"
-        rows.append(annotations.Row(qid, query, 150, vid, ((start, start + 20),), clips, saliency))
+        rows.append(annotations.LabelledRow(qid, query, 150, vid, ((start, start + 20),), clips, saliency))
         probability = random.random(25)
         windows = moments.windows((probability > 0.6).astype(int), probability, 150)
         answer = {"probability": probability.tolist(), "mask": "1" * 25, "valid": True, "query": query, "vid": vid}
