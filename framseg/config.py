@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from framseg import FramsegError
 
 PROFILES = Path(__file__).parent / "profiles"
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent  # holds the package `framseg`; site-packages where that is installed
+# Where runs and data go: the repository, or the current folder where framseg is installed without one.
+WORKSPACE = REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
 
 Count = Annotated[int, Field(ge=1, le=2**20)]  # more is a slip, and would fill the memory before anything is compared
 Layers = Annotated[int, Field(ge=1, le=1000)]
@@ -38,7 +40,7 @@ class Section(BaseModel):
 
 class Data(Section):
     source: Literal["folder", "demo"]  # `demo`: framseg.demo makes the folder's content
-    folder: Path  # relative paths are taken from the repository
+    folder: Path  # relative paths are taken from config.WORKSPACE
     videos: str  # folder of {vid}.mp4 inside `folder`
     train: str
     val: str
@@ -342,14 +344,21 @@ def _explain(path: Path, item: dict) -> str:
     return f"{path.name}: {where}: {message}" if where else f"{path.name}: {message}"
 
 
+def local_path(name: str | Path) -> Path | None:
+    """The file or folder that a profile's `weights` or `tokenizer` names, None if there is none of that name.
+
+    A relative path is looked up in the current folder, then in WORKSPACE, then in REPOSITORY; ~ is the home folder.
+    """
+    paths = (folder / os.path.expanduser(name) for folder in (Path(), WORKSPACE, REPOSITORY))
+    return next((path for path in paths if os.path.exists(path)), None)  # unlike path.exists(), it takes any text
+
+
 def local_weights(name: str) -> Path | None:
-    """The folder of a `model.weights`, looked up in the working folder, then the repository; None if it is none."""
-    for folder in (os.path.expanduser(name), REPOSITORY / name):
-        if os.path.isdir(folder):  # unlike the path's own method, it takes any text
-            return Path(folder)
-    return None
+    """The folder that `model.weights` names (see `local_path`), None if it is not a folder of this machine."""
+    path = local_path(name)
+    return path if path and path.is_dir() else None
 
 
 def data_folder(profile: Profile) -> Path:
-    """The profile's data folder as an absolute path."""
-    return REPOSITORY / profile.data.folder
+    """The profile's data folder as an absolute path; a relative one is taken from WORKSPACE."""
+    return WORKSPACE / profile.data.folder

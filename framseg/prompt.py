@@ -6,7 +6,6 @@ with their spellings taken as ordinary text: no query can open a turn or add a f
 
 import itertools
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ class Report:
 def load(name: str | Path) -> Tokenizer:
     """Tokenizer from a tokenizer.json, a folder that holds one, or a Hugging Face repository's name.
 
-    Relative paths are looked up in the working folder, then in the repository. Special tokens in text are taken as
+    Relative paths are looked up as `config.local_path` says. Special tokens in text are taken as
     text. Raises PromptError if there is no such file, it is damaged, or the hub cannot be reached within 10 s.
     """
     path = _local(name) or _fetch(str(name))
@@ -93,12 +92,11 @@ def load(name: str | Path) -> Tokenizer:
 
 
 def _local(name: str | Path) -> Path | None:
-    for path in (Path(os.path.expanduser(name)), config.REPOSITORY / name):
-        file = path / FILE if os.path.isdir(path) else path  # unlike the path's own method, it takes any text
-        if os.path.isfile(file):
-            return file
-        if os.path.isdir(path):
+    if path := config.local_path(name):
+        file = path / FILE if path.is_dir() else path
+        if not file.is_file():
             raise PromptError(f"{path}: no {FILE} in this folder")
+        return file
     if Path(name).suffix == ".json" or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise PromptError(f"{name}: no such tokenizer file or folder, nor a repository's name (owner/name)")
     return None
