@@ -137,6 +137,21 @@ def test_frame_strip_has_every_frame_its_time_and_its_digit(pictures):
     assert framed == [bool(label) for label in labels]
 
 
+def test_soft_targets_are_the_mean_of_the_annotators_points():
+    one = row(7, 30, 90, query="costs $5 & $6")
+    axes = figures.soft_targets(one, F).axes[0]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.5] * 30, [0.75] * 30, [1.0] * 30]
+    assert axes.lines[0].get_xdata()[[0, -1]].tolist() == [31, 89]  # the middles of the first and the last clip
+    assert [bar.get_height() for bar in bars(axes)] == annotations.soft_targets(one, F).tolist()
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in bars(axes)]
+    np.testing.assert_allclose(centres, annotations.frame_times(150, F))
+    moment = next(patch for patch in axes.patches if patch not in bars(axes))
+    assert (moment.get_x(), moment.get_width()) == (30, 60)
+    assert axes.get_title("left") == "costs $5 & $6"
+    with pytest.raises(annotations.AnnotationError, match="no labels"):
+        figures.soft_targets(Row(9, "who knows", 150, "c"), F)
+
+
 def test_variations_frame_the_drawn_ones(pictures):
     stacked = np.stack([pictures, pictures[::-1], pictures])
     choice = np.arange(F) % 3

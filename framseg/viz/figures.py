@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from framseg import annotations
 from framseg.annotations import (
     ANNOTATORS,
     CLIP_SECONDS,
@@ -229,6 +230,29 @@ def frame_strip(
         _show(axes, frames[place], TRUE if inside else None)
         digit = "" if labels is None else f"  {labels[place]}"
         axes.set_xlabel(f"{times[place]:.0f} s{digit}", fontsize="small", color=TRUE if inside else "black", labelpad=2)
+    return figure
+
+
+@_styled
+def soft_targets(row: LabelledRow, frames: int) -> Figure:
+    """The segmentation targets of one query: a bar for each of `frames` frames, and the annotators' points behind them.
+
+    Saliency is divided by 4, so that all heights are 0 to 1; the moments are shaded. Raises AnnotationError for a row
+    without labels.
+    """
+    targets = annotations.soft_targets(row, frames)
+    figure = _picture(2.4)
+    axes = figure.add_subplot()
+    for start, end in row.relevant_windows:
+        axes.axvspan(start, end, color="0.92")
+    middles = CLIP_SECONDS * (np.array(row.relevant_clip_ids) + 0.5)
+    for number, scores in enumerate(np.reshape(row.saliency_scores, (-1, ANNOTATORS)).T, 1):
+        axes.plot(middles, scores / TOP_SALIENCY, ".", label=f"annotator {number}")
+    width = 0.8 * row.duration / frames
+    axes.bar(frame_times(row.duration, frames), targets, width, color="0.7", label="soft target")
+    axes.set(xlabel="seconds (shaded: the moments)", ylabel="saliency / 4", xlim=(0, row.duration))
+    axes.set_title(row.query, parse_math=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
