@@ -1,6 +1,6 @@
 """Moment and highlight detection by frame segmentation with a multimodal LLM."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from framseg.predictor import predict
@@ -13,8 +13,8 @@ class FramsegError(Exception):
     """Whatever framseg cannot do for a reason that a user can act on; the message says what to do."""
 
 
-def __getattr__(name: str) -> Any:
-    # Looked up on first use: the pure modules (evaluate, moments, …) must not wait for torch.
+def __getattr__(name: str) -> object:
+    # Loaded on first use: it needs torch, for which those who only read rows or evaluate need not wait.
     if name == "predict":
         from framseg.predictor import predict
 
