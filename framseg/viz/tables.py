@@ -1,0 +1,167 @@
+"""The notebooks' tables as DataFrames, from the same plain values as the figures; `shown` makes one fit to read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from numbers import Integral
+
+import numpy as np
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from framseg import annotations, config, evaluate, prompt
+from framseg.viz import paper_results
+
+METRICS = evaluate.METRICS | {"MR-full-mAP@0.5": "mAP@0.5", "MR-full-mAP@0.75": "mAP@0.75"}
+REPORTED = "reported, real QVHighlights"
+# Keys by section of the profile: those of the published training, and those of what is around it.
+TABLE_II = {
+    "training": "epochs processes micro_batch accumulation learning_rate warmup_steps planned_steps floor weight_decay "
+    "betas eps gradient_clip zero_stage offload_optimizer gradient_checkpointing compile",
+    "model": "dtype attention",
+    "adapter": "rank alpha dropout init rslora targets",
+}
+TABLE_III = {
+    "frames": "count neighbours neighbour_distance",
+    "losses": "pos_weight tversky_alpha tversky_beta eps schedule warmup_epochs start end",
+    "inference": "beams batch windows saliency",
+}
+
+
+def shown(frame: pd.DataFrame, caption: str = "", floats: str = "{:.2f}") -> Styler:
+    """A table to look at: counts without decimals, other numbers as `floats` says, "–" for what there is not."""
+
+    def text(value: object) -> str:
+        if isinstance(value, str):
+            return value
+        if value is None or value != value:  # NaN alone differs from itself
+            return "–"
+        return f"{value:,}" if isinstance(value, Integral) else floats.format(value)
+
+    words = [column for column in frame if all(isinstance(value, str) for value in frame[column])]
+    style = frame.style.format(text, escape="html").set_caption(caption)
+    return style.set_properties(subset=words, **{"text-align": "left"})
+
+
+def splits(rows: Mapping[str, Sequence[annotations.Row]]) -> pd.DataFrame:
+    """What can be counted in each split; moments and annotators only if its rows have labels. A column per split."""
+    counted = {}
+    for name, some in rows.items():
+        durations = {row.vid: row.duration for row in some}
+        usual = [duration == annotations.USUAL_SECONDS for duration in durations.values()]
+        facts = {"queries": len(some), "videos": len(durations), "hours of video": sum(durations.values()) / 3600}
+        facts["videos of 150 s, %"] = 100 * float(np.mean(usual))
+        facts["words per query"] = float(np.mean([len(row.query.split()) for row in some]))
+        if labelled := [row for row in some if isinstance(row, annotations.LabelledRow)]:
+            distance = annotations.annotator_distance(labelled)
+            facts["moments per query"] = float(np.mean([len(row.relevant_windows) for row in labelled]))
+            facts["annotators give equal scores, %"] = 100 * float(distance.measured[0])
+            facts["equal scores by chance, %"] = 100 * float(distance.chance[0])
+        counted[name] = facts
+    most = max(counted.values(), key=lambda facts: len(facts))
+    return pd.DataFrame(counted, index=list(most), dtype=object)
+
+
+def digit_positions(report: prompt.Report, mask: str) -> pd.DataFrame:
+    """Where the logits of each digit of `mask` are read, a column per frame."""
+    lines = [[*map(str, report.digit_positions)], ["<|assistant|>", *mask[:-1]], [*mask]]
+    return pd.DataFrame(lines, index=["position", "token there", "digit predicted there"]).rename_axis(columns="frame")
+
+
+def parameters(*profiles: config.Profile) -> pd.DataFrame:
+    """Parameters of each part of the models, and how many of them are trained. No weights are made, only shapes."""
+    from accelerate import init_empty_weights  # here, because it and the model take seconds to import
+
+    from framseg.backbones import blip3
+
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for profile in profiles:
+        with init_empty_weights():
+            model = blip3.Blip3(profile.model)
+            parts = dict(model.named_children())
+            base = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+            model.adapt(profile.adapter.model_copy(update={"init": False}), profile.seed)
+        parts = dict(model.named_children())
+        trained = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
+        counts |= {(profile.name, "base model"): base, (profile.name, "trained"): trained}
+    table = pd.DataFrame(counts)
+    return pd.concat([table, table.sum().to_frame("all").T])
+
+
+def settings(profile: config.Profile, keys: Mapping[str, str]) -> pd.DataFrame:
+    """The published value of each key (names by section) next to this profile's; ≠ marks those that differ."""
+    named = [(section, key) for section, names in keys.items() for key in names.split()]
+    lines = []
+    for section, key in named:
+        values = (getattr(getattr(some, section), key) for some in (config.load("paper"), profile))
+        published, own = (str(value).strip("()").replace("'", "") for value in values)
+        lines.append((published, own, "" if published == own else "≠"))
+    columns = ["published", f"this run ({profile.name})", "differs"]
+    return pd.DataFrame(lines, index=[f"{section}.{key}" for section, key in named], columns=columns)
+
+
+def work(*samples: tuple[config.Profile, int]) -> pd.DataFrame:
+    """TFLOP per training sample, for profiles and the positions that their samples take."""
+    from framseg.run import cost  # here, because it imports torch
+
+    parts = {
+        f"{profile.name}, {length} positions": asdict(cost.operations(profile, length)) for profile, length in samples
+    }
+    return pd.DataFrame(parts) / cost.TERA
+
+
+def scores(metrics: Mapping, columns: Sequence[str] = paper_results.TABLE_I_COLUMNS) -> pd.DataFrame:
+    """{name: metrics by their official names} as a table with short titles, a row per name."""
+    return pd.DataFrame(metrics).T.reindex(columns=list(columns)).rename(columns=METRICS)
+
+
+def table_i(profile: config.Profile, brief: Mapping[str, float]) -> pd.DataFrame:
+    """Table I of the paper (test split) under this run's own row, whose scores are `brief`."""
+    counts = parameters(profile)[profile.name].loc["all"]
+    own = profile.model.weights, f"{counts['base model'] / 1e9:.2f} B", counts["trained"], profile.frames.count
+    known = {"this model": (*own, "frame segmentation"), "the paper": paper_results.SYSTEM}
+    numbers = scores({"this model": brief} | paper_results.TEST)
+    table = pd.DataFrame(known, paper_results.SYSTEM_COLUMNS, dtype=object).T.reindex(numbers.index).join(numbers)
+    data = "synthetic demo set" if profile.data.source == "demo" else profile.data.folder.name
+    return pd.concat({f"measured here, {data}": table[:1], REPORTED: table[1:]})
+
+
+def by_epoch(log: Sequence[dict], name: str) -> pd.DataFrame:
+    """Table IV of the paper (val by epoch) next to this run's validation log; epoch 0 is the untouched base model."""
+    columns = paper_results.BY_EPOCH_COLUMNS
+    measured = scores({record["epoch"]: record["metrics"]["brief"] for record in log}, columns)
+    measured["invalid, %"] = [100 * record["invalid"] for record in log]
+    reported = scores(dict(enumerate(paper_results.BY_EPOCH, 1)), columns)
+    return pd.concat({f"measured here, {name}": measured, REPORTED: reported}, axis=1).rename_axis("epoch")
+
+
+def lengths(rows: Sequence[annotations.LabelledRow], metrics: Mapping) -> pd.DataFrame:
+    """A split's scores by the moments' length; none for a length that it does not have."""
+    seconds = [end - start for row in rows for start, end in row.relevant_windows]
+    lines = {}
+    for name, (above, up_to) in evaluate.LENGTHS.items():
+        count = sum(above < length <= up_to for length in seconds)
+        recall, precision = metrics[name]["MR-R1"], metrics[name]["MR-mAP"]["average"]
+        found = {"R1@0.5": recall["0.5"], "R1@0.7": recall["0.7"], "mAP": precision} if count else {}
+        lines[name] = {"true moments": count, **found}
+    return pd.DataFrame(list(lines.values()), index=list(lines))
+
+
+def intervals(systems: Mapping[str, dict]) -> pd.DataFrame:
+    """Scores with their intervals, as `figures.intervals` draws them."""
+    cell = "{:.2f} ({:.1f} to {:.1f})"
+    both = {name: (system["scores"], system["interval"]) for name, system in systems.items()}
+    lines = {name: {key: cell.format(some[key], *bounds[key]) for key in some} for name, (some, bounds) in both.items()}
+    return pd.DataFrame(lines).T
+
+
+def answers(rows: Sequence[annotations.Row], windows: Sequence[Sequence[Sequence[float]]]) -> pd.DataFrame:
+    """The first three windows that answer each query, next to the true ones."""
+
+    def text(some: Sequence[Sequence[float]]) -> str:
+        return ", ".join(f"{start:.0f}–{end:.0f}" for start, end, *_ in some)
+
+    lines = [
+        (row.query, text(some[:3]), text(getattr(row, "relevant_windows", ())))
+        for row, some in zip(rows, windows, strict=True)
+    ]
+    return pd.DataFrame(lines, columns=["query", "first three windows, s", "true windows, s"])
