@@ -1,7 +1,7 @@
-"""Which frames of a video stand for it, decoding them, and the frame store they are kept in.
+"""Which frames of a video the model sees, how they are decoded, and the frame store that keeps them.
 
-Videos are read from the first packet to the last, never by seeking: decord counts frames from a key frame on and is
-off by a few where a group of pictures is open, and only a whole pass shows that every frame it claims can be decoded.
+Videos are read from the first packet to the last, never by seeking: after a seek decord counts from the key frame and
+is wrong by a few frames where a group of pictures is open. Only a whole pass shows that every frame can be decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,14 +36,14 @@ decord.logging.set_level(decord.logging.QUIET)
 ABOUT = "frames.json"  # member of a store file that says what made it
 FAILURES = "failures.jsonl"
 DECODER_ERRORS = (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
-# decord repeats a frame where it has lost one, unless the share of repeated frames is limited; 0 would mean no limit.
+# decord shows the frame before in place of a lost one, unless the share of such repeats is limited; 0 means no limit.
 NO_REPEATED_FRAMES = 1e-9
 PROGRAM_STREAM = b"\0\0\1\xba"  # how .mpg and .vob files begin
 CLOCK = 1e-4  # seconds; finer differences between timestamps are rounding (decord keeps them in float32)
 
 
 class VideoError(FramsegError, ValueError):
-    """A video whose frames cannot be had; the message names the video and the reason."""
+    """A video whose frames cannot be read; the message names the video and the reason."""
 
 
 class StoreError(VideoError):
@@ -61,9 +61,9 @@ def frame_numbers(
 ) -> np.ndarray:
     """Frame numbers of a video with a constant frame rate: v_i = (t/f) * fps * (0.5 + i), floored, and its variations.
 
-    `duration` t and `start` are seconds, `count` is f. Each v_i stands between `neighbours` frames on either side,
-    `neighbour_distance` seconds apart (0.1 s is 3 frames at 30 fps) and at least one frame. Returns int64
-    [f, 2 * neighbours + 1] in time order, so that the middle column holds v_i, clipped to 0 .. `available` - 1.
+    `duration` t and `start` are seconds, `count` is f. Each v_i has `neighbours` variations on either side, which are
+    `neighbour_distance` seconds (0.1 s is 3 frames at 30 fps), but at least one frame, from each other. Returns int64
+    [f, 2 * neighbours + 1] in time order, the middle column being v_i, clipped to 0 .. `available` - 1.
     """
     seconds = start + duration / count * (0.5 + np.arange(count))
     middle = np.floor(seconds * fps + 1e-6).astype(np.int64)  # a product meant to be whole may come out just below
@@ -75,29 +75,31 @@ def frame_numbers(
 class Video:
     """One video file, opened for reading.
 
-    `length` is the decodable length in seconds, `count` the number of frames, `starts` float64 [count] the seconds at
-    which each is first shown (the first at 0), `fps` the average frame rate and `constant` whether all frames keep to
-    it. Raises VideoError for a file that is missing or cannot be opened as a video with timestamps.
+    `length` is the decodable length in seconds, `count` the number of frames, `starts` float64 [count] the second at
+    which each frame is first shown, counted from the first frame, `fps` the average frame rate and `constant` whether
+    all frames keep to it. Raises VideoError for a file that is missing or cannot be opened as a video with timestamps.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         if not os.path.exists(self.path):
             raise VideoError(f"{self.path}: no such video file")
-        try:
-            program_stream = self.path.is_file() and _begins_with(self.path, PROGRAM_STREAM)
-        except OSError as error:
-            raise VideoError(f"{self.path}: cannot be read ({error.strerror}); get the file again") from error
-        if program_stream:
-            raise VideoError(f"{self.path}: an MPEG program stream, whose frames decord miscounts; convert it to mp4")
+        if self.path.is_file():  # opening a pipe would wait for whoever writes into it
+            try:
+                with self.path.open("rb") as file:
+                    beginning = file.read(len(PROGRAM_STREAM))
+            except OSError as error:
+                raise VideoError(f"{self.path}: cannot be read ({error.strerror}); get the file again") from error
+            if beginning == PROGRAM_STREAM:
+                raise VideoError(f"{self.path}: MPEG program stream, whose frames decord miscounts; convert it to mp4")
         try:
             reader = self._reader()
             spans = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)
             self.fps = float(reader.get_avg_fps())
         except DECODER_ERRORS as error:
             raise VideoError(f"{self.path}: cannot be opened as a video (empty, cut off or another format)") from error
-        # Where a video was cut without encoding it again, packets before the cut have negative times; the decoder needs
-        # them but gives no frame for them.
+        # A video that was cut without encoding it again holds packets from before the cut, with negative times: the
+        # decoder needs them for later frames and returns no frame for them.
         spans = spans[spans[:, 0] > -CLOCK]
         self.count = len(spans)
         starts = spans[:, 0] - (spans[0, 0] if self.count else 0)
@@ -115,7 +117,7 @@ class Video:
     def numbers(
         self, duration: float, count: int, neighbours: int = 0, neighbour_distance: float = 0.1, start: float = 0.0
     ) -> np.ndarray:
-        """As `frame_numbers` for this video, int64 [count, 2 * neighbours + 1].
+        """`frame_numbers` of this video, int64 [count, 2 * neighbours + 1].
 
         Where the frame rate varies, v_i is the frame shown at second start + (t/f) * (0.5 + i), and its neighbours are
         those shown `neighbour_distance` seconds earlier and later, or the frames next to it if these are further away.
@@ -126,8 +128,8 @@ class Video:
         middle = start + duration / count * (0.5 + np.arange(count))
         seconds = middle[:, None] + neighbour_distance * sides
         shown = np.searchsorted(self.starts, seconds + CLOCK, side="right") - 1
-        apart = shown[:, neighbours, None] + sides
-        shown = np.where(sides < 0, np.minimum(shown, apart), np.maximum(shown, apart))
+        adjacent = shown[:, neighbours, None] + sides
+        shown = np.where(sides < 0, np.minimum(shown, adjacent), np.maximum(shown, adjacent))
         return np.clip(shown, 0, self.count - 1)
 
     def frames(
@@ -140,8 +142,8 @@ class Video:
         """Decode the frames of these numbers, RGB uint8 [*numbers.shape, image_size, image_size, 3].
 
         Frames are resized with PIL's bicubic filter without keeping their proportions. The whole video is decoded:
-        VideoError if any frame of it is damaged or missing. With an open `file` the array lies there and not in
-        memory, which holds one frame at a time. `alive` is called whenever the decoder has come on.
+        VideoError if any frame of it is damaged or missing. With an open `file` the array is kept in it, and memory
+        holds one frame at a time. `alive` is called after every step of the decoder.
         """
         shape = (*numbers.shape, image_size, image_size, 3)
         out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
@@ -150,7 +152,7 @@ class Video:
         for place, number in enumerate(numbers.ravel().tolist()):
             places.setdefault(number, []).append(place)
         reader = self._reader()
-        # Skipping over a key frame makes decord seek, so stop in front of each one and read that frame.
+        # Skipping over a key frame would make decord seek: stop at the frame in front of each and read it.
         stops = {key - 1 for key in reader.get_key_indices() if 0 < key <= self.count}
         position = 0
         try:
@@ -162,7 +164,7 @@ class Video:
                 alive()
                 if number in places:
                     picture = Image.fromarray(_without_padding(frame.asnumpy()))
-                    flat[places[number]] = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+                    flat[places[number]] = np.asarray(picture.resize(shape[-3:-1], Image.Resampling.BICUBIC))
         except DECODER_ERRORS as error:
             raise VideoError(
                 f"{self.path}: damaged: it claims {self.count} frames ({self.length:.2f} s), and not all of them "
@@ -171,45 +173,28 @@ class Video:
         return out
 
 
-def read_video(
-    path: Path | str,
-    count: int,
-    image_size: int,
-    duration: float | None = None,
-    start: float = 0.0,
-    duration_tolerance: float = 1.0,
-) -> tuple[np.ndarray, float]:
-    """Frames of one's own video: uint8 [count, image_size, image_size, 3] RGB and the duration in seconds they span.
-
-    They stand for the `duration` seconds from second `start` on, without it for all that follows `start`. VideoError
-    if the video cannot be decoded or ends more than `duration_tolerance` seconds before `start` + `duration`. For many
-    stretches of a long video use `Video`, which reads it once: `video.frames(numbers, image_size)`.
-    """
-    video = Video(path)
-    if duration is None:
-        duration = video.length - start
-    if start < 0 or duration <= 0 or start + duration > video.length + duration_tolerance:
-        raise VideoError(
-            f"{path}: has {video.length:.2f} s, so there are no {duration:.2f} s from second {start:.2f} on"
-        )
-    return video.frames(video.numbers(duration, count, start=start)[:, 0], image_size), float(duration)
-
-
 def read_apart(
-    path: Path | str, least: int, apart: float, image_size: int, time_limit: float, file: BinaryIO
+    path: Path | str, min_count: int, interval: float, image_size: int, time_limit: float, file: BinaryIO
 ) -> tuple[np.ndarray, float]:
-    """All of one's own video, evenly spread: uint8 [n, image_size, image_size, 3] RGB, and its length in seconds.
+    """Frames of your own video, evenly spread: uint8 [n, image_size, image_size, 3] RGB, and its length in seconds.
 
-    n is a frame for every `apart` seconds, rounded, but at least `least`. The array lies in the open `file`. Decoded in
-    a process of its own: where the decoder hangs or crashes in native code, the caller's process (a notebook's kernel)
-    could not go on. It takes a fresh interpreter, half a second, and no copy. `time_limit` is for the time without a
-    new frame, because the whole takes longer for a longer video, and a header's word for the length proves nothing.
-    Raises VideoError if the video cannot be decoded or its frames need more room than the file's disk has.
+    n is the length divided by `interval` seconds, rounded, but at least `min_count`. The array is kept in the open
+    `file`. A process of its own decodes, because a decoder that hangs or crashes in native code would take the caller
+    (a notebook's kernel) with it. `time_limit` is the longest time in seconds without a new frame: a long video may
+    take as long as it needs. Raises VideoError if the video cannot be decoded or the disk of `file` has no room.
     """
-    asked = {"path": str(path), "least": least, "apart": apart, "image_size": image_size, "time_limit": time_limit}
-    # Not multiprocessing: it would run a script that calls this without a guard once more.
-    command = [sys.executable, "-P", __file__, json.dumps(asked | {"file": file.fileno()})]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=[file.fileno()])
+    request = {"path": str(path), "min_count": min_count, "interval": interval, "image_size": image_size}
+    request |= {"time_limit": time_limit, "file": file.fileno()}
+    # multiprocessing would run the caller's script again where that has no `if __name__ == "__main__"`.
+    command = [sys.executable, "-P", "-m", "framseg.frames", json.dumps(request)]
+    import_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": import_path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        pass_fds=[file.fileno()],
+    )
     if done.returncode == -signal.SIGALRM:
         raise VideoError(
             f"{path}: decoding stood still for {time_limit:g} s and was ended; get the file again or convert it"
@@ -224,10 +209,10 @@ def read_apart(
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Folder with one file a video: a zip of JPEG pictures (4:4:4) and a JSON member that says what made them.
+    """Folder with one file per video: a zip of JPEG pictures (4:4:4) and a JSON member that says what made them.
 
-    `count` frames f, each with `neighbours` variations a side, `neighbour_distance` seconds apart, square pictures of
-    `image_size` pixels, JPEG `quality` 1..100. A file that was made with other settings is refused with StoreError.
+    `count` frames f, each with `neighbours` variations on either side, `neighbour_distance` seconds from each other;
+    square pictures of `image_size` pixels, JPEG `quality` 1..100. StoreError for a file made with other settings.
     """
 
     folder: Path
@@ -266,7 +251,7 @@ class Store:
         """
         choice = np.full(self.count, self.neighbours) if choice is None else np.asarray(choice)
         if choice.shape != (self.count,) or choice.min() < 0 or choice.max() > 2 * self.neighbours:
-            raise ValueError(f"choice must be {self.count} integers in 0..{2 * self.neighbours}, one a frame")
+            raise ValueError(f"choice must be {self.count} integers in 0..{2 * self.neighbours}, one per frame")
         out = np.empty((self.count, self.image_size, self.image_size, 3), np.uint8)
         with self._opened(vid) as (archive, _):
             for frame, variation in enumerate(choice.tolist()):
@@ -277,8 +262,8 @@ class Store:
     def write(self, vid: str, frames: np.ndarray, about: dict, aside: Path | None = None) -> None:
         """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; `about` goes into the JSON member.
 
-        Written to the folder `aside` (on the same disk; by default the store's own) and renamed, so that a file is
-        whole or not there. Raises OSError if it cannot be written.
+        The file is written in the folder `aside` (on the same disk; by default the store's own) and renamed when it is
+        whole. Raises OSError if it cannot be written.
         """
         path = self.path(vid)
         content = io.BytesIO()
@@ -324,7 +309,7 @@ class Store:
 
 @dataclass
 class Report:
-    """Result of `extract`: videos stored now, those already there, those that failed with the reason, seconds taken."""
+    """Result of `extract`: videos stored now and earlier, those that failed with the reason, seconds taken."""
 
     done: int = 0
     skipped: int = 0
@@ -342,46 +327,35 @@ def extract(
     workers: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Decode the videos `folder`/{vid}.mp4 into the store, each in a worker process, and say what failed.
+    """Decode the videos `folder`/{vid}.mp4 into the store, each in a worker process, and report what failed.
 
     `videos` maps vid to the annotated duration in seconds, from which the frames' times are taken. A video fails if it
-    is missing, damaged, takes more than `time_limit` seconds, crashes the decoder, or if its decodable length and the
-    annotated duration differ by more than `duration_tolerance` seconds; the others go on, and `failures.jsonl` in the
-    store's folder lists vid and reason. Videos already stored are skipped, so the call may be repeated after an
-    interruption. `workers` processes, by default one a CPU. Raises StoreError, and keeps what is finished, if the store
+    is missing or damaged, takes more than `time_limit` seconds, crashes the decoder, or if its decodable length and the
+    annotated duration differ by more than `duration_tolerance` seconds; the others are stored all the same, and
+    `failures.jsonl` in the store's folder lists vid and reason. Stored videos are skipped, so an interrupted call may
+    be repeated. `workers` processes, by default one per CPU. Raises StoreError, and keeps what is stored, if the store
     cannot be written or holds frames made with other settings.
     """
     begin = time.monotonic()
     folder = Path(folder)
-    report = Report()
-    waiting = {}
-    for vid, duration in videos.items():
-        if _is_stored(store, vid):
-            report.skipped += 1
-        else:
-            waiting[vid] = duration
+    waiting = {vid: duration for vid, duration in videos.items() if not _is_stored(store, vid)}
+    report = Report(skipped=len(videos) - len(waiting))
     failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
-    # A fresh interpreter a worker: a fork would copy the locks of torch's threads in whatever state they are.
+    # A fresh interpreter per worker: a fork would copy the locks of torch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
             pool = pebble.ProcessPool(min(workers or _cpus(), max(len(waiting), 1)), context=context)
             try:
-                tasks = {
-                    pool.schedule(
-                        _extract_one,
-                        (vid, duration, folder, store, duration_tolerance, Path(aside)),
-                        timeout=time_limit,
-                    ): vid
-                    for vid, duration in waiting.items()
-                }
-                for task in tqdm(
-                    as_completed(tasks), "extracting frames", len(tasks), unit="video", disable=not (progress and tasks)
-                ):
-                    reason = _outcome(task, folder / f"{tasks[task]}.mp4", time_limit)
-                    if reason:
-                        report.failed[tasks[task]] = reason
+                vids: dict[Future[str | None], str] = {}
+                for vid, duration in waiting.items():
+                    arguments = vid, duration, folder, store, duration_tolerance, Path(aside)
+                    vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
+                bar_off = not (progress and vids)
+                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
+                    if reason := _failure(task, folder / f"{vids[task]}.mp4", time_limit):
+                        report.failed[vids[task]] = reason
                     else:
                         report.done += 1
             finally:
@@ -399,10 +373,10 @@ def extract(
     return report
 
 
-def _extract_one(
+def _store_video(
     vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path
 ) -> str | None:
-    """In a worker: store one video or give the reason why not."""
+    """In a worker process: store a video, or return the reason why it cannot be."""
     try:
         store.path(vid)
         video = Video(folder / f"{vid}.mp4")
@@ -420,8 +394,8 @@ def _extract_one(
     return None
 
 
-def _outcome(task: pebble.ProcessFuture, path: Path, time_limit: float) -> str | None:
-    """Reason why a finished task failed, None if it did not; what no other video would survive is raised."""
+def _failure(task: Future[str | None], path: Path, time_limit: float) -> str | None:
+    """Why the video of a finished task could not be stored, or None; raises what would end all other tasks too."""
     try:
         return task.result()
     except TimeoutError:
@@ -430,13 +404,8 @@ def _outcome(task: pebble.ProcessFuture, path: Path, time_limit: float) -> str |
         return f"{path}: the decoder crashed (exit code {error.exitcode})"
 
 
-def _begins_with(path: Path, content: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(content)) == content
-
-
 def _is_stored(store: Store, vid: str) -> bool:
-    """True for a whole file of these settings; a damaged one is to be made again. StoreError for other settings."""
+    """True for a whole file, False for a damaged one, which is then made again; StoreError for other settings."""
     try:
         store.about(vid)
     except StoreError:
@@ -447,7 +416,7 @@ def _is_stored(store: Store, vid: str) -> bool:
 
 
 def _replace(path: Path, content: bytes, aside: Path) -> None:
-    """Write a file whole or not at all."""
+    """Write a file in the folder `aside` and rename it, so that readers see it whole or not at all."""
     part = aside / f"{os.getpid()}.part"
     try:
         part.write_bytes(content)
@@ -457,7 +426,7 @@ def _replace(path: Path, content: bytes, aside: Path) -> None:
 
 
 def _without_padding(frame: np.ndarray) -> np.ndarray:
-    """[H, W, 3] of a decoded frame. decord hands out padded rows as if they had more than three channels."""
+    """[H, W, 3] of a decoded frame: decord returns padded rows as if they had more than three channels."""
     height, width, _ = frame.shape
     return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
 
@@ -474,26 +443,27 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main() -> None:
-    """The process of `read_apart`: what is asked comes as JSON, length and number of frames or the error go back."""
-    asked = json.loads(sys.argv[1])
+def _decode_request() -> None:
+    """The process that `read_apart` starts: reads its JSON request, prints count and length (s) or an error as JSON."""
+    request = json.loads(sys.argv[1])
 
     def alive() -> None:
-        signal.setitimer(signal.ITIMER_REAL, asked["time_limit"])  # ends the process, in native code too
+        signal.setitimer(signal.ITIMER_REAL, request["time_limit"])  # its signal ends the process in native code too
 
     alive()
+    answer: dict[str, object]
     try:
-        video = Video(asked["path"])
+        video = Video(request["path"])
         alive()
-        count = max(asked["least"], round(video.length / asked["apart"]))
-        needed, disk = count * asked["image_size"] ** 2 * 3, os.fstatvfs(asked["file"])
-        if needed > disk.f_bavail * disk.f_frsize:  # by a header that claims months, for one
+        count = max(request["min_count"], round(video.length / request["interval"]))
+        needed, disk = count * request["image_size"] ** 2 * 3, os.fstatvfs(request["file"])
+        if needed > disk.f_bavail * disk.f_frsize:  # a damaged header may claim a length of months
             raise VideoError(
                 f"{video.path}: is {video.length:.2f} s long by its timestamps, and its frames take {needed / 1e9:.1f} "
                 f"GB of temporary files; make room or set TMPDIR to a folder that has it"
             )
-        with os.fdopen(asked["file"], "r+b") as file:
-            video.frames(video.numbers(video.length, count)[:, 0], asked["image_size"], file, alive)
+        with os.fdopen(request["file"], "r+b") as file:
+            video.frames(video.numbers(video.length, count)[:, 0], request["image_size"], file, alive)
     except VideoError as error:
         answer = {"error": str(error)}
     else:
@@ -502,4 +472,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _decode_request()

@@ -485,7 +485,8 @@ def test_predict(setup, checkpoint, tmp_path, monkeypatch):
         authors.windows == moments.windows(*read) and authors.saliency.tolist() == moments.saliency(*read[1:]).tolist()
     )
 
-    images, duration = frames.read_video(video, FRAMES, 28)
+    opened = frames.Video(video)
+    images = opened.frames(opened.numbers(opened.length, FRAMES)[:, 0], 28)
     model, _ = load(checkpoint)
     ids = torch.tensor([prompt.prompt_ids(setup.tokenizer, setup.profile.model.tokens, "a dog runs", FRAMES)])
     with torch.inference_mode():

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from framseg import frames
-from framseg.frames import Store, StoreError, Video, VideoError, extract, frame_numbers, read_apart, read_video
+from framseg.frames import Store, StoreError, Video, VideoError, extract, frame_numbers, read_apart
 
 WIDTH, HEIGHT, FPS = 64, 48, 8
 
@@ -77,6 +77,12 @@ def patched(content: bytes, *fields: tuple[bytes, int, int]) -> bytes:
 HOURS = 4320  # times 10 s are 12 h
 LENGTHS = [(b"mvhd", 16, HOURS), (b"tkhd", 20, HOURS), (b"mdhd", 16, HOURS), (b"elst", 8, HOURS)]
 COUNT, APART = 8, 12  # of stts: how many frames stand alike, how far apart
+
+
+def whole_video(path: Path, count: int, image_size: int) -> np.ndarray:
+    """`count` frames, evenly spread over the video."""
+    video = Video(path)
+    return video.frames(video.numbers(video.length, count)[:, 0], image_size)
 
 
 def small_store(folder: Path, **changes) -> Store:
@@ -173,6 +179,16 @@ def test_video_cut_without_encoding_again_starts_at_the_cut(corpus, tmp_path):
     assert [shown(image) for image in video.frames(np.array([0, 1, 20, 45]), 32)] == [34, 35, 54, 79]
 
 
+@pytest.mark.parametrize("kind", ["mkv", "ts"])
+def test_times_count_from_the_first_frame(corpus, tmp_path, kind):
+    """A recording may begin with a timestamp above 0: here 2 s, and a little more in MPEG-TS."""
+    video = Video(remux(corpus / "b.mp4", tmp_path / f"late.{kind}", shift=-2.0))
+    assert video.starts[0] == 0 and video.starts[-1] == pytest.approx(79 / FPS, abs=0.002)
+    assert video.count == 80 and video.length == pytest.approx(10, abs=0.002)
+    numbers = video.numbers(video.length, 4)[:, 0]
+    assert [shown(image) for image in video.frames(numbers, 32)] == [10, 30, 50, 70]
+
+
 def test_ntsc_frame_rate_is_constant(tmp_path):
     video = Video(make_video(tmp_path / "ntsc.mp4", 45, rate=Fraction(30000, 1001)))
     assert video.constant and video.fps == pytest.approx(30000 / 1001)
@@ -208,7 +224,7 @@ def test_odd_sizes_and_ten_bits(tmp_path, width, height, pixels):
         for _ in range(4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(flat, "yuv444p").reformat(format=pixels)))
         container.mux(stream.encode())
-    decoded, _ = read_video(path, 2, 16)
+    decoded = whole_video(path, 2, 16)
     assert np.abs(decoded.astype(int) - (245, 87, 54)).max() <= 4  # BT.601
 
 
@@ -223,20 +239,18 @@ def test_rotated_video_is_upright(corpus, tmp_path):
 
 
 def test_one_frame(tmp_path):
-    decoded, duration = read_video(make_video(tmp_path / "one.mp4", 1), 3, 32)
-    assert duration == pytest.approx(1 / FPS)
+    path = make_video(tmp_path / "one.mp4", 1)
+    decoded = whole_video(path, 3, 32)
+    assert Video(path).length == pytest.approx(1 / FPS)
     assert np.array_equal(decoded[0], decoded[2])
 
 
-def test_read_video_of_a_stretch(corpus):
-    decoded, duration = read_video(corpus / "a.mp4", 4, 32)
-    assert duration == pytest.approx(10.0) and [shown(image) for image in decoded] == [10, 30, 50, 70]
-    decoded, duration = read_video(corpus / "a.mp4", 2, 32, duration=2.0, start=6.0)
-    assert duration == 2.0 and [shown(image) for image in decoded] == [52, 60]
-    with pytest.raises(VideoError, match="has 10.00 s"):
-        read_video(corpus / "a.mp4", 2, 32, duration=8.0, start=6.0)
-    with pytest.raises(VideoError, match="has 10.00 s"):
-        read_video(corpus / "a.mp4", 2, 32, start=11.0)
+def test_a_stretch_of_a_video(corpus):
+    video = Video(corpus / "a.mp4")
+    assert video.length == pytest.approx(10.0)
+    assert [shown(image) for image in whole_video(video.path, 4, 32)] == [10, 30, 50, 70]
+    numbers = video.numbers(2.0, 2, start=6.0)[:, 0]
+    assert [shown(image) for image in video.frames(numbers, 32)] == [52, 60]
 
 
 def test_read_apart_gives_the_frames_and_refuses_more_than_the_disk_holds(corpus, tmp_path):
@@ -366,11 +380,11 @@ def test_opening_and_closing_leaks_nothing(corpus, tmp_path, cycles):
     (tmp_path / "cut.mp4").write_bytes((corpus / "a.mp4").read_bytes()[:-2000])
 
     def cycle(number):
-        read_video(corpus / "c.mp4", 5, 32)
+        whole_video(corpus / "c.mp4", 5, 32)
         # decord itself keeps 1.3 kB of each file that it cannot open at all, in the worker processes of an extraction.
         for name in ("cut.mp4", "text.mp4") if number % 20 == 0 else ("cut.mp4",):
             with pytest.raises(VideoError):
-                read_video(tmp_path / name, 5, 32)
+                whole_video(tmp_path / name, 5, 32)
 
     def used():
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -563,5 +577,5 @@ def test_no_room_stops_with_one_sentence_and_keeps_what_is_finished(corpus, tmp_
 
 
 def test_workers_start_without_torch():
-    code = "import sys, framseg.frames; sys.exit('torch' in sys.modules)"
+    code = "import sys, framseg.frames; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(frames.__file__).parents[1]).returncode == 0
