@@ -179,14 +179,16 @@ def test_video_cut_without_encoding_again_starts_at_the_cut(corpus, tmp_path):
     assert [shown(image) for image in video.frames(np.array([0, 1, 20, 45]), 32)] == [34, 35, 54, 79]
 
 
-@pytest.mark.parametrize("kind", ["mkv", "ts"])
-def test_times_count_from_the_first_frame(corpus, tmp_path, kind):
-    """A recording may begin with a timestamp above 0: here 2 s, and a little more in MPEG-TS."""
-    video = Video(remux(corpus / "b.mp4", tmp_path / f"late.{kind}", shift=-2.0))
-    assert video.starts[0] == 0 and video.starts[-1] == pytest.approx(79 / FPS, abs=0.002)
-    assert video.count == 80 and video.length == pytest.approx(10, abs=0.002)
-    numbers = video.numbers(video.length, 4)[:, 0]
-    assert [shown(image) for image in video.frames(numbers, 32)] == [10, 30, 50, 70]
+@pytest.mark.parametrize("cut", [-2.0, 4.2], ids=["2 s late", "cut between two frames"])
+def test_times_count_from_the_first_frame(corpus, tmp_path, cut):
+    """Cut at 4.2 s, the first frame is number 34 (4.25 s), whose timestamp is then 0.05 s."""
+    video = Video(remux(corpus / "a.mp4", tmp_path / "moved.mp4", shift=cut))
+    first = {-2.0: 0, 4.2: 34}[cut]
+    assert video.count == 80 - first
+    assert video.starts == pytest.approx(np.arange(video.count) / FPS, abs=0.002)
+    assert video.length == pytest.approx(video.count / FPS, abs=0.002)
+    wanted = video.numbers(video.length, 4)[:, 0]
+    assert [shown(image) for image in video.frames(wanted, 32)] == (first + wanted).tolist()
 
 
 def test_ntsc_frame_rate_is_constant(tmp_path):
