@@ -8,29 +8,28 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from framseg import FramsegError
-from framseg.jsonl import is_integer, is_number, is_text, numbered_lines, parse_object, write_lines
+from framseg import FramsegError, jsonl
+from framseg.jsonl import is_integer, is_number, is_text
 
 CLIP_SECONDS = 2
 USUAL_SECONDS = 150  # length of nearly every video of the dataset
 ANNOTATORS = 3
 TOP_SALIENCY = 4
-LONGEST = 100_000  # seconds: more is a mistake (milliseconds), and would be counted clip by clip
-VID_BYTES = 200  # with an ending it becomes a file's name, which has 255 at most
+LONGEST = 100_000  # seconds; a longer duration is probably in milliseconds, and memory grows with the clips
+VID_BYTES = 200  # the vid with an ending is a file name, and file systems allow 255 bytes
 LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")
 
 
 class AnnotationError(FramsegError, ValueError):
-    """Rows that cannot be used; the message has one line for each: file:line, qid, every reason."""
+    """Rows that cannot be used; the message has a line for each: file:line, qid, every reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One query on one video of `duration` seconds; all there is in a split without labels."""
+    """A query on a video of `duration` seconds: everything that a split without labels has."""
 
     qid: int
     query: str
@@ -55,7 +54,7 @@ class LabelledRow(Row):
 class ClassBalance:
     """Frames of a split by their label; the paper reports ratio 2.3378 and background share 70.04 %."""
 
-    ratio: float  # background frames to one foreground frame
+    ratio: float  # background frames per foreground frame
     background_share: float
     foreground: int
     background: int
@@ -66,7 +65,7 @@ class AnnotatorDistance:
     """Shares of pairs of annotators whose scores of a clip are 0, 1, ... 4 points apart, float64 [5] each."""
 
     measured: np.ndarray
-    chance: np.ndarray  # if every score were drawn from all scores given
+    chance: np.ndarray  # for scores drawn independently from all scores given
 
 
 def clips(duration: float) -> int:
@@ -75,31 +74,19 @@ def clips(duration: float) -> int:
 
 
 def read(path: str | Path) -> list[Row]:
-    """Read and check a file of one JSON object a line; fields other than those of Row pass unread.
+    """Read and check a file of one JSON object per line; fields that a row does not have are ignored.
 
     Raises AnnotationError that lists file:line, qid and the reasons for every bad row, not only the first.
     """
-    rows, bad, seen = [], [], {}
-    for number, text in numbered_lines(path, AnnotationError):
-        record, reasons = parse_object(text)
-        if record is not None:
-            reasons = _reasons(record)
-            qid = record.get("qid")
-            if is_integer(qid) and seen.setdefault(qid, number) != number:
-                reasons.append(f"qid {qid} is on line {seen[qid]} already")
-        if reasons:
-            bad.append(f"{path}:{number}: qid {(record or {}).get('qid', 'unknown')}: {'; '.join(reasons)}")
-        else:
-            rows.append(_row(record))
-    if bad:
-        raise AnnotationError("\n".join(bad))
-    if not rows:
-        raise AnnotationError(f"{path}: holds no rows; expected one JSON object a line")
-    return rows
+    lines = ((number, *jsonl.parse_object(text)) for number, text in jsonl.numbered_lines(path))
+    records, bad = jsonl.checked_records(lines, f"{path}:", _reasons)
+    if bad or not records:
+        raise AnnotationError("\n".join(bad) or f"{path}: holds no rows; expected one JSON object per line")
+    return [_row(record) for record in records]
 
 
-def from_dict(record: dict[str, Any]) -> Row:
-    """A checked Row out of one decoded JSON object; raises AnnotationError with the qid and every reason."""
+def from_dict(record: dict) -> Row:
+    """The row of one decoded JSON object, checked; raises AnnotationError with the qid and every reason."""
     reasons = _reasons(record)
     if reasons:
         raise AnnotationError(f"qid {record.get('qid', 'unknown')}: {'; '.join(reasons)}")
@@ -107,18 +94,21 @@ def from_dict(record: dict[str, Any]) -> Row:
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows in the layout `read` takes, fields in the order of the public files."""
+    """Write rows as `read` reads them, fields in the order of the public files; AnnotationError as in `from_dict`."""
     records = []
     for row in rows:
         record = {"qid": row.qid, "query": row.query, "duration": row.duration, "vid": row.vid}
         labels = {name: getattr(row, name) for name in LABELS} if isinstance(row, LabelledRow) else {}
         records.append(record | labels)
-    write_lines(path, records, AnnotationError)
+    try:
+        jsonl.write_lines(path, records)
+    except jsonl.LinesError as error:
+        raise AnnotationError(str(error)) from None
 
 
 def frame_times(duration: float, frames: int) -> np.ndarray:
     """Times of the frames in seconds, float64 [frames]: the middles of `frames` equal parts of the video."""
-    # Multiplied before divided: one rounding only, so a time that is a whole second is exactly that.
+    # Multiplied before divided: this rounds once, so a time that is a whole second comes out exactly.
     return duration * (np.arange(frames) + 0.5) / frames
 
 
@@ -130,20 +120,28 @@ def frame_labels(row: LabelledRow, frames: int) -> np.ndarray:
     [row] = labelled([row])
     times = frame_times(row.duration, frames)
     windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
-    return ((times >= windows[:, :1]) & (times <= windows[:, 1:])).any(0).astype(np.int8)
+    return np.any((times >= windows[:, :1]) & (times <= windows[:, 1:]), axis=0).astype(np.int8)
+
+
+def clip_saliency(row: LabelledRow) -> np.ndarray:
+    """Mean of the annotators' scores over 4 of every clip, float64 [ceil(duration / 2)] in 0..1.
+
+    It is 0 outside the relevant clips; a last clip shorter than 2 seconds has its place too. Raises AnnotationError
+    for a row without labels.
+    """
+    [row] = labelled([row])
+    saliency = np.zeros(math.ceil(row.duration / CLIP_SECONDS))
+    sums = np.reshape(row.saliency_scores, (-1, ANNOTATORS)).sum(axis=1)
+    saliency[list(row.relevant_clip_ids)] = sums / (ANNOTATORS * TOP_SALIENCY)
+    return saliency
 
 
 def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
-    """Segmentation targets, float64 [frames] in 0..1.
+    """Segmentation targets, float64 [frames] in 0..1: the annotators' saliency of the clip that holds the frame's time.
 
-    The mean of the three annotators' scores over 4 for the 2-second clip that holds the frame's time, 0 outside
-    the relevant clips. Raises AnnotationError for a row without labels.
+    Raises AnnotationError for a row without labels.
     """
-    [row] = labelled([row])
-    scores = np.zeros(math.ceil(row.duration / CLIP_SECONDS))
-    sums = np.reshape(row.saliency_scores, (-1, ANNOTATORS)).sum(axis=1)
-    scores[list(row.relevant_clip_ids)] = sums / (ANNOTATORS * TOP_SALIENCY)
-    return scores[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
+    return clip_saliency(row)[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
 
 
 def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
@@ -156,18 +154,19 @@ def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
     return ClassBalance(background / foreground, background / labels.size, foreground, background)
 
 
-def annotator_distance(rows: Iterable[LabelledRow]) -> AnnotatorDistance:
-    """How far two annotators of the same clip are apart, over all relevant clips of labelled rows.
+def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
+    """How far two annotators of the same clip are apart, over all relevant clips; rows without labels are skipped.
 
-    Raises AnnotationError if there is none.
+    Raises AnnotationError if no row has a relevant clip.
     """
-    votes = np.array([three for row in labelled(rows) for three in row.saliency_scores]).reshape(-1, ANNOTATORS)
-    if not len(votes):
+    votes = [scores for row in rows if isinstance(row, LabelledRow) for scores in row.saliency_scores]
+    if not votes:
         raise AnnotationError("no row has a relevant clip, so no annotators can be compared")
-    first, second = (votes[:, pair].ravel() for pair in ([0, 0, 1], [1, 2, 2]))
+    votes_of_pairs = np.array(votes)[:, [[0, 0, 1], [1, 2, 2]]]
+    first, second = votes_of_pairs[:, 0].ravel(), votes_of_pairs[:, 1].ravel()
     points = TOP_SALIENCY + 1
     measured = np.bincount(np.abs(first - second), minlength=points) / len(first)
-    share = np.bincount(votes.ravel(), minlength=points) / votes.size
+    share = np.bincount(np.ravel(votes), minlength=points) / np.size(votes)
     distance = np.abs(np.subtract.outer(np.arange(points), np.arange(points)))
     chance = np.bincount(distance.ravel(), weights=np.outer(share, share).ravel())
     return AnnotatorDistance(measured, chance)
@@ -178,25 +177,17 @@ def labelled(rows: Iterable[Row]) -> list[LabelledRow]:
     rows = list(rows)
     without = [row.qid for row in rows if not isinstance(row, LabelledRow)]
     if without:
-        listed = ", ".join(map(str, without[:20])) + (f", and {len(without) - 20} more" if len(without) > 20 else "")
-        raise AnnotationError(f"{len(without)} rows have no labels (qid {listed}); take a split with relevant_windows")
+        qids = jsonl.shortlist(without)
+        raise AnnotationError(f"{len(without)} rows have no labels (qid {qids}); take a split with relevant_windows")
     return [row for row in rows if isinstance(row, LabelledRow)]
 
 
 def _row(record: dict) -> Row:
-    row = Row(record["qid"], record["query"], record["duration"], record["vid"])
     windows, ids, scores = (record.get(name) for name in ("relevant_windows", "relevant_clip_ids", "saliency_scores"))
+    question = record["qid"], record["query"], record["duration"], record["vid"]
     if windows is None or ids is None or scores is None:
-        return row
-    return LabelledRow(
-        row.qid,
-        row.query,
-        row.duration,
-        row.vid,
-        tuple((start, end) for start, end in windows),
-        tuple(ids),
-        tuple((first, second, third) for first, second, third in scores),
-    )
+        return Row(*question)
+    return LabelledRow(*question, tuple(map(tuple, windows)), tuple(ids), tuple(map(tuple, scores)))
 
 
 def _reasons(record: dict) -> list[str]:
@@ -210,7 +201,7 @@ def _reasons(record: dict) -> list[str]:
         reasons.append(f"qid must be an integer, not {qid!r}")
     if not is_text(query) or not query.strip():
         reasons.append(f"query must be text, not {_short(query)}")
-    # The vid becomes a file name, so it must not lead elsewhere.
+    # The vid becomes a file name, so it must not lead to another folder.
     if not is_text(vid) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0") or len(vid.encode()) > VID_BYTES:
         reasons.append(f"vid must be a plain file name of up to {VID_BYTES} bytes, not {_short(vid)}")
     if not is_number(duration) or duration <= 0:
@@ -220,7 +211,7 @@ def _reasons(record: dict) -> list[str]:
 
     present = [name for name in LABELS if record.get(name) is not None]
     if present and len(present) < len(LABELS):
-        reasons.append(f"{', '.join(n for n in LABELS if n not in present)} missing beside {', '.join(present)}")
+        reasons.append(f"{', '.join(n for n in LABELS if n not in present)} missing next to {', '.join(present)}")
     elif present:
         windows, ids, scores = record["relevant_windows"], record["relevant_clip_ids"], record["saliency_scores"]
         wrong_windows = _window_reasons(windows, duration)
@@ -231,7 +222,7 @@ def _reasons(record: dict) -> list[str]:
     return reasons
 
 
-def _window_reasons(windows: Any, duration: float) -> list[str]:
+def _window_reasons(windows: object, duration: float) -> list[str]:
     if not isinstance(windows, list) or not windows:
         return [f"relevant_windows must be a list of [start, end], not {_short(windows)}"]
     reasons, last = [], 0
@@ -247,7 +238,7 @@ def _window_reasons(windows: Any, duration: float) -> list[str]:
     return reasons
 
 
-def _clip_reasons(ids: Any, duration: float) -> list[str]:
+def _clip_reasons(ids: object, duration: float) -> list[str]:
     if not isinstance(ids, list) or not all(map(is_integer, ids)):
         return [f"relevant_clip_ids must be a list of integers, not {_short(ids)}"]
     reasons = []
@@ -259,15 +250,15 @@ def _clip_reasons(ids: Any, duration: float) -> list[str]:
     return reasons
 
 
-def _score_reasons(scores: Any, ids: list[int] | None) -> list[str]:
+def _score_reasons(scores: object, ids: list[int] | None) -> list[str]:
     if not isinstance(scores, list):
         return [f"saliency_scores must be a list, not {_short(scores)}"]
     reasons = [
-        f"saliency scores {_short(three)} are not {ANNOTATORS} integers 0..{TOP_SALIENCY}"
-        for three in scores
-        if not isinstance(three, list)
-        or len(three) != ANNOTATORS
-        or not all(is_integer(score) and 0 <= score <= TOP_SALIENCY for score in three)
+        f"saliency scores {_short(votes)} are not {ANNOTATORS} integers 0..{TOP_SALIENCY}"
+        for votes in scores
+        if not isinstance(votes, list)
+        or len(votes) != ANNOTATORS
+        or not all(is_integer(score) and 0 <= score <= TOP_SALIENCY for score in votes)
     ]
     if ids is not None and len(scores) != len(ids):
         reasons.append(f"{len(scores)} saliency scores for {len(ids)} relevant clips")
@@ -275,7 +266,7 @@ def _score_reasons(scores: Any, ids: list[int] | None) -> list[str]:
 
 
 def _agreement_reasons(windows: list, ids: list[int]) -> list[str]:
-    """A clip wholly inside a window must be listed, one outside all windows must not; at a cut both are right."""
+    """Clips wholly inside a window must be listed, clips outside all windows must not; a window may cut a clip."""
     touched: set[int] = set()
     inside: set[int] = set()
     for start, end in windows:
@@ -290,6 +281,6 @@ def _agreement_reasons(windows: list, ids: list[int]) -> list[str]:
     return reasons
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,11 +1,11 @@
 """Submission files of the QVHighlights competition: write them, check them, score them offline.
 
-`python -m framseg.codalab pack --val V.jsonl --test T.jsonl --out submission.zip`
-`python -m framseg.codalab check submission.zip --annotations DIR`
+`framseg codalab pack --val V.jsonl --test T.jsonl --out submission.zip`
+`framseg codalab check submission.zip --annotations DIR`
 
-The competition's server is shut down and the test labels are public now, so `check` does what it did: it refuses
-what the server would have refused and gives the metrics of both splits. It trusts nothing in the archive: nothing
-is unpacked to disk, and sizes are counted while reading instead of taken from the archive's own table.
+The competition's server is shut down and the test labels are public now, so `check` does what the server did: it
+refuses what the server refused and gives the metrics of both splits. The archive may come from anyone: nothing is
+unpacked to disk, and sizes are counted while reading.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from framseg import FramsegError
 from framseg.annotations import LabelledRow, Row, clips, read
 from framseg.evaluate import evaluate
+from framseg.jsonl import shortlist
 from framseg.moments import LISTED
 from framseg.predictions import SALIENCY, WINDOWS, PredictionError, matched, parse_predictions, read_predictions
 
@@ -29,14 +30,14 @@ VAL_NAME, TEST_NAME = "hl_val_submission.jsonl", "hl_test_submission.jsonl"
 VAL_ANNOTATIONS, TEST_ANNOTATIONS = "highlight_val_release.jsonl", "highlight_test_with_gt.jsonl"
 FIELDS = ("qid", "query", "vid", WINDOWS, SALIENCY)
 
-FILE_BYTES = 16 * 2**20  # a split takes 2 to 4 MiB
+FILE_BYTES = 16 * 2**20  # of the archive and of each file in it; a split takes 2 to 4 MiB
 LINE_BYTES = 2**20  # a query takes 2 to 4 KiB
-TABLE_BYTES = 2**16  # the archive's table of contents; two entries take under 300 bytes
-_END = struct.Struct("<4s4H2LH")  # the record that closes a zip
+# What zipfile raises for damaged archives.
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError)
 
 
 class SubmissionError(FramsegError, ValueError):
-    """A submission that would not count; the message has one line for every reason found."""
+    """A submission that would not count; the message has a line for every reason."""
 
 
 def pack(val: str | Path, test: str | Path, out: str | Path) -> Path:
@@ -48,36 +49,33 @@ def pack(val: str | Path, test: str | Path, out: str | Path) -> Path:
     out = Path(out)
     files = {VAL_NAME: _official(val), TEST_NAME: _official(test)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with zipfile.ZipFile(aside, "w") as archive:
+        with zipfile.ZipFile(unfinished, "w") as archive:
             for name, content in files.items():
-                entry = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not tell the hour
+                entry = zipfile.ZipInfo(name)  # always dated 1980, so that the bytes do not depend on the time
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
                 archive.writestr(entry, content)
-        os.replace(aside, out)
+        os.replace(unfinished, out)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return out
 
 
 def check(
-    submission: str | Path,
-    annotations: str | Path,
-    val: str = VAL_ANNOTATIONS,
-    test: str = TEST_ANNOTATIONS,
+    submission: str | Path, annotations: str | Path, val: str = VAL_ANNOTATIONS, test: str = TEST_ANNOTATIONS
 ) -> dict:
     """Check an archive against the annotations in folder `annotations` and score both splits.
 
     Returns {"val": split, "test": split}, a split being {"file", "queries", "windows": how many in all, "metrics": as
-    `evaluate` gives them, or None for annotations without labels, "notes": list of what the protocol puts up with}.
+    `evaluate` gives them, or None for annotations without labels, "notes": list of what the protocol tolerates}.
     Notes are written for a clip count that is off by one, windows that go beyond the video, and lists of more than
     ten windows.
 
-    Raises SubmissionError naming everything found: what is wrong with the archive (a name that is not one of the
-    two, a folder, a link, an entry twice, encryption, sizes, damage), with the text (not UTF-8, not JSON), with a
-    record (file, line, qid) or with the set of qids. Raises AnnotationError for annotations that cannot be read.
+    Raises SubmissionError naming everything that is wrong with the archive (names, links, encryption, sizes, damage),
+    with the text (not UTF-8, not JSON), with a record (file, line, qid) or with the set of qids. Raises
+    AnnotationError for annotations that cannot be read.
     """
     splits = {"val": (VAL_NAME, val), "test": (TEST_NAME, test)}
     rows = {split: read(Path(annotations) / name) for split, (_, name) in splits.items()}
@@ -96,19 +94,23 @@ def check(
 def _official(path: str | Path) -> str:
     lines = []
     for record in read_predictions(path):
-        lacking = [field for field in (WINDOWS, SALIENCY) if field not in record]
-        if lacking:
-            raise PredictionError(
-                f"{path}: qid {record['qid']}: has no {' and no '.join(lacking)}; a submission needs both"
-            )
+        if reason := _lacking(record):
+            raise PredictionError(f"{path}: qid {record['qid']}: {reason}; a submission needs both")
         lines.append(json.dumps({field: record[field] for field in FIELDS if field in record}) + "\n")
     return "".join(lines)
+
+
+def _lacking(record: dict) -> str:
+    lacking = [field for field in (WINDOWS, SALIENCY) if field not in record]
+    return f"has no {' and no '.join(lacking)}" if lacking else ""
 
 
 def _contents(path: Path) -> dict[str, bytes]:
     """The bytes of the two files; raises SubmissionError for an archive that is not exactly these two files."""
     try:
-        _refuse_big(path)
+        size = path.stat().st_size
+        if size > FILE_BYTES:  # the list of names alone could fill the memory
+            raise SubmissionError(f"{path}: has {size} bytes, more than the {FILE_BYTES} a submission may have")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             reasons = [f"{path}: {reason}" for entry in entries if (reason := _entry_reason(entry))]
@@ -117,29 +119,14 @@ def _contents(path: Path) -> dict[str, bytes]:
                 if names.count(name) != 1:
                     reasons.append(f"{path}: holds {names.count(name)} files named {name}, expected 1")
             if reasons:
-                raise SubmissionError("\n".join(reasons))
+                raise SubmissionError(shortlist(reasons, "\n"))
             return {entry.orig_filename: _bounded(archive, entry) for entry in entries}
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeDecodeError, struct.error) as error:
-        raise SubmissionError(f"{path}: is damaged or not a zip archive: {error}") from None
+    except SubmissionError:
+        raise
     except OSError as error:
         raise SubmissionError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _refuse_big(path: Path) -> None:
-    """Refuse before the table of contents is read: it alone could fill the memory."""
-    size = path.stat().st_size
-    if size > 2 * FILE_BYTES:
-        raise SubmissionError(f"{path}: has {size} bytes, more than the {2 * FILE_BYTES} a submission may have")
-    with open(path, "rb") as file:
-        file.seek(max(0, size - _END.size - 20))
-        tail = file.read()
-    if len(tail) < _END.size or not tail[-_END.size :].startswith(b"PK\5\6"):
-        raise SubmissionError(f"{path}: is not a zip archive, or has something behind its end (an archive comment)")
-    table = _END.unpack(tail[-_END.size :])[5]
-    if table > TABLE_BYTES or tail[: -_END.size].startswith(b"PK\6\7"):  # the latter announces a zip64 table
-        raise SubmissionError(
-            f"{path}: has a table of contents of {table} bytes or in zip64, far more than two files need"
-        )
+    except DAMAGE as error:
+        raise SubmissionError(f"{path}: is damaged or not a zip archive: {error}") from None
 
 
 def _entry_reason(entry: zipfile.ZipInfo) -> str | None:
@@ -185,8 +172,7 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
         reasons += [f"{name}: qid {row.qid}: {reason}" for reason in wrong]
         notes += [f"qid {row.qid}: {reason}" for reason in odd]
     if reasons:
-        shown = reasons[:20] + ([f"and {len(reasons) - 20} more"] if len(reasons) > 20 else [])
-        raise SubmissionError("\n".join(shown))
+        raise SubmissionError(shortlist(reasons, "\n"))
     return {
         "file": name,
         "queries": len(rows),
@@ -197,12 +183,11 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
 
 
 def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:
-    """What a submission must not have, and what the protocol puts up with."""
-    wrong, odd = [], []
-    lacking = [field for field in (WINDOWS, SALIENCY) if field not in record]
-    if lacking:
-        return [f"has no {' and no '.join(lacking)}"], []
-    wrong += [
+    """What a submission must not have, and what the protocol tolerates."""
+    if reason := _lacking(record):
+        return [reason], []
+    odd = []
+    wrong = [
         f"{field} is {record[field]!r}, the annotation has {getattr(row, field)!r}"
         for field in ("vid", "query")
         if field in record and record[field] != getattr(row, field)
@@ -221,17 +206,16 @@ def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m framseg.codalab", description="Competition files of QVHighlights.")
+    """The command `framseg codalab`."""
+    parser = argparse.ArgumentParser(prog="framseg codalab", description="Competition files of QVHighlights.")
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="write two prediction files as a submission")
     packing.add_argument("--val", type=Path, required=True, metavar="V.jsonl")
     packing.add_argument("--test", type=Path, required=True, metavar="T.jsonl")
     packing.add_argument("--out", type=Path, required=True, metavar="submission.zip")
-    checking = commands.add_parser("check", help="check a submission, ours or anyone's, and score it offline")
+    checking = commands.add_parser("check", help="check a submission and score it offline")
     checking.add_argument("submission", type=Path)
-    checking.add_argument(
-        "--annotations", type=Path, required=True, metavar="DIR", help="folder of the annotation files"
-    )
+    checking.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of annotations")
     checking.add_argument("--val", default=VAL_ANNOTATIONS, help="name of the val annotations in DIR (%(default)s)")
     checking.add_argument("--test", default=TEST_ANNOTATIONS, help="name of the test annotations in DIR (%(default)s)")
     chosen = parser.parse_args(arguments)
@@ -240,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(pack(chosen.val, chosen.test, chosen.out))
         else:
             print(json.dumps(check(chosen.submission, chosen.annotations, chosen.val, chosen.test), indent=4))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

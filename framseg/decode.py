@@ -34,7 +34,7 @@ from framseg.backbones import blip3, fingerprint
 from framseg.checkpoint import load_trained, local_folder, require_complete
 from framseg.frames import Store, StoreError, VideoError
 from framseg.jsonl import is_integer, numbered_lines, parse_object, write_lines
-from framseg.predictions import PredictionError, decoded_record, read_predictions
+from framseg.predictions import answer_record, read_predictions
 from framseg.run import launcher
 from framseg.run.paths import Run
 
@@ -218,14 +218,14 @@ def records(
                 tokens |= zip(images, encoded(model, np.stack(list(images.values()))), strict=True)
             for row in batch:
                 if row.vid in failed:
-                    whole = decoded_record(row, "1" * count, np.ones(count), inference)
+                    whole = answer_record(row, "1" * count, np.ones(count), inference)
                     yield whole | {"valid": False, "error": failed[row.vid]}
             there = [row for row in batch if row.vid not in failed]
             if there:
                 vision = torch.stack([tokens[row.vid] for row in there])
                 masks, probabilities = answers(model, tokenizer, profile, [row.query for row in there], vision)
                 for row, mask, probability in zip(there, masks, probabilities, strict=True):
-                    yield decoded_record(row, mask, probability, inference)
+                    yield answer_record(row, mask, probability, inference)
             bar.update(len(batch))
 
 
@@ -253,7 +253,7 @@ def split(
         torch.distributed.barrier()  # nobody writes before all have read
     own = _parts(path, rank)
     kept = _finished(path, made_by, rows, rank)
-    write_lines(own, [made_by, *kept.values()], PredictionError)
+    write_lines(own, [made_by, *kept.values()])
     with own.open("a", encoding="utf-8") as file:
         for record in records(model, tokenizer, profile, mine, progress):
             file.write(json.dumps(record) + "\n")
@@ -266,7 +266,7 @@ def split(
     if together:
         torch.distributed.barrier()  # nobody takes the parts away before all have read
     if rank == 0:
-        write_lines(path, predictions, PredictionError)
+        write_lines(path, predictions)
         for part in _parts(path):
             part.unlink()
     return predictions
@@ -397,7 +397,7 @@ def _finished(
     for part in _parts(path) if rank is None else [_parts(path, rank)]:
         if not part.exists():
             continue
-        found = [record for _, line in numbered_lines(part, PredictionError) if (record := parse_object(line)[0])]
+        found = [record for _, line in numbered_lines(part) if (record := parse_object(line)[0])]
         if found[:1] != [made_by]:
             continue
         for record in found[1:]:

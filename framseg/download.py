@@ -118,7 +118,7 @@ def _transfer(address: str, part: Path, about: Path) -> None:
             version = said["ETag"] or said["Last-Modified"] or "W/"
             version = None if version.startswith("W/") else version
             size, known = 0, {"version": version, "length": int(said["Content-Length"])}
-            write_lines(about, [known], DownloadError)
+            write_lines(about, [known])
         elif answer.status in (206, 416):
             right = (said["Content-Range"] or "").startswith(f"bytes {size}-")
             if not right or said.get("ETag", known["version"]) != known["version"]:

@@ -1,9 +1,7 @@
-"""The dataset's metrics for moments and highlights, and the trivial answers to hold a model against.
+"""The dataset's metrics for moments and highlights, and trivial answers to compare a model with.
 
-`python -m framseg.evaluate PREDICTIONS.jsonl ANNOTATIONS.jsonl` prints them as JSON in the official layout.
-
-A prediction is a dict: qid, pred_relevant_windows [[start, end, score], ...] in seconds, pred_saliency_scores
-with one number for each 2-second clip; ours have frame probabilities too, probability [f]. Other fields pass unread.
+`framseg evaluate PREDICTIONS.jsonl ANNOTATIONS.jsonl` prints them as JSON in the official layout. Predictions are
+records as in `framseg.predictions`.
 """
 
 import argparse
@@ -14,31 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from framseg import moments
-from framseg.annotations import (
-    ANNOTATORS,
-    LabelledRow,
-    Row,
-    clips,
-    frame_labels,
-    from_dict,
-    labelled,
-    read,
-    soft_targets,
-)
-from framseg.predictions import (
-    SALIENCY,
-    WINDOWS,
-    PredictionError,
-    all_have,
-    matched,
-    prediction_record,
-    read_predictions,
-)
+from framseg import annotations, moments, predictions
+from framseg.annotations import ANNOTATORS, LabelledRow, Row, clips, from_dict, labelled
+from framseg.predictions import SALIENCY, WINDOWS, PredictionError, all_have, matched, prediction_record
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
 LENGTHS = {"full": (0, np.inf), "long": (30, np.inf), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
-# What tables and figures show, by the official names.
+# What tables and figures show: official name and short title.
 METRICS = {
     "MR-full-R1@0.5": "R1@0.5",
     "MR-full-R1@0.7": "R1@0.7",
@@ -53,134 +33,132 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
     """Scores in the official layout, percentages rounded to two decimals.
 
     Keys: `brief`; `HL-min-Fair/Good/VeryGood` with HL-mAP and HL-Hit1; `full`, `long`, `middle`, `short` with MR-mAP
-    and MR-R1 by IoU threshold. Where no prediction has saliency scores (or none has windows) the entries that need
-    them are left out.
+    and MR-R1 by IoU threshold. If no prediction has saliency scores (or windows), the entries that need them are
+    left out.
 
     Raises PredictionError for malformed records and for doubled, missing and unknown qids, all named; with
-    `intersection` queries that only one side knows are left aside instead. Raises AnnotationError for rows without
-    labels.
+    `intersection` queries that only one side has are ignored instead. Raises AnnotationError for rows without labels.
     """
-    predictions, rows = matched(predictions, _labelled(annotations), intersection)
-    brief, highlights, lengths = {}, {}, {}
-    if all_have(predictions, WINDOWS):
-        pairs = _Pairs(predictions, rows)
-        for name, bounds in LENGTHS.items():
-            lengths[name] = _moment_metrics(pairs, *bounds)
+    records, rows = _matched(predictions, annotations, intersection)
+    brief: dict[str, float] = {}
+    highlights: dict[str, dict] = {}
+    lengths: dict[str, dict] = {}
+    if all_have(records, WINDOWS):
+        pairs = _Pairs(records, rows)
+        lengths = {name: _moment_metrics(pairs, *bounds) for name, bounds in LENGTHS.items()}
         full = lengths["full"]
         brief |= {f"MR-full-R1@{t}": full["MR-R1"][t] for t in ("0.5", "0.7")}
         brief |= {"MR-full-mAP": full["MR-mAP"]["average"]}
         brief |= {f"MR-full-mAP@{t}": full["MR-mAP"][t] for t in ("0.5", "0.75")}
         brief |= {f"MR-{name}-mAP": lengths[name]["MR-mAP"]["average"] for name in ("long", "middle", "short")}
-    if all_have(predictions, SALIENCY):
+    if all_have(records, SALIENCY):
         truth = _truth(rows)
-        precision, best = _highlight_precision(predictions, rows, truth), _best_clip(predictions, rows, truth)
+        precision, best = _highlight_precision(records, rows, truth), _best_clip(records, rows, truth)
         for i, (name, least) in enumerate(LEVELS.items()):
-            found = {"HL-mAP": _percent(precision[:, i]), "HL-Hit1": _percent(best >= least)}
-            highlights[f"HL-min-{name}"] = found
-            brief |= {f"HL-min-{name}-{key.removeprefix('HL-')}": value for key, value in found.items()}
+            mean, hits = _percent(precision[:, i]), _percent(best >= least)
+            highlights[f"HL-min-{name}"] = {"HL-mAP": mean, "HL-Hit1": hits}
+            brief |= {f"HL-min-{name}-mAP": mean, f"HL-min-{name}-Hit1": hits}
     return {"brief": brief} | highlights | lengths
 
 
 def per_query(predictions: Iterable[dict], annotations: Iterable[Row | dict], intersection: bool = False) -> list[dict]:
-    """What `evaluate` averages for R1 and VeryGood HIT@1, a query each, in the order of the annotations.
+    """What `evaluate` averages for R1 and VeryGood HIT@1, for each query in the order of the annotations.
 
     [{"qid": int, "iou": float, "hit": bool}, ...]: IoU of the first listed window with the true window it overlaps
-    best; whether any annotator called the best-scored clip very good. A field whose predictions are absent is left
-    out. Raises as `evaluate` does.
+    best; whether any annotator called the best-scored clip very good. `iou` or `hit` is left out if no prediction
+    has windows or saliency. Raises as `evaluate` does.
     """
-    predictions, rows = matched(predictions, _labelled(annotations), intersection)
-    out = [{"qid": row.qid} for row in rows]
-    if all_have(predictions, WINDOWS):
-        for record, iou in zip(out, _Pairs(predictions, rows).first.tolist(), strict=True):
-            record["iou"] = iou
-    if all_have(predictions, SALIENCY):
-        for record, best in zip(out, _best_clip(predictions, rows, _truth(rows)).tolist(), strict=True):
-            record["hit"] = best >= LEVELS["VeryGood"]
+    records, rows = _matched(predictions, annotations, intersection)
+    out: list[dict] = [{"qid": row.qid} for row in rows]
+    if all_have(records, WINDOWS):
+        for numbers, iou in zip(out, _Pairs(records, rows).first.tolist(), strict=True):
+            numbers["iou"] = iou
+    if all_have(records, SALIENCY):
+        for numbers, best in zip(out, _best_clip(records, rows, _truth(rows)).tolist(), strict=True):
+            numbers["hit"] = best >= LEVELS["VeryGood"]
     return out
 
 
 def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: int = 25) -> dict[str, list[dict]]:
-    """Answers that never look at a video, as predictions for `rows`, by name. Learns from `train_rows` only.
+    """Answers that never look at a video, as predictions for `rows`, by name; they are learned from `train_rows` only.
 
-    `all ones`: one window, the whole video; flat saliency.
+    `all ones`: a window over the whole video; constant saliency.
     `best constant window`: the window [a, b] * duration, a and b multiples of 1 / frames, with the best R1@0.7 on
     the train rows; saliency is the train rows' mean by relative position.
-    `random masks`: a random train query's mask turned by a random number of frames, which keeps the train share of
-    ones and lengths of runs; probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero.
+    `random masks`: the mask of a random train query, rotated by a random number of frames, which keeps the train
+    rows' share of ones and lengths of runs; probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero.
 
-    Raises AnnotationError where train rows have no labels.
+    Raises AnnotationError if train rows have no labels.
     """
-    random = np.random.default_rng(seed)
-    labels = np.stack([frame_labels(row, frames) for row in train_rows])
-    prior = np.mean([soft_targets(row, frames) for row in train_rows], axis=0)
-    start, end = _constant_window(train_rows, frames)
-    drawn = labels[labels.any(axis=1)]  # a moment between two frames leaves no one, and an answer needs one
+    random, train = np.random.default_rng(seed), labelled(train_rows)
+    masks = np.stack([annotations.frame_labels(row, frames) for row in train])
+    masks = masks[masks.any(axis=1)]  # a moment between two frames gives a mask of zeros, which is no valid answer
+    prior = np.mean([annotations.soft_targets(row, frames) for row in train], axis=0)
+    start, end = _constant_window(train, frames)
     answers: dict[str, list[dict]] = {"all ones": [], "best constant window": [], "random masks": []}
     for row in rows:
-        mask = np.roll(drawn[random.integers(len(drawn))], random.integers(frames))
+        mask = np.roll(masks[random.integers(len(masks))], random.integers(frames))
         probability = (mask + random.random(frames)) / 2
-        flat, t = np.ones(frames), row.duration
-        made = (
-            ([[0.0, t, 1.0]], moments.saliency(flat, t)),
-            ([[start * t, end * t, 1.0]], moments.saliency(prior, t)),
-            (moments.windows(mask, probability, t), moments.saliency(probability, t)),
+        t = row.duration
+        pairs = (
+            ([[0.0, t, 1.0]], np.ones(frames)),
+            ([[start * t, end * t, 1.0]], prior),
+            (moments.windows(mask, probability, t), probability),
         )
-        for answer, (found, scores) in zip(answers.values(), made, strict=True):
-            answer.append(prediction_record(row, found, scores.tolist()))
+        for answer, (windows, curve) in zip(answers.values(), pairs, strict=True):
+            answer.append(prediction_record(row, windows, moments.saliency(curve, t)))
     return answers
 
 
 def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> list[dict]:
-    """The same predictions with the query ignored: each query of `rows` gets one made for another video.
+    """The same predictions with the query ignored: each query of `rows` gets the answer to one about another video.
 
     Every prediction is used once. Windows and clip scores are stretched to the new video's duration. Raises
-    PredictionError where the qids do not match, windows or clip scores lack, or one video has more than half of the
-    queries.
+    PredictionError if the qids do not match, windows or clip scores are missing, or more than half of the queries
+    are about the same video.
     """
     predictions, rows = matched(predictions, rows)
     if not (all_have(predictions, WINDOWS) and all_have(predictions, SALIENCY)):
         raise PredictionError(f"a shuffle needs predictions with {WINDOWS} and {SALIENCY}")
-    random = np.random.default_rng(seed)
     videos = sorted({row.vid for row in rows})
-    place = dict(zip(videos, random.permutation(len(videos)).tolist(), strict=True))
-    # In an order where a video's queries stand together, a turn by the largest group leaves no one in their own.
+    place = dict(zip(videos, np.random.default_rng(seed).permutation(len(videos)).tolist(), strict=True))
+    # With each video's queries next to each other, a rotation by the largest group moves every query to another video.
     order = sorted(range(len(rows)), key=lambda i: place[rows[i].vid])
-    turn = int(np.bincount([place[row.vid] for row in rows]).max())
-    if 2 * turn > len(rows):
+    largest = int(np.bincount([place[row.vid] for row in rows]).max())
+    if 2 * largest > len(rows):
         raise PredictionError("one video has more than half of the queries, so they cannot all get another video's")
     out: dict[int, dict] = {}
-    for at, source in zip(order, np.roll(order, turn).tolist(), strict=True):
-        row, scale = rows[at], rows[at].duration / rows[source].duration
-        found = [[start * scale, end * scale, score] for start, end, score in predictions[source][WINDOWS]]
+    for target, source in zip(order, np.roll(order, largest).tolist(), strict=True):
+        row, scale = rows[target], rows[target].duration / rows[source].duration
+        windows = [[start * scale, end * scale, score] for start, end, score in predictions[source][WINDOWS]]
         scores, count = predictions[source][SALIENCY], clips(row.duration)
         if len(scores) != count:
             middles, old = (np.arange(count) + 0.5) / count, (np.arange(len(scores)) + 0.5) / len(scores)
-            scores = np.interp(middles, old, scores).tolist()
-        out[at] = prediction_record(row, found, list(scores))
-    return [out[at] for at in range(len(rows))]
+            scores = np.interp(middles, old, scores)
+        out[target] = prediction_record(row, windows, scores)
+    return [out[i] for i in range(len(rows))]
 
 
 class _Pairs:
-    """IoU of every listed window with every true one, queries first, padded to the longest lists."""
+    """IoU [queries, listed, true] of every listed window with every true window, padded with 0 to the longest lists."""
 
-    def __init__(self, predictions: list[dict], rows: list[Row]):
-        true, self.there = _padded([row.relevant_windows for row in rows], 2)
-        listed, given = _padded([record[WINDOWS][: moments.LISTED] for record in predictions], 3)
+    def __init__(self, predictions: list[dict], rows: list[LabelledRow]):
+        true, self.is_true = _padded([row.relevant_windows for row in rows], 2)
+        listed, is_listed = _padded([record[WINDOWS][: moments.LISTED] for record in predictions], 3)
         self.lengths = true[..., 1] - true[..., 0]
-        iou = _iou(listed[:, :, None, :2], true[:, None])
-        self.iou = np.where(given[:, :, None], iou, 0.0)
-        # The order of the scores decides for mAP, ties by the list; R1 takes the list's first.
-        self.rank = np.argsort(np.where(given, -listed[..., 2], np.inf), axis=1, kind="stable")
+        self.iou = np.where(is_listed[:, :, None], moments.iou(listed[:, :, None, :2], true[:, None]), 0.0)
+        # mAP goes by the scores, and by the list where they are equal; R1 takes the first of the list.
+        self.rank = np.argsort(np.where(is_listed, -listed[..., 2], np.inf), axis=1, kind="stable")
         self.first = self.iou[:, 0].max(axis=1)
 
 
 def _moment_metrics(pairs: _Pairs, above: float, up_to: float) -> dict:
-    """MR-mAP and MR-R1 over true windows longer than `above` and at most `up_to` seconds; queries without drop out."""
-    kept = pairs.there & (pairs.lengths > above) & (pairs.lengths <= up_to)
+    """MR-mAP and MR-R1 of the queries with true windows longer than `above` and at most `up_to` seconds, on these."""
+    kept = pairs.is_true & (pairs.lengths > above) & (pairs.lengths <= up_to)
     queries = kept.any(axis=1)
     if not queries.any():
-        nothing = {str(t): 0.0 for t in THRESHOLDS}
-        return {"MR-mAP": nothing | {"average": 0.0}, "MR-R1": dict(nothing)}
+        zeros = {str(t): 0.0 for t in THRESHOLDS}
+        return {"MR-mAP": zeros | {"average": 0.0}, "MR-R1": dict(zeros)}
     kept = kept[queries]
     iou = np.where(kept[:, None], pairs.iou[queries], 0.0)
     first = iou[:, 0].max(axis=1)
@@ -198,7 +176,7 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
     free = np.ones((queries, len(thresholds), windows), dtype=bool)
     right = np.zeros((queries, len(thresholds), listed))
     for rank in range(listed):
-        # The best free window at or above the threshold is taken; anything below counts as no match.
+        # The best free true window is taken if its IoU reaches the threshold.
         match = iou[:, rank, None, :]
         match = np.where(free & (match >= thresholds[:, None]), match, -1.0)
         taken = match.argmax(axis=2)[..., None]
@@ -210,7 +188,7 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
     return (precision * right).sum(axis=2) / true[:, None]
 
 
-def _highlight_precision(predictions: list[dict], rows: list[Row], truth: np.ndarray) -> np.ndarray:
+def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
     """Average precision [queries, levels, annotators] of the clip scores."""
     counts = np.array([clips(row.duration) for row in rows])
     width = truth.shape[1]
@@ -218,36 +196,35 @@ def _highlight_precision(predictions: list[dict], rows: list[Row], truth: np.nda
     for i, record in enumerate(predictions):
         given = record[SALIENCY][: counts[i]]
         scores[i, : len(given)] = given
-    past = np.arange(width) >= counts[:, None]
-    order = np.argsort(np.where(past, np.inf, -scores), axis=1, kind="stable")
+    past_end = np.arange(width) >= counts[:, None]
+    order = np.argsort(np.where(past_end, np.inf, -scores), axis=1, kind="stable")
     scores, truth = np.take_along_axis(scores, order, axis=1), np.take_along_axis(truth, order[:, :, None], axis=1)
-    # Clips of equal score enter together: only after the last of them there is a point of the curve.
+    # Clips of equal score count together: the curve has a point only after the last of them.
     last = np.ones(scores.shape, dtype=bool)
     last[:, :-1] = scores[:, 1:] != scores[:, :-1]
     last[np.arange(len(rows)), counts - 1] = True
-    last &= ~past
+    last &= ~past_end
     levels = np.array(list(LEVELS.values()))
     positive = truth[:, None] >= levels[:, None, None]  # [queries, levels, clips, annotators]
     found = positive.cumsum(axis=2)
     precision = np.where(last[:, None, :, None], found / np.arange(1, width + 1)[:, None], 0.0)
     precision = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
-    # Recall changes at a point if it has found more than the point before, which is the highest so far.
+    # Recall changes at a point if more positives are found than at any point before.
     so_far = np.maximum.accumulate(np.where(last[:, None, :, None], found, 0), axis=2)
     changes = np.diff(so_far, axis=2, prepend=0) > 0
     return (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
 
 
-def _best_clip(predictions: list[dict], rows: list[Row], truth: np.ndarray) -> np.ndarray:
-    """The highest saliency [queries] any annotator gave the best-scored clip; 0 for one past the end."""
+def _best_clip(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
+    """The highest saliency [queries] any annotator gave the best-scored clip; 0 for a clip past the end."""
     scores = [list(record[SALIENCY]) for record in predictions]
-    best = np.array([one.index(max(one)) for one in scores])
-    counts = np.array([clips(row.duration) for row in rows])
-    found = truth.max(axis=2)[np.arange(len(rows)), best.clip(max=truth.shape[1] - 1)]
-    return np.where(best < counts, found, 0)
+    best = np.array([clip_scores.index(max(clip_scores)) for clip_scores in scores])
+    # Past the end `truth` is 0, and its last column lies past the end of every video.
+    return truth.max(axis=2)[np.arange(len(rows)), best.clip(max=truth.shape[1] - 1)]
 
 
-def _truth(rows: list[Row]) -> np.ndarray:
-    """Saliency [queries, clips of the longest video, annotators], 0 outside the relevant clips and past the end."""
+def _truth(rows: list[LabelledRow]) -> np.ndarray:
+    """Saliency [queries, clips of the longest video + 1, annotators], 0 outside the relevant clips and past the end."""
     width = max(clips(row.duration) for row in rows)
     truth = np.zeros((len(rows), width + 1, ANNOTATORS), dtype=np.int8)
     for i, row in enumerate(rows):
@@ -256,52 +233,49 @@ def _truth(rows: list[Row]) -> np.ndarray:
     return truth
 
 
-def _constant_window(rows: Sequence[Row], steps: int) -> tuple[float, float]:
+def _constant_window(rows: Sequence[LabelledRow], steps: int) -> tuple[float, float]:
     """The fractions of the duration whose window has the best R1@0.7 on `rows`; the first of equals."""
     first, after = np.triu_indices(steps + 1, k=1)
     grid = np.stack([first, after], axis=1) / steps
     true = np.concatenate([np.divide(row.relevant_windows, row.duration) for row in rows])
-    starts = np.cumsum([0] + [len(row.relevant_windows) for row in rows[:-1]])
-    best = np.maximum.reduceat(_iou(grid[:, None], true), starts, axis=1)
+    counts = np.array([len(row.relevant_windows) for row in rows])
+    best = np.maximum.reduceat(moments.iou(grid[:, None], true), counts.cumsum() - counts, axis=1)
     start, end = grid[(best >= 0.7).sum(axis=1).argmax()].tolist()
     return start, end
 
 
-def _iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Intersection over the hull of windows [..., 2]; 0 where they are apart or both empty."""
-    shared = np.minimum(one[..., 1], other[..., 1]) - np.maximum(one[..., 0], other[..., 0])
-    hull = np.maximum(one[..., 1], other[..., 1]) - np.minimum(one[..., 0], other[..., 0])
-    return np.divide(shared.clip(min=0), hull, out=np.zeros_like(hull), where=hull > 0)
-
-
 def _padded(lists: Sequence[Sequence[Sequence[float]]], columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of windows as float64 [queries, most windows, columns], and which of them are there."""
+    """Lists of windows as float64 [queries, most windows, columns], and which of them are no padding."""
     counts = np.array([len(windows) for windows in lists])
-    there = np.arange(max(counts.max(), 1)) < counts[:, None]
-    out = np.zeros((*there.shape, columns))
-    out[there] = np.array([window for windows in lists for window in windows], dtype=np.float64).reshape(-1, columns)
-    return out, there
+    given = np.arange(max(counts.max(), 1)) < counts[:, None]
+    out = np.zeros((*given.shape, columns))
+    out[given] = np.array([window for windows in lists for window in windows], dtype=np.float64).reshape(-1, columns)
+    return out, given
 
 
 def _percent(values: np.ndarray) -> float:
     return round(100 * float(np.mean(values)), 2)
 
 
-def _labelled(annotations: Iterable[Row | dict]) -> list[LabelledRow]:
-    return labelled(row if isinstance(row, Row) else from_dict(row) for row in annotations)
+def _matched(
+    predictions: Iterable[dict], annotations: Iterable[Row | dict], intersection: bool
+) -> tuple[list[dict], list[LabelledRow]]:
+    rows = labelled(row if isinstance(row, Row) else from_dict(row) for row in annotations)
+    return matched(predictions, rows, intersection)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m framseg.evaluate", description="Print the dataset's metrics.")
+    """The command `framseg evaluate`."""
+    parser = argparse.ArgumentParser(prog="framseg evaluate", description="Print the dataset's metrics.")
     parser.add_argument("predictions", type=Path, help="JSON lines: qid, pred_relevant_windows, pred_saliency_scores")
     parser.add_argument("annotations", type=Path, help="a split with labels, e.g. highlight_val_release.jsonl")
     parser.add_argument("--intersection", action="store_true", help="score only the queries that both files have")
     chosen = parser.parse_args(arguments)
     try:
-        metrics = evaluate(read_predictions(chosen.predictions), read(chosen.annotations), chosen.intersection)
+        records, rows = predictions.read_predictions(chosen.predictions), annotations.read(chosen.annotations)
+        print(json.dumps(evaluate(records, rows, chosen.intersection), indent=4))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(metrics, indent=4))
 
 
 if __name__ == "__main__":

@@ -3,74 +3,122 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 
+from framseg import FramsegError
 
-def is_integer(value: Any) -> bool:
+Entry = tuple[int, dict | None, list[str]]  # a line's number, its record, and why it is none or cannot be used
+
+
+class LinesError(FramsegError, ValueError):
+    """A file that cannot be read, or a record that cannot be written; the message names the file."""
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """True for an int that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """True for a finite int or float that is no bool."""
-    if type(value) is int:
+    if is_integer(value):
         return abs(value) < 2**53  # larger ones are no seconds and would not fit a float
     return isinstance(value, float) and math.isfinite(value)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """True for text that can be written; JSON's escapes can spell halves of a character, which cannot."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
-def numbered_lines(path: str | Path, error: type[ValueError]) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of every line of a UTF-8 file that is not blank; raises `error` if unreadable."""
+def shortlist(items: Sequence, separator: str = ", ", most: int = 20) -> str:
+    """The first `most` items as text, and how many more there are: "a, b, and 3 more"."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([str(item) for item in items[:most]] + more)
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of every line of a UTF-8 file that is not blank; raises LinesError if unreadable."""
+    number = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, line.decode("utf-8")
-    except UnicodeDecodeError as reason:
-        raise error(f"{path}:{number}: is not UTF-8 text ({reason.reason} at byte {reason.start})") from None
-    except OSError as reason:
-        raise error(f"{path}: cannot be read: {reason.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LinesError(f"{path}:{number}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise LinesError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(text: str | bytes) -> tuple[object, list[str]]:
+    """A decoded JSON value and no reasons, or None and the reason why the text is not JSON."""
+    try:
+        return json.loads(text), []
+    except (ValueError, RecursionError) as error:
+        return None, [f"not JSON ({' '.join(str(error).split())})"]
 
 
 def parse_object(text: str | bytes) -> tuple[dict | None, list[str]]:
-    """A line's JSON object and no reasons, or None and the reason why there is none."""
+    """A line's JSON object and no reasons, or None and the reason why it has none."""
+    value, reasons = parse_json(text)
+    if isinstance(value, dict):
+        return value, []
+    return None, reasons or [f"expected a JSON object, found {type(value).__name__}"]
+
+
+def checked_records(
+    entries: Iterable[Entry], place: str, check: Callable[[dict], list[str]]
+) -> tuple[list[dict], list[str]]:
+    """The good records of a file, and for every bad one a sentence with its place, its qid and every reason.
+
+    place: what stands in front of an entry's number in these sentences, as "rows.jsonl:". check: gives everything
+    that is wrong with a record; that a qid comes twice is noted here. A LinesError while reading ends the list.
+    """
+    records: list[dict] = []
+    bad: list[str] = []
+    first: dict[int, int] = {}
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return None, [f"not JSON ({' '.join(str(error).split())})"]
-    if not isinstance(record, dict):
-        return None, [f"expected a JSON object, found {type(record).__name__}"]
-    return record, []
+        for number, record, reasons in entries:
+            qid = record.get("qid", "unknown") if record is not None else "unknown"
+            if record is not None and not reasons:
+                reasons = check(record)
+            if is_integer(qid) and first.setdefault(qid, number) != number:
+                reasons = [*reasons, f"the query is at {place}{first[qid]} already; keep one of them"]
+            if reasons:
+                bad.append(f"{place}{number}: qid {qid}: {'; '.join(reasons)}")
+            elif record is not None:
+                records.append(record)
+    except LinesError as error:
+        bad.append(str(error))
+    return records, bad
 
 
-def write_lines(path: str | Path, records: Iterable[dict], error: type[ValueError]) -> None:
-    """One JSON object a line, written aside and renamed, so that a cut-off run leaves no half file.
+def write_lines(path: str | Path, records: Iterable[dict]) -> None:
+    """One JSON object per line, written to a second file and renamed, so that a cut-off run leaves no half file.
 
-    Raises `error` with the qid of a record that JSON cannot hold (NaN, a foreign type).
+    Raises LinesError with the qid of a record that JSON cannot hold (NaN, a foreign type).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(unfinished, "w", encoding="utf-8") as file:
             for record in records:
                 try:
                     file.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
-                except (TypeError, ValueError, RecursionError) as reason:
-                    raise error(f"{path}: qid {record.get('qid')}: cannot be written: {reason}") from None
-        os.replace(aside, path)
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise LinesError(f"{path}: qid {record.get('qid')}: cannot be written: {error}") from None
+        os.replace(unfinished, path)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} does not go into JSON")

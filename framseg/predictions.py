@@ -1,150 +1,221 @@
-"""The prediction record: read, check and write it."""
+"""The prediction record: read, check, build and write it.
+
+A record is a dict: qid, pred_relevant_windows [[start, end, score], ...] in seconds, pred_saliency_scores with one
+number per 2-second clip. Ours also have query, vid, duration, mask, probability [f] of the frames, and valid. Fields
+of other names are ignored.
+"""
 
 import csv
-import math
 import re
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from sys import float_info
+from typing import TypeVar
 
 import numpy as np
 
-from framseg import FramsegError, config, moments
+from framseg import FramsegError, config, jsonl, moments
 from framseg.annotations import LONGEST, Row
-from framseg.jsonl import is_integer, is_number, numbered_lines, parse_object, write_lines
+from framseg.jsonl import Entry, LinesError, is_integer, is_number, numbered_lines, parse_json, parse_object, shortlist
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
+NUMBERS = (float, int, np.floating, np.integer)
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class PredictionError(FramsegError, ValueError):
-    """Predictions that cannot be used; the message names file, line and qid, one bad record a line."""
+    """Predictions that cannot be used; the message has a line for each: file:line, qid, every reason."""
 
 
 def read_predictions(path: str | Path) -> list[dict]:
-    """Read and check a prediction file; raises PredictionError with file, line and qid of every bad record."""
-    return parse_predictions(numbered_lines(path, PredictionError), str(path))
+    """Read and check a prediction file; raises PredictionError with file, line and qid of the bad records."""
+    return parse_predictions(numbered_lines(path), str(path))
 
 
 def parse_predictions(lines: Iterable[tuple[int, str]], name: str) -> list[dict]:
-    """Check numbered lines of JSON; `name` is the file in the messages. Raises PredictionError as above."""
-    records, bad, seen = [], [], {}
-    for number, text in lines:
-        record, reasons = parse_object(text)
-        if record is not None:
-            reasons = _reasons(record)
-            qid = record.get("qid")
-            if is_integer(qid) and seen.setdefault(qid, number) != number:
-                reasons.append(f"the query is on line {seen[qid]} already; keep one prediction")
-        if reasons:
-            bad.append(f"{name}:{number}: qid {(record or {}).get('qid', 'unknown')}: {'; '.join(reasons)}")
-        else:
-            records.append(record)
-    if bad:
-        raise PredictionError(some(bad, "\n"))
+    """Check numbered lines of JSON as `read_predictions` does; `name` stands for the file in the messages."""
+    records = _checked(((number, *parse_object(text)) for number, text in lines), f"{name}:")
     if not records:
-        raise PredictionError(f"{name}: holds no predictions; expected one JSON object a line")
+        raise PredictionError(f"{name}: holds no predictions; expected one JSON object per line")
     return records
 
 
-def read_released(path: str | Path) -> list[dict]:
-    """Predictions out of a CSV as the paper's authors released theirs.
+def reference(folder: str | Path, split: str) -> Path:
+    """The file with the authors' predictions for `split` (val or test) in a folder of reference material.
 
-    Columns: qid, duration (s), windows (start/end/score, several joined by |), p0, p1, ... (frame probabilities). The
-    windows are put best first and filled up to ten as they were submitted; clip scores follow from the probabilities.
-    Raises PredictionError with file, line and qid of every row that cannot be read.
+    Raises PredictionError if the folder has neither the CSV nor the authors' JSON.
     """
-    names: list[str] = []
-    records, bad = [], []
-    seen: dict[int, int] = {}
-    for number, text in numbered_lines(path, PredictionError):
-        try:
-            fields = next(csv.reader([text]))
-        except csv.Error as error:
-            raise PredictionError(f"{path}:{number}: not a line of CSV ({error})") from None
-        if not names:
-            names = fields
-            lacks = {"qid", "duration", "windows", "p0"} - set(names)
-            if lacks:
-                raise PredictionError(f"{path}:{number}: lacks the columns {', '.join(sorted(lacks))}")
-            continue
-        cells = dict(zip(names, fields, strict=False))
-        try:
-            if len(fields) != len(names):
-                raise ValueError(f"has {len(fields)} fields, and the first line names {len(names)}")
-            duration = float(cells["duration"])
-            if not is_number(duration) or not 0 < duration <= LONGEST:
-                raise ValueError(f"duration must be seconds above 0 and at most {LONGEST}, not {duration}")
-            listed = [[float(part) for part in window.split("/")] for window in cells["windows"].split("|")]
-            probability = [float(cell) for name, cell in cells.items() if re.fullmatch(r"p\d+", name)]
-            record = {"qid": int(cells["qid"]), "duration": duration, WINDOWS: listed}
-            reasons = _reasons(record)
-            if (first := seen.setdefault(record["qid"], number)) != number:
-                reasons.append(f"the query is on line {first} already; keep one prediction")
-            if not reasons:
-                record[WINDOWS] = moments.filled(sorted(listed, key=lambda window: -window[2]), duration)
-                record[SALIENCY] = moments.saliency(probability, duration).tolist()
-                record["probability"] = probability
-        except ValueError as error:
-            reasons = [str(error)]
-        records += [] if reasons else [record]
-        bad += [f"{path}:{number}: qid {cells.get('qid', 'unknown')}: {'; '.join(reasons)}"] if reasons else []
-    if bad or not records:
-        raise PredictionError(some(bad, "\n") or f"{path}: holds no predictions")
+    places = [
+        Path(folder, f"golden/released_{split}_scores.csv"),
+        Path(folder, f"released/hl_{split}_predictions.json"),
+    ]
+    for place in places:
+        if place.is_file():
+            return place
+    get = f"framseg download --reference {folder}"
+    raise PredictionError(f"neither {places[0]} nor {places[1]} exists; `{get}` fetches the latter")
+
+
+def read_released(path: str | Path) -> list[dict]:
+    """The predictions that the paper's authors published, from their JSON (if the name ends so) or a CSV of it.
+
+    JSON: a list of objects with qid, duration (s), score (frame probabilities [f]), preds (the mask, f digits) and
+    pred_relevant_windows. CSV: columns qid, duration, windows (start/end/score, several joined by |), p0, p1, ...
+
+    The windows are put best first and filled up to ten, and clip saliency follows from the probabilities (`overlap`),
+    as the authors submitted them. Records from the JSON also have mask and valid. Raises PredictionError with the
+    file, line (or row of the list) and qid of the bad records.
+    """
+    if Path(path).suffix == ".json":
+        records = _checked(_json_rows(path), f"{path}: row ", _released_reasons)
+    else:
+        records = _checked(_csv_rows(path), f"{path}:", _released_reasons)
+    if not records:
+        raise PredictionError(f"{path}: holds no predictions")
+    for record in records:
+        duration, probability = record["duration"], record["probability"]
+        record[WINDOWS] = moments.filled(sorted(record[WINDOWS], key=lambda window: -window[2]), duration)
+        record[SALIENCY] = moments.saliency(probability, duration).tolist()
+        if "mask" in record:
+            record["valid"], record["mask"] = _counted(record["mask"], len(probability))
     return records
 
 
 def write_predictions(path: str | Path, predictions: Iterable[dict]) -> None:
-    """Check and write predictions, one JSON object a line; the file appears whole or not at all."""
-    predictions = list(predictions)
-    _check(predictions)
-    write_lines(path, predictions, PredictionError)
+    """Check and write predictions, one JSON object per line; the file appears whole or not at all."""
+    predictions = check(predictions)
+    try:
+        jsonl.write_lines(path, predictions)
+    except LinesError as error:
+        raise PredictionError(str(error)) from None
+
+
+def check(predictions: Iterable[dict]) -> list[dict]:
+    """The predictions as a list; raises PredictionError with the place in the list and qid of the bad records."""
+    entries: Iterator[Entry] = (
+        (place, record, [])
+        if isinstance(record, dict)
+        else (place, None, [f"expected a dict, not {type(record).__name__}"])
+        for place, record in enumerate(predictions, 1)
+    )
+    return _checked(entries, "prediction ")
 
 
 def matched(
-    predictions: Iterable[dict], rows: Sequence[Row], intersection: bool = False
-) -> tuple[list[dict], list[Row]]:
+    predictions: Iterable[dict], rows: Sequence[AnyRow], intersection: bool = False
+) -> tuple[list[dict], list[AnyRow]]:
     """Checked predictions and their rows, in pairs, in the order of the rows; labels are not needed.
 
-    Raises PredictionError as `evaluate` does.
+    Raises PredictionError as `evaluate.evaluate` does.
     """
-    predictions = list(predictions)
-    _check(predictions)
-    by_qid = {record["qid"]: record for record in predictions}
-    qids = {row.qid for row in rows}
-    problems = [("annotated twice", _twice(row.qid for row in rows))]
+    by_qid = {record["qid"]: record for record in check(predictions)}
+    times = Counter(row.qid for row in rows)
+    problems = {"annotated twice": [qid for qid in times if times[qid] > 1]}
     if not intersection:
-        problems.append(("without a prediction", [row.qid for row in rows if row.qid not in by_qid]))
-        problems.append(("predicted but not annotated", [qid for qid in by_qid if qid not in qids]))
-    said = [f"queries {what}: {len(which)} (qid {some(which, ', ')})" for what, which in problems if which]
-    if said:
-        raise PredictionError("; ".join(said))
-    rows = [row for row in rows if row.qid in by_qid]
-    if not rows:
+        problems["without a prediction"] = [qid for qid in times if qid not in by_qid]
+        problems["predicted but not annotated"] = [qid for qid in by_qid if qid not in times]
+    reasons = [f"queries {problem}: {len(qids)} (qid {shortlist(qids)})" for problem, qids in problems.items() if qids]
+    if reasons:
+        raise PredictionError("; ".join(reasons))
+    pairs = [(by_qid[row.qid], row) for row in rows if row.qid in by_qid]
+    if not pairs:
         raise PredictionError("no query is both predicted and annotated; take the annotations of the same split")
-    return [by_qid[row.qid] for row in rows], rows
+    return [record for record, _ in pairs], [row for _, row in pairs]
 
 
-def prediction_record(row: Row, windows: list[list[float]], scores: list[float]) -> dict:
-    return about(row) | {WINDOWS: windows, SALIENCY: scores}
+def all_have(predictions: list[dict], field: str) -> bool:
+    """True if every prediction has the field, False if none has; raises PredictionError with the qids if some have."""
+    lacking = [record["qid"] for record in predictions if field not in record]
+    if lacking and len(lacking) < len(predictions):
+        raise PredictionError(f"{len(lacking)} predictions lack {field} that others have: qid {shortlist(lacking)}")
+    return not lacking
 
 
-def _check(predictions: list[dict]) -> None:
-    bad = []
-    for place, record in enumerate(predictions, 1):
-        reasons = _reasons(record) if isinstance(record, dict) else [f"expected a dict, not {type(record).__name__}"]
-        if reasons:
-            qid = record.get("qid", "unknown") if isinstance(record, dict) else "unknown"
-            bad.append(f"prediction {place}: qid {qid}: {'; '.join(reasons)}")
+def prediction_record(row: Row, windows: Sequence[Sequence[float]], saliency: Sequence[float] | np.ndarray) -> dict:
+    """The record of a query: windows [[start, end, score], ...] in seconds, saliency of each 2-second clip."""
+    question = {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}
+    return question | {WINDOWS: [list(window) for window in windows], SALIENCY: np.asarray(saliency).tolist()}
+
+
+def answer_record(row: Row, mask: str, probability: np.ndarray, inference: config.Inference) -> dict:
+    """The record of a model's answer.
+
+    mask: its characters; an invalid mask counts, and is stored, as all ones (`valid` is False then). probability:
+    float64 [f], of foreground. inference: names the policy for the windows and the method for clip saliency.
+    """
+    valid, mask = _counted(mask, len(probability))
+    windows = moments.windows(mask, probability, row.duration, inference.windows)
+    saliency = moments.saliency(probability, row.duration, inference.saliency)
+    answer = {"mask": mask, "probability": probability.tolist(), "valid": valid}
+    return prediction_record(row, windows, saliency) | answer
+
+
+def _counted(mask: str, frames: int) -> tuple[bool, str]:
+    """Whether the mask is valid, and the mask that counts: all ones for an invalid one."""
+    valid = moments.valid(mask, frames)
+    return valid, mask if valid else "1" * frames
+
+
+def _json_rows(path: str | Path) -> Iterator[Entry]:
+    """The objects of the authors' JSON under the names of our records."""
+    listed, reasons = parse_json("".join(text for _, text in numbered_lines(path)))
+    if reasons or not isinstance(listed, list):
+        raise LinesError(f"{path}: {'; '.join(reasons) or 'expected a JSON list of predictions'}")
+    for number, row in enumerate(listed, 1):
+        if not isinstance(row, dict):
+            yield number, None, [f"expected a JSON object, found {type(row).__name__}"]
+            continue
+        lacking = [name for name in ("duration", "score", "preds", WINDOWS) if row.get(name) is None]
+        record = {"qid": row.get("qid"), "duration": row.get("duration"), WINDOWS: row.get(WINDOWS)}
+        record |= {"probability": row.get("score"), "mask": row.get("preds")}
+        yield number, record, [f"lacks {', '.join(lacking)}"] if lacking else []
+
+
+def _csv_rows(path: str | Path) -> Iterator[Entry]:
+    """The rows of a CSV of the authors' predictions as records."""
+    names: list[str] = []
+    for number, text in numbered_lines(path):
+        try:
+            fields = next(csv.reader([text]))
+        except csv.Error as error:
+            raise LinesError(f"{path}:{number}: not a line of CSV ({error})") from None
+        cells = dict(zip(names, fields, strict=False))
+        if not names:
+            names = fields
+            if lacking := {"qid", "duration", "windows", "p0"} - set(names):
+                raise LinesError(f"{path}:{number}: lacks the columns {', '.join(sorted(lacking))}")
+        elif len(fields) != len(names):
+            yield number, cells, [f"has {len(fields)} fields, and the first line names {len(names)}"]
+        else:
+            try:
+                record = {"qid": int(cells["qid"]), "duration": float(cells["duration"])}
+                windows = [[float(part) for part in window.split("/")] for window in cells["windows"].split("|")]
+                probability = [float(cell) for name, cell in cells.items() if re.fullmatch(r"p\d+", name)]
+                yield number, record | {WINDOWS: windows, "probability": probability}, []
+            except ValueError as error:
+                yield number, cells, [str(error)]
+
+
+def _released_reasons(record: dict) -> list[str]:
+    duration, mask = record["duration"], record.get("mask", "")
+    reasons = _reasons(record)
+    if not is_number(duration) or not 0 < duration <= LONGEST:
+        reasons.append(f"duration must be seconds above 0 and at most {LONGEST}, not {str(duration)[:60]}")
+    if not isinstance(mask, str):
+        reasons.append(f"preds must be text, not {str(mask)[:60]}")
+    return reasons
+
+
+def _checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], list[str]] | None = None) -> list[dict]:
+    records, bad = jsonl.checked_records(entries, place, reasons or _reasons)
     if bad:
-        raise PredictionError(some(bad, "\n"))
-    doubled = _twice(record["qid"] for record in predictions)
-    if doubled:
-        raise PredictionError(f"queries predicted twice: {len(doubled)} (qid {some(doubled, ', ')}); keep one of each")
+        raise PredictionError(shortlist(bad, "\n"))
+    return records
 
 
 def _reasons(record: dict) -> list[str]:
-    """Everything that is wrong with one prediction; empty if nothing is."""
+    """Everything that is wrong with a record; empty if nothing is."""
     reasons = []
     if not is_integer(record.get("qid")):
         reasons.append(f"qid must be an integer, not {record.get('qid')!r}")
@@ -155,79 +226,33 @@ def _reasons(record: dict) -> list[str]:
         if not isinstance(listed, list | tuple) or not listed:
             reasons.append(f"{WINDOWS} must be a list of [start, end, score]")
         else:
-            reasons += [f"window {i + 1} {reason}" for i, w in enumerate(listed) if (reason := _window_reason(w))]
+            reasons += [f"window {i} {reason}" for i, window in enumerate(listed, 1) if (reason := _window(window))]
     if SALIENCY in record:
-        scores = record[SALIENCY]
-        if not isinstance(scores, list | tuple | np.ndarray) or not len(scores):
-            reasons.append(f"{SALIENCY} must be a list of numbers, one for each clip")
-        elif (at := _not_finite(scores)) is not None:
-            reasons.append(f"{SALIENCY}: clip {at} has {str(scores[at])[:60]!r}, not a finite number")
-    if record.get("probability") is not None and not _are_shares(record["probability"]):
-        reasons.append("probability must be a list of numbers in 0..1, one for each frame")
+        reasons += _list_reasons(SALIENCY, record[SALIENCY], "clip", "finite number")
+    if record.get("probability") is not None:
+        reasons += _list_reasons("probability", record["probability"], "frame", "number in 0..1", 0, 1)
     return reasons
 
 
-def _window_reason(window: Any) -> str | None:
+def _window(window: object) -> str | None:
+    """What is wrong with [start, end, score]; None if nothing is."""
     if not isinstance(window, list | tuple | np.ndarray) or len(window) != 3:
         return f"is not [start, end, score]: {str(window)[:60]}"
-    if _not_finite(window) is not None:
+    if _odd(window) is not None:
         return f"is not three finite numbers: {str(list(window))[:60]}"
-    if window[1] < window[0]:
-        return f"ends before it starts: {list(window)}"
+    return f"ends before it starts: {list(window)}" if window[1] < window[0] else None
+
+
+def _list_reasons(name: str, values: object, item: str, kind: str, *bounds: float) -> list[str]:
+    if not isinstance(values, list | tuple | np.ndarray) or not len(values):
+        return [f"{name} must be a list of numbers, one for each {item}"]
+    place = _odd(values, *bounds)
+    return [] if place is None else [f"{name}: {item} {place} has {str(values[place])[:60]!r}, not a {kind}"]
+
+
+def _odd(values: Sequence | np.ndarray, least: float = -float_info.max, most: float = float_info.max) -> int | None:
+    """The place of the first value that is not a number from `least` to `most`; None if all are."""
+    for place, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, NUMBERS) or not least <= value <= most:
+            return place
     return None
-
-
-def _not_finite(values: Sequence) -> int | None:
-    """The place of the first entry that is not a finite number; None if all are."""
-    # Whole lists of plain floats pass here at once: a split has 100,000 of them.
-    kinds = set(map(type, values))
-    if kinds == {float} and all(map(math.isfinite, values)):
-        return None
-    if kinds <= {float, int} and all(-1e300 < value < 1e300 for value in values):
-        return None
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Real) or not -1e300 < value < 1e300:
-            return i
-    return None
-
-
-def _are_shares(values: Any) -> bool:
-    listed = isinstance(values, list | tuple | np.ndarray)
-    return listed and _not_finite(values) is None and all(0 <= value <= 1 for value in values)
-
-
-def all_have(predictions: list[dict], field: str) -> bool:
-    lacking = [record["qid"] for record in predictions if field not in record]
-    if lacking and len(lacking) < len(predictions):
-        raise PredictionError(f"{len(lacking)} predictions lack {field} that others have: qid {some(lacking, ', ')}")
-    return not lacking
-
-
-def _twice(qids: Iterable[int]) -> list[int]:
-    seen: set[int] = set()
-    return [qid for qid in qids if qid in seen or seen.add(qid)]
-
-
-def some(items: Sequence, separator: str, most: int = 20) -> str:
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return separator.join([str(item) for item in items[:most]] + more)
-
-
-def understood(
-    mask: str, probability: np.ndarray, duration: float, inference: config.Inference
-) -> tuple[bool, str, list[list[float]], np.ndarray]:
-    """Valid or not, the mask that counts (all ones for an invalid one), windows and clip saliency."""
-    valid = moments.valid(mask, len(probability))
-    mask = mask if valid else "1" * len(probability)
-    windows = moments.windows(mask, probability, duration, inference.windows)
-    return valid, mask, windows, moments.saliency(probability, duration, inference.saliency)
-
-
-def decoded_record(row: Row, mask: str, probability: np.ndarray, inference: config.Inference) -> dict:
-    valid, mask, windows, saliency = understood(mask, probability, row.duration, inference)
-    answer = {"mask": mask, "probability": probability.tolist(), "valid": valid}
-    return about(row) | {WINDOWS: windows, SALIENCY: saliency.tolist()} | answer
-
-
-def about(row: Row) -> dict:
-    return {"qid": row.qid, "query": row.query, "vid": row.vid, "duration": row.duration}

@@ -16,7 +16,7 @@ from framseg.annotations import USUAL_SECONDS, Row, frame_times
 from framseg.backbones.blip3 import Blip3
 from framseg.decode import answers, encoded, loaded
 from framseg.frames import read_apart
-from framseg.predictions import SALIENCY, WINDOWS, about, understood
+from framseg.predictions import SALIENCY, WINDOWS, answer_record, prediction_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ class Prediction:
     def record(self) -> dict:
         """The answer as a prediction in the dataset's format."""
         answer = {"mask": self.mask, "probability": self.probability.tolist(), "valid": self.valid}
-        return about(self.row) | {WINDOWS: self.windows, SALIENCY: self.saliency.tolist()} | answer
+        return prediction_record(self.row, self.windows, self.saliency) | answer
 
     def show(self) -> "Figure":
         """The qualitative figure: frames, predicted windows, curve; the last line of a cell shows it."""
@@ -116,10 +116,10 @@ def predict(
                 probabilities[some, there] += weight / weights[there] * probability
     out = []
     for text, ones, probability in zip(queries, 2 * votes >= weights, probabilities, strict=True):
-        answer = "".join("01"[one] for one in ones.astype(int))
-        valid, answer, found, scores = understood(answer, probability, length, inference)
-        answered = (found, scores, answer, probability, valid, frames, frame_times(length, total)[kept])
-        out.append(Prediction(str(video), text, length, *answered))
+        row, mask = Row(-1, text, length, Path(video).name), "".join("01"[digit] for digit in ones.astype(int))
+        record = answer_record(row, mask, probability, inference)
+        answer = record[WINDOWS], np.array(record[SALIENCY]), record["mask"], probability, record["valid"]
+        out.append(Prediction(str(video), text, length, *answer, frames, frame_times(length, total)[kept]))
     return out[0] if isinstance(query, str) else out
 
 

@@ -507,7 +507,7 @@ class Trainer:
         if self.rank == 0:
             for log in (self.run.step_log, self.run.validation_log, self.run.skipped_log):
                 done = [r for r in read_log(log) if r.get("step", 0) <= self.step and r.get("epoch", 0) <= epoch]
-                write_lines(log, done, TrainError)
+                write_lines(log, done)
 
     def _partition(self) -> dict[str, Tensor]:
         zero = self.engine.optimizer

@@ -306,11 +306,6 @@ def test_overlapping_windows_get_lanes_and_padding_is_dropped():
     assert figures.lanes({"pred_relevant_windows": [[0, 150, 0.0]] * 2}, 150) == ([[(1, 0, 150, 0.0)]], 0)
 
 
-def test_true_saliency_counts_a_shorter_last_clip():
-    one = LabelledRow(1, "a cat", 9, "v", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
-    assert figures.true_saliency(one).tolist() == [0, 0, 0, 0.5, 1]
-
-
 def test_queries_are_chosen_by_their_rules():
     rows = [row(qid, 30, 90) for qid in range(1, 9)]
     answers = {

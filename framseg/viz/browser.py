@@ -291,7 +291,7 @@ def _title(file: Path) -> str:
 
 
 def _entries(file: Path, rows: list[Row]) -> list[Entry]:
-    read = read_released if file.suffix == ".csv" else read_predictions
+    read = read_released if file.suffix in (".csv", ".json") else read_predictions
     predictions, rows = matched(read(file), rows, intersection=True)
     labelled = all(isinstance(row, LabelledRow) for row in rows)
     numbers = {number["qid"]: number for number in evaluate.per_query(predictions, rows)} if labelled else {}
@@ -363,7 +363,7 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
         y += LANE
     bottom = y + 8 + PLOT
     if isinstance(row, LabelledRow):
-        steps = [(x(CLIP_SECONDS * i), bottom - PLOT * v) for i, v in enumerate(figures.true_saliency(row))]
+        steps = [(x(CLIP_SECONDS * i), bottom - PLOT * v) for i, v in enumerate(annotations.clip_saliency(row))]
         path = f"M{x(0):.1f},{bottom}" + "".join(
             f"V{v:.1f}H{min(x0 + width * CLIP_SECONDS / duration, LEFT + width):.1f}" for x0, v in steps
         )

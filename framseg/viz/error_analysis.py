@@ -188,16 +188,9 @@ def _best_run(window: Sequence[float], duration: float, frames: int) -> list[flo
     starts = {int(window[0] // step), int(-(-window[0] // step))}
     ends = {int(window[1] // step), int(-(-window[1] // step))}
     runs = [[start * step, end * step] for start in starts for end in ends | {start + 1} if start < end <= frames]
-    return max(runs, key=lambda run: _overlap(run, [window]))
+    return max(runs, key=lambda run: float(moments.iou(run, window)))
 
 
 def _ranked(row: Row, found: list[list[float]]) -> dict:
-    scored = [[*window, _overlap(window, row.relevant_windows)] for window in found]
+    scored = [[*window, float(moments.iou(window[:2], row.relevant_windows).max())] for window in found]
     return {"qid": row.qid, WINDOWS: sorted(scored, key=lambda window: -window[2])}
-
-
-def _overlap(window: Sequence[float], true: Sequence[Sequence[float]]) -> float:
-    """IoU with the true window that is overlapped best."""
-    shared = [max(0.0, min(window[1], end) - max(window[0], start)) for start, end in true]
-    hull = [max(window[1], end) - min(window[0], start) for start, end in true]
-    return max(one / other for one, other in zip(shared, hull, strict=True))
