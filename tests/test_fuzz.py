@@ -490,7 +490,7 @@ def test_the_browser_on_a_run(made, data):
 def test_stamps_of_finished_chapters(made, monkeypatch, data):
     profile, run, folder = made
     monkeypatch.setattr(stamps, "CODE", folder / "code")
-    step = stamps.Step(NOTEBOOKS / "01_data.ipynb", profile, run)
+    step = stamps.Chapter(NOTEBOOKS / "01_data.ipynb", profile, run)
     step.copy.touch()
     step.stamp.write_text(
         json.dumps({"inputs": step.inputs(), "began": 1.5, "device": "a CPU", "wrote": ["profile.yaml"]})

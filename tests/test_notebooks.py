@@ -247,7 +247,7 @@ def test_the_report_holds_the_whole_run(chain):
     assert len(ids) == len(set(ids)) > 90
     text = page.get_text()
     assert "profile demo" in text and cost.device_name() in text and "planned_steps: 16" in text
-    assert "A widget, alive in the notebook alone" in text and "training.launch" not in text
+    assert "A widget, which needs a running notebook" in text and "training.launch" not in text
     assert not [formula for formula in page.find_all("code") if "\\frac" in formula.get_text()]
     formulas = page.find_all("img", class_="math")
     assert len(formulas) > 50 and any(r"\frac{\alpha}{\sqrt{r}}" in formula["alt"] for formula in formulas)

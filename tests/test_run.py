@@ -64,6 +64,18 @@ def test_all_notebooks_with_one_profile_in_this_interpreter(notebooks, tmp_path,
     assert "Executing" in said.err  # papermill's bar
 
 
+def test_a_notebook_looks_names_up_where_the_run_was_started_and_loads_nothing_there(notebooks, tmp_path, monkeypatch):
+    work = _made(tmp_path / "work")
+    _made(work / "weights")
+    (work / "numpy.py").write_text("raise ImportError('the wrong numpy')")
+    monkeypatch.chdir(work)
+    cell = (
+        "import numpy; from framseg import config\nweights = config.local_weights(config.load(profile).model.weights)"
+    )
+    notebook(notebooks, "01_one", cell, f"assert str(weights.resolve()) == {str(work / 'weights')!r}")
+    assert start(tmp_path, "--only", "01", "--set", "model.weights=weights") == 0
+
+
 def test_a_part_goes_on_with_the_runs_own_profile(notebooks, tmp_path):
     config.save(config.load("paper", {"training.epochs": 4}), _made(tmp_path / "a run") / "profile.yaml")
     assert start(tmp_path, "--only", "2") == 0
@@ -211,6 +223,34 @@ def test_a_changed_cell_and_a_changed_profile_run_again(inputs, capfd):
     assert said(capfd) == {"01_one": SKIPPED, "02_two": "the notebook changed", "03_three": EARLIER}
     assert again(inputs, "--set", "training.epochs=3") == 0
     assert all("the profile changed" in reason for reason in said(capfd).values())
+
+
+@pytest.mark.parametrize("name", ["~/model", "model", "../home/model", "{home}/model"])
+@pytest.mark.parametrize("key, file", [("model.weights", "a.safetensors"), ("model.tokenizer", "tokenizer.json")])
+def test_changed_weights_and_tokenizers_run_again_wherever_their_name_leads(
+    inputs, capfd, monkeypatch, name, key, file
+):
+    """From the home folder, from the folder in which the run is started, or from the root."""
+    home, work = _made(inputs / "home"), _made(inputs / "work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    path = _made((work if name == "model" else home) / "model") / file
+    path.write_text("{}")
+    changes = ["--set", f"{key}={name.format(home=home)}"]
+    again(inputs, *changes)
+    said(capfd)
+    assert again(inputs, *changes) == 0 and said(capfd) == dict.fromkeys(NAMES, SKIPPED)
+    path.write_text("{ }")
+    assert again(inputs, *changes) == 0
+    assert all("the model's files changed" in reason for reason in said(capfd).values())
+
+
+def test_a_tokenizer_may_be_named_by_its_file(inputs, capfd):
+    path = inputs / "own.json"
+    for text in ("{}", "{ }"):
+        path.write_text(text)
+        assert again(inputs, "--set", f"model.tokenizer={path}") == 0
+        assert all("the model's files changed" in reason for reason in said(capfd).values())
 
 
 def test_what_is_asked_for_runs_finished_or_not(inputs, capfd):

@@ -1,8 +1,8 @@
-"""Run the notebooks in their order for one profile: ``python -m framseg.run PROFILE [options]``.
+"""Run the notebooks in their order for one profile: ``framseg run PROFILE [options]``.
 
-Every notebook is executed by papermill in this very Python; the executed copies lie in the run folder, beside the
-resolved profile that all of them read. A stamp beside each finished copy says what it was made from: while that stays
-the same, a whole run skips it. Exit code 1: a notebook failed; 2: nothing was started, for the reason said.
+papermill executes every notebook with this Python; the executed copies lie in the run folder, next to the resolved
+profile that all of them read. While nothing that a finished notebook was made from has changed (`framseg.run.stamps`),
+a whole run skips it. Exit code 1: a notebook failed; 2: nothing was started.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import papermill
@@ -20,27 +21,29 @@ from papermill.exceptions import PapermillExecutionError
 
 from framseg import FramsegError, config
 from framseg.run import WAITING_THREADS, stamps
-from framseg.run.paths import BusyError, Run, hold
+from framseg.run.paths import Run, hold
 
-NOTEBOOKS = config.REPOSITORY / "notebooks"
-KERNEL = "python3"
+PACKAGED = Path(__file__).parents[1] / "notebooks"  # where an installed package holds them
+NOTEBOOKS = PACKAGED if PACKAGED.is_dir() else config.REPOSITORY / "notebooks"
+KERNEL = "python3"  # the kernel's name in the notebooks
 TRAINING = "03"  # the notebook that trains
 TAIL = 25  # lines of a failed cell's traceback that are shown
 
 
 class RunError(FramsegError):
-    """A run that cannot start; the message says why."""
+    """A run cannot start; the message says why."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run_all.sh", description="Run the notebooks 01 to 05 for one profile.")
-    parser.add_argument("name", nargs="?", metavar="PROFILE", help="a profile's name or a YAML file's path; else demo")
-    parser.add_argument("--profile", metavar="PROFILE", help="the same")
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="framseg run", description="Run the notebooks 01 to 05 for one profile.")
+    parser.add_argument("name", nargs="?", metavar="PROFILE", help="its name or the path of a YAML file (demo)")
+    parser.add_argument("--profile", metavar="PROFILE", help="another way to name the profile")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key, e.g. training.epochs=2"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, e.g. training.epochs=2"
     )
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write there instead of runs/<profile>")
-    parser.add_argument("--force", action="store_true", help="run what is finished and unchanged again, too")
+    parser.add_argument("--force", action="store_true", help="run every notebook again, finished and unchanged or not")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", metavar="04", help="run this notebook alone, finished or not")
     which.add_argument(
@@ -50,23 +53,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(only: str | None, first: str | None) -> list[Path]:
-    """Notebooks to run, in order. A notebook is named by its number or its whole name."""
+    """Notebooks to run, in order; a notebook is named by its number or its whole name.
+
+    Raises RunError if there are none, or none of that name.
+    """
     notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
         raise RunError(f"{NOTEBOOKS}: no notebooks here; the repository is not complete")
-    asked = only or first
-    if asked is None:
+    name = only or first
+    if name is None:
         return notebooks
-    found = [i for i, path in enumerate(notebooks) if asked in (path.stem, path.stem[:2], path.stem[:2].lstrip("0"))]
-    if not found:
-        raise RunError(f"no notebook {asked!r}: there are {', '.join(path.stem for path in notebooks)}")
-    return notebooks[found[0] :] if first else [notebooks[found[0]]]
+    for i, path in enumerate(notebooks):
+        if name in (path.stem, path.stem[:2], path.stem[:2].lstrip("0")):
+            return notebooks[i:] if first else [path]
+    raise RunError(f"no notebook {name!r}: there are {', '.join(path.stem for path in notebooks)}")
 
 
 def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
     """The profile with its changes, and the run's paths.
 
-    A part of a run (--only, --from) goes on with the profile that the run folder holds.
+    A part of a run (--only, --from) goes on with the profile in the run folder. Raises RunError or ProfileError.
     """
     if options.name and options.profile and options.name != options.profile:
         raise RunError(f"two profiles were named, {options.name} and {options.profile}: name one")
@@ -83,31 +89,34 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
     return profile, run
 
 
-def refuse_incomplete(profile: config.Profile, run: Run, todo: list[stamps.Step]) -> None:
-    """Raise RunError with everything that the profile needs for these notebooks and this machine has not."""
+def refuse_incomplete(profile: config.Profile, run: Run, chapters: list[stamps.Chapter]) -> None:
+    """Raise RunError, with a list, if these notebooks need something that this machine lacks."""
+    from framseg.run import preflight  # loads torch; wrong options are answered without it
 
-    from framseg.run import preflight  # here, so that a mistyped option is answered at once
-
-    trains = any(one.notebook.stem.startswith(TRAINING) for one in todo) and not run.checkpoint.is_dir()
+    trains = any(chapter.notebook.stem.startswith(TRAINING) for chapter in chapters) and not run.checkpoint.is_dir()
     missing = preflight.missing(profile, trains)
     if missing:
-        what = "\n".join(f"- {line}" for line in missing)
-        raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{what}")
+        lines = "\n".join(f"- {sentence}" for sentence in missing)
+        raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{lines}")
 
 
 def _literal(path: Path) -> str:
-    """A path for papermill, which puts parameters in where it finds braces."""
+    """A path for papermill, which takes braces for the names of parameters."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def execute(notebook: Path, run: Run) -> None:
-    """Execute one notebook with the run's parameters; the executed copy is kept, a failed one's too."""
-    parameters = {"profile": str(run.profile), "run_dir": str(run.root)}
+    """Execute one notebook with the run's parameters; its copy in the run folder is kept, if it fails, too.
+
+    The kernel works in the current folder, so that a relative path in the profile means the same there as here.
+    """
+    parameters: dict[str, str | bool] = {"profile": str(run.profile), "run_dir": str(run.root)}
     if "live" in papermill.inspect_notebook(_literal(notebook)):
-        parameters["live"] = False  # nobody looks on: plain lines
+        parameters["live"] = False  # no widgets: nobody can use them while papermill executes
     with tempfile.TemporaryDirectory() as folder:
-        # A kernel called python3 may be another interpreter's; first on Jupyter's path is a spec of this one.
-        write_kernel_spec(str(Path(folder) / "kernels" / KERNEL))
+        # Jupyter may know another interpreter's kernel by this name: this folder, first on its path, has this Python's.
+        # Its modules do not come from the current folder, where a file of the user's may have a library's name.
+        write_kernel_spec(Path(folder) / "kernels" / KERNEL, {"env": {"PYTHONSAFEPATH": "1"}})
         os.environ["JUPYTER_PATH"] = folder
         papermill.execute_notebook(
             _literal(notebook),
@@ -115,12 +124,11 @@ def execute(notebook: Path, run: Run) -> None:
             parameters=parameters,
             kernel_name=KERNEL,
             language="python",
-            cwd=str(NOTEBOOKS),
         )
 
 
-def step(notebook: Path, run: Run) -> str | None:
-    """Execute one notebook; why it failed, with the end of its traceback on stderr, or None."""
+def failure(notebook: Path, run: Run) -> str | None:
+    """Execute one notebook; returns why it failed, having printed the end of its traceback, or None."""
     try:
         execute(notebook, run)
     except PapermillExecutionError as error:
@@ -136,56 +144,57 @@ def step(notebook: Path, run: Run) -> str | None:
     return None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the options name; returns the exit code (see above)."""
     options = parse(arguments)
-    asked = {"--only": options.only, "--from": options.first, "--force": options.force}
-    always = next((option for option, value in asked.items() if value), None)
+    reasons = {"--only": options.only, "--from": options.first, "--force": options.force}
+    option = next((name for name, value in reasons.items() if value), None)
     try:
         profile, run = resolve(options)
-        todo = [stamps.Step(notebook, profile, run) for notebook in chosen(options.only, options.first)]
-        if always or any(one.changed() for one in todo):
-            refuse_incomplete(profile, run, todo)
-        held = hold(run.root)
+        chapters = [stamps.Chapter(notebook, profile, run) for notebook in chosen(options.only, options.first)]
+        if option or any(chapter.changed() for chapter in chapters):
+            refuse_incomplete(profile, run, chapters)
+        lock = hold(run.root)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         config.save(profile, run.profile)
-    except (RunError, config.ProfileError, BusyError) as error:
-        print(error, file=sys.stderr)
+    except FramsegError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}; give another --run-dir", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}; give another --run-dir", file=sys.stderr)
         return 2
-    with held:
-        return carry_out(todo, profile, run, always)
+    with lock:
+        return run_chapters(chapters, profile, run, option)
 
 
-def carry_out(todo: list[stamps.Step], profile: config.Profile, run: Run, always: str | None) -> int:
-    """Execute what has changed, or all for the reason `always`; the exit code."""
+def run_chapters(chapters: list[stamps.Chapter], profile: config.Profile, run: Run, option: str | None) -> int:
+    """Execute the chapters that have changed, or all of them if an `option` asks for it; returns the exit code."""
     os.environ.setdefault(*WAITING_THREADS)
-    # Notebooks import this framseg, from whatever folder they are started.
+    # Kernels import this framseg, wherever they are started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     began, skipped, reason = time.monotonic(), 0, None
-    for number, one in enumerate(todo, start=1):
-        start, name = time.monotonic(), one.notebook.stem
-        why = f"asked for by {always}" if always else one.changed()
-        if why is None:
+    for number, chapter in enumerate(chapters, start=1):
+        start, name = time.monotonic(), chapter.notebook.stem
+        cause = f"asked for by {option}" if option else chapter.changed()
+        if cause is None:
             skipped += 1
-            print(f"[{number}/{len(todo)}] {name}: unchanged, skipped (--force runs it again)", flush=True)
+            print(f"[{number}/{len(chapters)}] {name}: unchanged, skipped (--force runs it again)", flush=True)
             continue
-        print(f"[{number}/{len(todo)}] {name}: {why}", flush=True)
-        one.begin()
-        if reason := step(one.notebook, run):
-            print(f"{name}: {reason}. The executed copy is {one.copy}", file=sys.stderr)
-            print(f"Finished steps are kept; go on with --from {name[:2]}", file=sys.stderr)
+        print(f"[{number}/{len(chapters)}] {name}: {cause}", flush=True)
+        chapter.begin()
+        if reason := failure(chapter.notebook, run):
+            print(f"error: {name}: {reason}. The executed copy is {chapter.copy}", file=sys.stderr)
+            print(f"Finished chapters are kept; go on with --from {name[:2]}", file=sys.stderr)
             break
-        one.finish()
+        chapter.finish()
         print(f"      {time.monotonic() - start:.0f} s", flush=True)
-    if skipped < len(todo) or not run.report.is_file():
-        from framseg.run import report  # here, so that a mistyped option is answered at once
+    if skipped < len(chapters) or not run.report.is_file():
+        from framseg.run import report  # loads matplotlib and nbconvert; wrong options are answered without them
 
         report.write(profile, run)
         print(f"report: {run.report}")
     if reason:
         return 1
     kept = f", {skipped} skipped" if skipped else ""
-    print(f"{len(todo) - skipped} notebooks in {time.monotonic() - began:.0f} s{kept}; everything is in {run.root}")
+    print(f"{len(chapters) - skipped} notebooks in {time.monotonic() - began:.0f} s{kept}; everything is in {run.root}")
     return 0

@@ -1,7 +1,7 @@
 """One HTML file of a whole run: its executed notebooks in order, behind a table of contents.
 
-The file needs nothing beside it and no network: pictures are inside, scripts are left out, and formulas are drawn by
-matplotlib (one that it does not know stays TeX).
+The file needs no other file and no network: pictures are inside, scripts are left out, and formulas are drawn by
+matplotlib (a formula that it does not understand stays TeX).
 """
 
 import base64
@@ -37,19 +37,21 @@ nav li { list-style: none }
 }
 </style>{% endblock %}
 """
-WIDGET = "<p><em>A widget, alive in the notebook alone: open the chapter in JupyterLab.</em></p>"
+WIDGET = "<p><em>A widget, which needs a running notebook: open the chapter in JupyterLab.</em></p>"
 MATH = re.compile(r"\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+(?:\n[^$\n]+)*)\$", re.DOTALL)
 
 
 def write(profile: config.Profile, run: Run) -> None:
-    """Write `run.report` from the executed copies in `run.notebooks`; what cannot be read is said in its place."""
-    cells, contents, chapters = [], [], []
+    """Write `run.report` from the executed copies in `run.notebooks`, naming those that cannot be read."""
+    cells: list[NotebookNode] = []
+    contents: list[str] = []  # list items
+    chapters: list[list[str]] = []  # rows of a table
     for path in sorted(run.notebooks.glob("[0-9][0-9]_*.ipynb")):
         try:
             notebook = nbformat.read(path, as_version=4)
             nbformat.validate(notebook)
-            state, began = _done(notebook.metadata.get("papermill", {}))
-        except Exception as error:  # a truncated copy; nbformat has a kind of error for every way to be unreadable
+            state, began = _outcome(notebook.metadata.get("papermill", {}))
+        except Exception as error:  # nbformat's errors for damaged files have no common base
             cells.append(
                 new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {html.escape(str(error))}")
             )
@@ -58,28 +60,28 @@ def write(profile: config.Profile, run: Run) -> None:
         for cell in notebook.cells:
             cell.id = f"{path.stem[:2]}-{cell.id}"
             contents += _contents(cell)
-            cells.append(_still(cell))
-    lines = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in chapter)}</tr>" for chapter in chapters)
+            cells.append(_without_kernel(cell))
+    table = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in chapters)
     settings = html.escape(run.profile.read_text(encoding="utf-8"))
     title = f"framseg, profile {profile.name}"
     front = [
         f"# {html.escape(title)}",
         f"<nav><b>Contents</b><ul>{''.join(contents)}</ul></nav>",
-        f"<table><tr><th>chapter</th><th>began</th><th>took</th><th>on</th></tr>{lines}</table>",
+        f"<table><tr><th>chapter</th><th>began</th><th>took</th><th>on</th></tr>{table}</table>",
         f"<details><summary>All settings</summary><pre>{settings}</pre></details>",
     ]
     whole = new_notebook(cells=[new_markdown_cell("\n\n".join(front), id="front"), *cells], metadata={"title": title})
     exporter = HTMLExporter(raw_template=TEMPLATE, exclude_anchor_links=True, embed_images=True)
-    page, _ = exporter.from_notebook_node(whole, {"metadata": {"path": str(config.REPOSITORY / "notebooks")}})
+    page, _ = exporter.from_notebook_node(whole)
     aside = run.report.with_suffix(".part")
     aside.write_text(page, encoding="utf-8")
     aside.replace(run.report)
 
 
-def _done(record: dict) -> tuple[str, str]:
-    """How a notebook ended, or its seconds, and when it began, out of papermill's record."""
-    took, began = record.get("duration"), record.get("start_time")
-    state = "failed" if record.get("exception") else f"{took:.0f} s" if took else "unfinished"
+def _outcome(record: dict) -> tuple[str, str]:
+    """How a notebook ended, or its seconds, and when it began, from papermill's record."""
+    seconds, began = record.get("duration"), record.get("start_time")
+    state = "failed" if record.get("exception") else f"{seconds:.0f} s" if seconds else "unfinished"
     return state, f"{datetime.fromisoformat(began).astimezone():%Y-%m-%d %H:%M}" if began else "–"
 
 
@@ -90,26 +92,27 @@ def _contents(cell: NotebookNode) -> Iterator[str]:
         yield f"<li>{link}</li>" if len(marks) == 2 else f"<li><b>{link}</b></li>"
 
 
-def _still(cell: NotebookNode) -> NotebookNode:
+def _without_kernel(cell: NotebookNode) -> NotebookNode:
     """The cell with its formulas drawn and its widgets, which need a kernel, replaced by a sentence."""
     if cell.cell_type == "markdown":
         cell.source = MATH.sub(_drawn, cell.source)
-    shown = []
+    outputs = []
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         if data.pop("application/vnd.jupyter.widget-view+json", None):
-            if "%|" in data.get("text/plain", ""):  # a progress bar that was
+            if "%|" in data.get("text/plain", ""):  # a progress bar
                 continue
             data["text/html"] = WIDGET
-        shown.append(output)
+        outputs.append(output)
     if cell.cell_type == "code":
-        cell.outputs = shown
+        cell.outputs = outputs
     return cell
 
 
 def _drawn(match: re.Match) -> str:
+    """A formula as an image in HTML, its baseline on the text's."""
     tex = " ".join((match["display"] or match["inline"]).split())
-    known = re.sub(r"\\[bB]ig(?![A-Za-z])", "", tex)  # what matplotlib's TeX lacks
+    known = re.sub(r"\\[bB]ig(?![A-Za-z])", "", tex)  # matplotlib's TeX lacks it
     known = re.sub(r"\\sqrt ([A-Za-z])", r"\\sqrt{\1}", known)
     known = (known.replace(r"\frac", r"\dfrac") if match["display"] else known).replace(r"\tfrac", r"\frac")
     out = io.BytesIO()

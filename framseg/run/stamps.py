@@ -1,4 +1,4 @@
-"""Which chapters of a run are finished: beside each executed copy, a stamp of what it was made from."""
+"""Which chapters of a run are finished: a stamp next to each executed copy says what it was made from."""
 
 import hashlib
 import json
@@ -9,28 +9,28 @@ from pathlib import Path
 
 import nbformat
 
-from framseg import config
+from framseg import config, prompt
 from framseg.jsonl import parse_object
 from framseg.run.paths import Run
 
-KINDS = {"inputs": dict, "wrote": list, "device": str}  # of a stamp's entries
-CODE = Path(__file__).parent.parent
+KINDS = {"inputs": dict, "wrote": list, "device": str}  # types of a stamp's entries
+CODE = Path(__file__).parents[1]
 
 
 @dataclass
-class Step:
-    """One notebook of one run."""
+class Chapter:
+    """One notebook of one run, with its executed `copy` and that one's `stamp`."""
 
     notebook: Path
     profile: config.Profile
     run: Run
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.copy = self.run.notebooks / self.notebook.name
         self.stamp = self.copy.with_suffix(".json")
 
     def changed(self) -> str | None:
-        """Why this step is to run, in words; None if it is finished and nothing has changed since."""
+        """Why this chapter is to run, in words; None if it is finished and nothing has changed since."""
         stamp = read(self.copy)
         if not (stamp and self.copy.is_file()):
             return "not finished yet"
@@ -40,7 +40,7 @@ class Step:
         return ", ".join(f"{name} changed" for name in now if now[name] != stamp["inputs"].get(name)) or None
 
     def inputs(self) -> dict[str, str]:
-        """A hash of everything that this step is made from."""
+        """Hashes of everything that this chapter is made from, by what the user calls it."""
         cells = [[cell.cell_type, cell.source] for cell in nbformat.read(self.notebook, as_version=4).cells]
         code = [path for path in sorted(CODE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
         earlier = [path for path in sorted(self.run.notebooks.glob("*.json")) if path.name < self.stamp.name]
@@ -49,32 +49,38 @@ class Step:
             "the code": _hash([[str(path.relative_to(CODE)), _content(path)] for path in code]),
             "the profile": _hash(self.profile.model_dump(mode="json")),
             "the data": self._data(),
+            "the model's files": self._model(),
             "an earlier chapter": _hash([_content(path) for path in earlier]),
         }
 
     def _data(self) -> str:
-        """Labels by content; videos and weights, which are large, by name, size and time; where the real set is."""
+        """Of the annotations' content, of the videos' names, sizes and times, and of where the real set lies."""
         data, folder = self.profile.data, config.data_folder(self.profile)
-        labels = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
-        large = (folder / data.videos, config.REPOSITORY / self.profile.model.weights)
-        listed = [
-            sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in os.scandir(path))
-            for path in large
-            if path.is_dir()
-        ]
-        return _hash([[_content(path) for path in labels if path.is_file()], listed, os.environ.get("FRAMSEG_SHARED")])
+        files = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
+        annotations = [_content(path) for path in files if path.is_file()]
+        return _hash([annotations, _listing(folder / data.videos), os.environ.get("FRAMSEG_SHARED")])
+
+    def _model(self) -> str:
+        """Of the weights' names, sizes and times and of the tokenizer's content, where they are on this machine."""
+        weights = config.local_weights(self.profile.model.weights)
+        tokenizer = config.local_path(self.profile.model.tokenizer)
+        if tokenizer and tokenizer.is_dir():
+            tokenizer /= prompt.FILE
+        return _hash(
+            [weights and _listing(weights), _content(tokenizer) if tokenizer and tokenizer.is_file() else None]
+        )
 
     def begin(self) -> None:
-        """From here on the step is unfinished, until `finish`."""
-        self.kept = read(self.copy).get("wrote", [])  # a finished training, for one, is not written again
+        """From here on the chapter is unfinished, until `finish`."""
+        self.kept = read(self.copy).get("wrote", [])  # a second execution leaves a finished training as it is
         self.stamp.unlink(missing_ok=True)
         self.began, self.made_from = time.time(), self.inputs()
 
     def finish(self) -> None:
-        """Write the stamp of a step that ended well, with the files that it wrote into the run folder."""
-        from framseg.run import cost  # here, so that a run with nothing to do does without torch
+        """Write the stamp of a chapter that ended well, with the files that it wrote into the run folder."""
+        from framseg.run import cost  # loads torch; a run with nothing to do does without it
 
-        if self.profile.data.source == "demo":  # the first chapter has made it
+        if self.profile.data.source == "demo":  # the first chapter makes the data
             self.made_from["the data"] = self._data()
         files = [path for path in self.run.root.rglob("*") if path.is_file() and path.stat().st_mtime >= self.began]
         wrote = {str(path.relative_to(self.run.root)) for path in files if path != self.copy}
@@ -89,13 +95,20 @@ class Step:
 def read(copy: Path) -> dict:
     """The stamp of an executed copy; empty if it has none, or a damaged one, which makes it unfinished."""
     stamp = copy.with_suffix(".json")
-    about = (parse_object(stamp.read_bytes())[0] if stamp.is_file() else None) or {}
-    whole = all(isinstance(about.get(name), kind) for name, kind in KINDS.items())
-    return about if whole and all(isinstance(name, str) for name in about["wrote"]) else {}
+    entries = (parse_object(stamp.read_bytes())[0] if stamp.is_file() else None) or {}
+    whole = all(isinstance(entries.get(name), kind) for name, kind in KINDS.items())
+    return entries if whole and all(isinstance(name, str) for name in entries["wrote"]) else {}
 
 
-def _hash(what: object) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file in a folder, for files too large to be read through."""
+    if not folder.is_dir():
+        return []
+    return sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in os.scandir(folder))
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _content(path: Path) -> str:
