@@ -1,14 +1,19 @@
-"""The policies `ranked` and `gaussian` of framseg.moments: fits their constants and measures them out of fold.
+"""The policies `ranked` and `gaussian` of framseg.moments: fits their constants and measures them.
 
-FRAMSEG_SHARED=FOLDER python tests/benchmarks/ranked_policy.py      (about two minutes on two cores)
+python tests/benchmarks/ranked_policy.py            fits, compares, tries variants and writes records/ranked_policy.json
+python tests/benchmarks/ranked_policy.py --score    prints the README's tables of val and test, and writes nothing
 
-Data: the 1,550 val predictions of the paper's model that its authors released, with the val labels. Many of the 1,519
-videos are cut from one recording, so folds and bootstrap go by the 474 recordings. Every figure called out of fold
-pools five folds, each predicted with constants fitted on the other four, and is computed once on all queries.
-Writes records/ranked_policy.json: figures only. What it prints as `fitted` are the constants in framseg/moments.py.
+Both read the folder that `framseg download --reference FOLDER` fills: the public annotations and the predictions that
+the paper's authors published, with frame probabilities. --reference FOLDER names it (default: FRAMSEG_SHARED, else
+data/reference).
+
+The constants are fitted on the 1,550 val predictions. Many of the 1,519 val videos are cut from the same recording, so
+folds and bootstrap go by the 474 recordings. Every figure called out of fold pools five folds, each predicted with
+constants fitted on the other four, and is computed once on all queries. The test predictions are scored with the
+constants in framseg/moments.py; nothing is fitted on them. What this prints as `fitted` are these constants.
 """
 
-import csv
+import argparse
 import json
 import os
 import time
@@ -19,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from framseg import annotations, evaluate, moments
-from framseg.annotations import Row
-from framseg.predictions import SALIENCY, WINDOWS
+from framseg import annotations, config, evaluate, moments
+from framseg.annotations import LabelledRow
+from framseg.predictions import SALIENCY, WINDOWS, read_released, reference
 
 RECORD = Path(__file__).parent / "records" / "ranked_policy.json"
 SHOWN = {short: official for official, short in evaluate.METRICS.items()}
@@ -34,36 +39,51 @@ STEPS, RATE = 200, 0.02
 
 @dataclass(frozen=True)
 class Released:
-    """The released predictions in the order of the val rows: masks and probabilities [N, f]; recordings by number."""
+    """The released predictions of a split in the order of its rows: masks and probabilities [N, f].
 
-    rows: list[Row]
+    recording: int [N], the number of the recording that each query's video was cut from.
+    """
+
+    rows: list[LabelledRow]
     masks: np.ndarray
     probabilities: np.ndarray
     recording: np.ndarray
 
     def fold(self, seed: int = SEEDS[0]) -> np.ndarray:
+        """Which of the folds each query is in, int [N]; queries of a recording are in the same fold."""
         order = np.random.default_rng(seed).permutation(self.recording.max() + 1)
         return order[self.recording] % FOLDS
 
 
-def read(shared: Path) -> Released:
-    rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
-    by_qid = {}
-    for line in csv.DictReader((shared / "golden/released_val_scores.csv").read_text().splitlines()):
-        probability = np.array([float(line[f"p{i}"]) for i in range(25)])
-        mask, edges = np.zeros(25, dtype=np.int8), [round(i * int(line["duration"]) / 25) for i in range(26)]
-        for window in line["windows"].split("|"):
-            start, end, _ = window.split("/")
-            mask[edges.index(float(start)) : edges.index(float(end))] = 1
-        by_qid[int(line["qid"])] = mask, probability
-    masks, probabilities = (np.stack(x) for x in zip(*(by_qid[row.qid] for row in rows), strict=True))
+def labels(folder: Path, name: str) -> list[LabelledRow]:
+    """Rows of the public annotation file highlight_`name`.jsonl."""
+    return annotations.labelled(annotations.read(folder / f"qvhighlights/highlight_{name}.jsonl"))
+
+
+def read(folder: Path, split: str = "val") -> Released:
+    """The authors' predictions of `split` (val or test) in a folder of reference material, with its public labels."""
+    rows = labels(folder, {"val": "val_release", "test": "test_with_gt"}[split])
+    by_qid = {record["qid"]: record for record in read_released(reference(folder, split))}
+    records = [by_qid[row.qid] for row in rows]
+    masks = np.array([[int(digit) for digit in record.get("mask") or listed_mask(record)] for record in records])
+    probabilities = np.array([record["probability"] for record in records])
     # vid: the recording's eleven characters, then the seconds it was cut at.
     recording = np.unique([row.vid[:11] for row in rows], return_inverse=True)[1]
     return Released(rows, masks, probabilities, recording)
 
 
+def listed_mask(record: dict) -> np.ndarray:
+    """The mask [f] that the listed windows were made of, for a file without the masks: 1 inside the windows."""
+    mask = np.zeros(len(record["probability"]), dtype=int)
+    edges = [round(i * record["duration"] / len(mask)) for i in range(len(mask) + 1)]
+    for start, end, score in record[WINDOWS]:
+        if score:  # the list is filled up with the whole video at score 0
+            mask[edges.index(start) : edges.index(end)] = 1
+    return mask
+
+
 def true_windows(data: Released) -> np.ndarray:
-    """In frames, float64 [N, most, 2]; missing ones lie far away and are empty to every IoU."""
+    """True windows in frames, float64 [N, most, 2]; places that a query does not fill lie far away: IoU 0."""
     frames = data.masks.shape[1]
     out = np.full((len(data.rows), max(len(row.relevant_windows) for row in data.rows), 2), [-1e6, -1e6 + 1])
     for i, row in enumerate(data.rows):
@@ -143,11 +163,12 @@ def fit_ends(features: np.ndarray, runs: np.ndarray, true: np.ndarray) -> np.nda
 
 
 def first_runs(data: Released) -> np.ndarray:
-    """The mask's best run of every query, int [N, 2]."""
+    """Start and end of the mask's best run of frames, of every query, int [N, 2]."""
     return np.array([moments.best_run(m, p) for m, p in zip(data.masks, data.probabilities, strict=True)])
 
 
 def ends_features(data: Released, runs: np.ndarray) -> np.ndarray:
+    """[N, 2, 3] of `moments.edge_features` at the runs [N, 2]."""
     return np.stack([moments.edge_features(p, *run) for p, run in zip(data.probabilities, runs, strict=True)])
 
 
@@ -194,12 +215,12 @@ def expected_first(likely: np.ndarray) -> list[tuple[int, int]]:
 
 
 def listed(data: Released, best: Sequence[tuple[float, float]], likely: np.ndarray) -> list[list[list[float]]]:
-    return [
-        moments.ranked(*one, row.duration) for one, row in zip(zip(best, likely, strict=True), data.rows, strict=True)
-    ]
+    """Windows by `moments.ranked` of every query: first `best` (frames), then runs by their probability [N, runs]."""
+    return [moments.ranked(*given, row.duration) for *given, row in zip(best, likely, data.rows, strict=True)]
 
 
 def each(data: Released, policy: str, *rounding: str) -> list[list[list[float]]]:
+    """Windows of every query by a policy of `moments.windows`."""
     triples = zip(data.masks, data.probabilities, data.rows, strict=True)
     return [moments.windows(m, p, row.duration, policy, *rounding) for m, p, row in triples]
 
@@ -208,30 +229,33 @@ def first_trials(data: Released) -> list[list[list[float]]]:
     """The mask's windows, then those at cuts of .95 to .05 by mean probability."""
     out = []
     for m, p, row in zip(data.masks, data.probabilities, data.rows, strict=True):
-        found = moments.windows(m, p, row.duration)
+        windows = moments.windows(m, p, row.duration)
         cut = [
             w for c in range(95, 0, -5) if (p >= c / 100).any() for w in moments.windows(p >= c / 100, p, row.duration)
         ]
         for window in sorted(cut, key=lambda w: -w[2]):
-            if window[:2] not in [w[:2] for w in found]:
-                found.append(window)
-        out.append([[start, end, 1 - rank / 100] for rank, (start, end, _) in enumerate(found)])
+            if window[:2] not in [w[:2] for w in windows]:
+                windows.append(window)
+        out.append([[start, end, 1 - rank / 100] for rank, (start, end, _) in enumerate(windows)])
     return out
 
 
 def smoothed(values: np.ndarray, data: Released, width: float = moments.KERNEL) -> list[np.ndarray]:
+    """Clip saliency of every query: frame values [N, f] smoothed by a kernel `width` frames wide."""
     return [moments.gaussian(v, row.duration, width) for v, row in zip(values, data.rows, strict=True)]
 
 
 def answers(data: Released, windows: Sequence | None, saliency: Sequence | None) -> list[dict]:
-    out = [{"qid": row.qid} for row in data.rows]
-    for name, given in ((WINDOWS, windows), (SALIENCY, saliency)):
-        for record, one in zip(out, given or (), strict=given is not None):
-            record[name] = one if name == WINDOWS else one.tolist()
+    """Prediction records of every query from windows, clip saliency or both."""
+    out: list[dict] = [{"qid": row.qid} for row in data.rows]
+    for name, values in ((WINDOWS, windows), (SALIENCY, saliency)):
+        for record, value in zip(out, values or (), strict=values is not None):
+            record[name] = value if name == WINDOWS else value.tolist()
     return out
 
 
 def score(data: Released, windows: Sequence | None = None, saliency: Sequence | None = None) -> dict[str, float]:
+    """Metrics in percent by their short names."""
     brief = evaluate.evaluate(answers(data, windows, saliency), data.rows)["brief"]
     return {name: brief[key] for name, key in SHOWN.items() if key in brief}
 
@@ -258,8 +282,8 @@ def kernel_folds(data: Released, fold: np.ndarray) -> tuple[list[list[np.ndarray
     """Saliency by kernel, and HL mAP + HIT@1 summed over each fold's queries [kernels, folds], of a mean per query."""
     smooth = [smoothed(data.probabilities, data, kernel) for kernel in KERNELS]
     sums = np.zeros((len(KERNELS), FOLDS))
-    for j, one in enumerate(smooth):
-        given = answers(data, None, one)
+    for j, saliency in enumerate(smooth):
+        given = answers(data, None, saliency)
         for k in range(FOLDS):
             at = np.flatnonzero(fold == k)
             brief = evaluate.evaluate([given[i] for i in at], [data.rows[i] for i in at])["brief"]
@@ -281,7 +305,7 @@ def out_of_fold(data: Released, seed: int = SEEDS[0]) -> tuple[list, list[np.nda
     return listed(data, best, likely_runs(features(data), targets(data), fold)), *chosen_saliency(data, fold)
 
 
-def train_prior(rows: list[Row]) -> np.ndarray:
+def train_prior(rows: list[LabelledRow]) -> np.ndarray:
     """Logarithm of the share of true windows near each run, [runs]; near: normal, one frame at either end."""
     counts = targets(Released(rows, np.zeros((1, 25)), np.empty(0), np.empty(0))).sum(axis=0)
     ends = np.stack(moments.run_edges(25), axis=1)
@@ -289,8 +313,8 @@ def train_prior(rows: list[Row]) -> np.ndarray:
     return np.log(near / near.sum(axis=0) @ counts + 0.5)
 
 
-def trials(data: Released, train: list[Row]) -> dict[str, dict[str, float]]:
-    """What else was tried, out of fold where something is fitted."""
+def trials(data: Released, train: list[LabelledRow]) -> dict[str, dict[str, float]]:
+    """Scores of variants, out of fold where something is fitted."""
     fold, x, y, runs = data.fold(), features(data), targets(data), first_runs(data)
     best, likely = moved_ends(data, ends_features(data, runs), fold), likely_runs(x, y, fold)
     kept = [tuple(run) for run in runs.tolist()]
@@ -337,33 +361,61 @@ def trials(data: Released, train: list[Row]) -> dict[str, dict[str, float]]:
         ),
     }
     saliency |= {f"gaussian, {kernel} frames": smoothed(data.probabilities, data, kernel) for kernel in KERNELS}
-    out = {name: score(data, windows=found) for name, found in windows.items()}
-    return out | {f"saliency: {name}": score(data, saliency=found) for name, found in saliency.items()}
+    out = {name: score(data, windows=listed_windows) for name, listed_windows in windows.items()}
+    return out | {f"saliency: {name}": score(data, saliency=scores) for name, scores in saliency.items()}
+
+
+def as_the_authors(data: Released) -> dict[str, tuple[list, list[np.ndarray]]]:
+    """Windows and saliency as the authors submitted them, and with the mask's own windows, filled up to ten."""
+    overlap = [moments.saliency(p, row.duration) for p, row in zip(data.probabilities, data.rows, strict=True)]
+    masked = zip(each(data, "mask", "nearest"), data.rows, strict=True)
+    return {
+        "as submitted": (each(data, "thresholds", "nearest"), overlap),
+        "mask": ([moments.filled(windows, row.duration) for windows, row in masked], overlap),
+    }
+
+
+def shipped(data: Released) -> tuple[list, list[np.ndarray]]:
+    """Windows and saliency by the best policies with the constants in framseg/moments.py."""
+    return each(data, "ranked"), smoothed(data.probabilities, data)
+
+
+def test_scores(folder: Path) -> dict:
+    """The test predictions scored with the constants of val."""
+    data = read(folder, "test")
+    systems = as_the_authors(data) | {"ranked": shipped(data)}
+    return {"queries": len(data.rows), "systems": {name: score(data, *given) for name, given in systems.items()}}
+
+
+def show(split: str, systems: dict[str, dict[str, float]]) -> None:
+    """Print the scores as a table."""
+    print(f"{split:22}", *(f"{metric:>7}" for metric in SHOWN))
+    for name, scores in systems.items():
+        print(f"{name:22}", *(f"{scores[metric]:7.2f}" for metric in SHOWN))
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--score", action="store_true", help="score val (out of fold) and test; write nothing")
+    default = os.environ.get("FRAMSEG_SHARED") or config.WORKSPACE / "data/reference"
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", default=default)
+    options = parser.parse_args()
+    folder = options.reference
     torch.set_num_threads(1)  # more are slower on arrays this small
-    shared = Path(os.environ["FRAMSEG_SHARED"])
-    data = read(shared)
+    data = read(folder)
+    windows, saliency, kernels = out_of_fold(data)
+    systems = as_the_authors(data) | {"ranked, out of fold": (windows, saliency)}
+    if options.score:
+        show("val", {name: score(data, *given) for name, given in systems.items()})
+        show("test", test_scores(folder)["systems"])
+        return
     sizes = np.bincount(data.recording)
     fitted = fit(data)
     kernel = KERNELS[fit_kernel(kernel_folds(data, data.fold())[1], np.ones(FOLDS, dtype=bool))]
     print("fitted:", fitted, kernel)
-
-    overlap = [moments.saliency(p, row.duration) for p, row in zip(data.probabilities, data.rows, strict=True)]
-    windows, saliency, kernels = out_of_fold(data)
     began = time.perf_counter()
-    shipped = each(data, "ranked")
-    shipped_saliency = smoothed(data.probabilities, data)
+    in_sample = shipped(data)
     seconds = time.perf_counter() - began
-    systems = {
-        "as submitted": (each(data, "thresholds", "nearest"), overlap),
-        "mask": (
-            [moments.filled(w, row.duration) for w, row in zip(each(data, "mask", "nearest"), data.rows, strict=True)],
-            overlap,
-        ),
-        "ranked, out of fold": (windows, saliency),
-    }
     sums = {name: by_recording(data, *given) for name, given in systems.items()}
     mine = sums["ranked, out of fold"]
     record = {
@@ -385,10 +437,11 @@ def main() -> None:
             }
             for name in ("as submitted", "mask")
         },
-        "in sample, as shipped": score(data, shipped, shipped_saliency),
+        "in sample, as shipped": score(data, *in_sample),
+        "test": test_scores(folder),
         "kernels chosen by fold": kernels,
         "other folds": {seed: score(data, *out_of_fold(data, seed)[:2]) for seed in SEEDS[1:]},
-        "trials": trials(data, annotations.read(shared / "qvhighlights/highlight_train_release.jsonl")),
+        "trials": trials(data, labels(folder, "train_release")),
     }
     RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=1))
