@@ -35,7 +35,7 @@ run.paths run.launcher run.resume run.cost run.preflight
 decode
 train predictor
 codalab viz.paper_results viz.player
-viz.figures
+viz.figures viz.tables
 viz.error_analysis viz.browser
 viz.ask_form
 demo.synthetic run.stamps
