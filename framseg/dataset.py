@@ -37,7 +37,7 @@ def videos(profile: config.Profile) -> Path:
 
 
 def store(profile: config.Profile) -> frames.Store:
-    """The profile's frame store; profiles that sample alike on the same data share one."""
+    """The profile's frame store; profiles with the same data, frames and image size share one."""
     section, size = profile.frames, profile.model.vision.image_size
     name = f"frames_{section.count}x{2 * section.neighbours + 1}_{size}px_q{section.jpeg_quality}"
     return frames.Store(
@@ -53,7 +53,7 @@ def store(profile: config.Profile) -> frames.Store:
 def extract(
     profile: config.Profile, splits: tuple[str, ...] = ("train", "val", "test"), progress: bool = True
 ) -> frames.Report:
-    """Decode the splits' videos into the frame store; what is there already is skipped."""
+    """Decode the splits' videos into the frame store; stored ones are skipped. See `frames.extract`."""
     durations = {row.vid: row.duration for split in splits for row in rows(profile, split)}
     return frames.extract(
         durations,
@@ -67,35 +67,33 @@ def extract(
 
 @dataclass(frozen=True)
 class Features:
-    """The frozen encoder's output on disk, one safetensors file a video: [f, 2 * neighbours + 1, patches, width].
-
-    `of` names the folder by the frame store and the encoder's weights, so that others are never read by mistake.
-    """
+    """The frozen encoder's output on disk, one safetensors file per video: [f, 2 * neighbours + 1, patches, width]."""
 
     folder: Path
 
     @classmethod
     def of(cls, profile: config.Profile, model: "Blip3") -> "Features":
-
+        """The cache of this profile and model; its name holds a hash of the encoder's weights, so others differ."""
         frames_folder = store(profile).folder
         return cls(frames_folder.with_name(f"{frames_folder.name}_features_{fingerprint(model.vision_encoder)}"))
 
     def path(self, vid: str) -> Path:
+        """The video's file."""
         return self.folder / f"{vid}.safetensors"
 
     def make(self, profile: config.Profile, model: "Blip3", vids: Iterable[str]) -> None:
-        """Encode the videos that are not there yet, each variation of every frame; files appear whole."""
+        """Encode every variation of every frame of the videos that have no file yet; files appear whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept, section = store(profile), profile.frames
+        frame_store, section = store(profile), profile.frames
         for vid in vids:
             if self.path(vid).is_file():
                 continue
-            every = [
-                model.vision_features(pixels(kept.read(vid, np.full(section.count, number))).to(model.device)).cpu()
-                for number in range(2 * section.neighbours + 1)
+            variations = [
+                model.vision_features(pixels(frame_store.read(vid, np.full(section.count, k))).to(model.device)).cpu()
+                for k in range(2 * section.neighbours + 1)
             ]
             aside = self.folder / f".{vid}.{os.getpid()}"
-            save_file({"features": torch.stack(every, dim=1)}, aside)
+            save_file({"features": torch.stack(variations, dim=1)}, aside)
             aside.replace(self.path(vid))
 
     def read(self, vid: str, choice: np.ndarray) -> Tensor:
@@ -114,28 +112,26 @@ class Features:
 class Samples(Dataset):
     """Training samples: frames drawn from their variations, token ids of prompt and answer, soft targets.
 
-    With `features`, a sample holds the encoder's output of its frames instead of the frames.
+    With `features`, a sample holds the encoder's output of its frames instead of the frames. Samples are indexed by
+    (epoch, number of the row): every draw follows from the seed and the index alone, so a resumed run repeats none.
 
-    Indexed by (epoch, number of the row), so that every draw follows from the seed alone and a resumed run sees
-    what an uninterrupted one would have seen.
+    Raises PromptError for queries that are too long for the model, AnnotationError for rows without labels.
     """
 
     def __init__(
         self,
         profile: config.Profile,
         tokenizer: Tokenizer,
-        split_rows: list[annotations.Row],
+        rows: Iterable[annotations.Row],
         features: Features | None = None,
     ):
-        self.profile, self.features = profile, features
-        self.tokenizer = tokenizer
-        self.rows = split_rows
+        self.profile, self.tokenizer, self.features = profile, tokenizer, features
+        self.rows = annotations.labelled(rows)
         self.store = store(profile)
-        queries = {row.qid: row.query for row in split_rows}
-        prompt.refuse_long(tokenizer, profile.model, profile.frames.count, queries)
-        # Prompts differ in their queries alone.
-        queries = tokenizer.encode_batch([row.query for row in split_rows], add_special_tokens=False)
-        self.lengths = [len(query.ids) for query in queries]
+        prompt.refuse_long(tokenizer, profile.model, profile.frames.count, {row.qid: row.query for row in self.rows})
+        # Prompts differ in their queries alone, so these lengths compare samples.
+        encodings = tokenizer.encode_batch([row.query for row in self.rows], add_special_tokens=False)
+        self.lengths = [len(encoding.ids) for encoding in encodings]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,16 +142,15 @@ class Samples(Dataset):
         draw = np.random.default_rng([self.profile.seed, epoch, row.qid])
         choice = draw.integers(2 * section.neighbours + 1, size=section.count)
         mask = "".join(map(str, annotations.frame_labels(row, section.count)))
-        if self.features is None:
-            seen = {"frames": self.store.read(row.vid, choice)}
-        else:
-            seen = {"features": self.features.read(row.vid, choice)}
-        return seen | {
+        sample = {
             "qid": row.qid,
             "ids": prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count)
             + prompt.answer_ids(tokens, mask),
             "soft_targets": annotations.soft_targets(row, section.count),
         }
+        if self.features is None:
+            return sample | {"frames": self.store.read(row.vid, choice)}
+        return sample | {"features": self.features.read(row.vid, choice)}
 
     def collate(self, samples: list[dict]) -> dict[str, Tensor | list[int]]:
         """Batch of B samples, padded on the left.
@@ -164,22 +159,20 @@ class Samples(Dataset):
         positions [B, f + 1], whose logits predict answer_ids [B, f + 1]; soft_targets float32 [B, f]; qids.
         """
         count = self.profile.frames.count + 1
-        ids, mask = prompt.pad_left([sample["ids"] for sample in samples], self.profile.model.tokens.pad)
-        ids = torch.from_numpy(ids)
+        padded = prompt.pad_left([sample["ids"] for sample in samples], self.profile.model.tokens.pad)
+        ids, mask = map(torch.from_numpy, padded)
         ends = torch.arange(ids.shape[1] - count, ids.shape[1]).expand(len(samples), -1)
-        if self.features is None:
-            seen = {"pixel_values": pixels(np.stack([sample["frames"] for sample in samples]))}
-        else:
-            seen = {"vision_features": torch.stack([sample["features"] for sample in samples])}
-        return {
+        batch: dict[str, Tensor | list[int]] = {
             "qids": [sample["qid"] for sample in samples],
-            **seen,
             "input_ids": ids,
-            "attention_mask": torch.from_numpy(mask),
+            "attention_mask": mask,
             "positions": ends - 1,
             "answer_ids": ids[:, -count:],
             "soft_targets": torch.from_numpy(np.stack([sample["soft_targets"] for sample in samples])).float(),
         }
+        if self.features is None:
+            return batch | {"pixel_values": pixels(np.stack([sample["frames"] for sample in samples]))}
+        return batch | {"vision_features": torch.stack([sample["features"] for sample in samples])}
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -187,11 +180,14 @@ def pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).movedim(-1, -3).contiguous()
 
 
-def samples_an_epoch(profile: config.Profile, rows: int) -> int:
-    """Samples that one epoch over `rows` rows trains on: all, or what fills whole micro-batches on every process."""
+def samples_per_epoch(profile: config.Profile, rows: int) -> int:
+    """Number of samples that an epoch over `rows` rows trains on (`training.remainder`).
+
+    All of them (`carry`), or as many as fill whole micro-batches on every process (`drop`). ProfileError for too few.
+    """
     group = profile.training.micro_batch * profile.training.processes
     if rows < group:
-        raise ValueError(
+        raise config.ProfileError(
             f"{rows} training rows do not fill one micro-batch of {profile.training.micro_batch} on "
             f"{profile.training.processes} processes; lower training.micro_batch"
         )
@@ -201,38 +197,39 @@ def samples_an_epoch(profile: config.Profile, rows: int) -> int:
 class MicroBatches:
     """The endless sequence of micro-batches of process `rank`, as lists of `Samples` indexes.
 
-    Every epoch is a new permutation from the seed. Its remainder that fills no micro-batch on every process goes into
-    the next epoch's first one (`training.remainder: carry`), or is left out as in the paper's run (`drop`: 225
-    micro-batches of 2 x 16 out of 7,218 samples). Among the micro-batches of one optimizer step, samples of like length
-    stand together, which saves padding and changes no gradient: a step sums over all of them.
+    Every epoch is a new permutation from the seed. Its remainder, which does not fill a micro-batch on every process,
+    goes into the next epoch's first one (`training.remainder: carry`), or is left out as in the paper's run (`drop`:
+    225 micro-batches of 2 x 16 out of 7,218 samples). Within an optimizer step, samples of similar length share a
+    micro-batch, which saves padding and changes no gradient: a step sums over all of its samples. `lengths` are the
+    samples' (`Samples.lengths`); the first `first` micro-batches, already trained on, are left out.
     """
 
     def __init__(self, lengths: Sequence[int], profile: config.Profile, rank: int, first: int = 0):
         section = profile.training
         self.lengths, self.seed, self.rank, self.first = np.asarray(lengths), profile.seed, rank, first
         self.shape = section.accumulation, section.processes, section.micro_batch
-        self.an_epoch = samples_an_epoch(profile, len(self.lengths))
+        self.epoch_size = samples_per_epoch(profile, len(self.lengths))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step, skip = divmod(self.first, self.shape[0])
         while True:
             epochs, numbers = self._step(step)
             for micro_batch in range(skip, self.shape[0]):
-                at = micro_batch, self.rank
-                yield list(zip(epochs[at].tolist(), numbers[at].tolist(), strict=True))
+                place = micro_batch, self.rank
+                yield list(zip(epochs[place].tolist(), numbers[place].tolist(), strict=True))
             step, skip = step + 1, 0
 
     def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and row of every sample of an optimizer step, each [accumulation, processes, micro_batch]."""
         size = int(np.prod(self.shape))
-        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.an_epoch)
+        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.epoch_size)
         numbers = np.concatenate(
             [
                 np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))[places[epochs == epoch]]
                 for epoch in np.unique(epochs).tolist()
             ]
         )
-        # A micro-batch has the loss weights of the epoch it begins in, so none of its samples may leave that epoch.
+        # A micro-batch has the loss weights of the epoch it begins in, so none of its samples may change to another.
         begun = np.repeat(epochs.reshape(self.shape[0], -1)[:, 0], size // self.shape[0])
         order = np.lexsort((self.lengths[numbers], begun))
         return epochs[order].reshape(self.shape), numbers[order].reshape(self.shape)

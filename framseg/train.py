@@ -72,7 +72,7 @@ def total_steps(profile: config.Profile, rows: int) -> int:
     """Optimizer steps of a whole training over `rows` samples; for the paper's 7,218 and 11 epochs 618."""
     section = profile.training
     group = section.micro_batch * section.processes
-    return section.epochs * dataset.samples_an_epoch(profile, rows) // group // section.accumulation
+    return section.epochs * dataset.samples_per_epoch(profile, rows) // group // section.accumulation
 
 
 def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
@@ -279,7 +279,7 @@ class Trainer:
         prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
         rows, _ = readable(profile)
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
-        self.an_epoch = dataset.samples_an_epoch(profile, len(rows))
+        self.an_epoch = dataset.samples_per_epoch(profile, len(rows))
         self.group = profile.training.micro_batch * self.world  # samples of a micro-batch on all processes
         self.total = total_steps(profile, len(rows))
         for seed in (torch.manual_seed, random.seed, np.random.seed):

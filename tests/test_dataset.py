@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -87,23 +89,22 @@ def test_a_carried_remainder_is_neither_lost_nor_doubled(processes):
     assert all(len(batch) == 16 for share in shares for batch in share)
 
 
-def test_samples_of_like_length_stand_together_within_their_step():
+def test_samples_of_similar_length_share_a_micro_batch_within_their_step():
     profile = config.load("paper")
-    found = batches(profile, 0, 8, 4)
-    longest = [[LENGTHS[number] for _, number in batch] for batch in found]
-    assert all(max(one) <= min(other) for one, other in zip(longest, longest[1:], strict=False))
-    kept = config.load("paper", {"training.accumulation": 1})
+    lengths = [[LENGTHS[number] for _, number in batch] for batch in batches(profile, 0, 8, 4)]
+    assert all(max(batch) <= min(after) for batch, after in zip(lengths, lengths[1:], strict=False))
+    unsorted = config.load("paper", {"training.accumulation": 1})
     step = {index for rank in range(2) for batch in batches(profile, rank, 8, 4) for index in batch}
-    assert step == {index for rank in range(2) for batch in batches(kept, rank, 8, 4) for index in batch}
+    assert step == {index for rank in range(2) for batch in batches(unsorted, rank, 8, 4) for index in batch}
 
 
 def test_no_micro_batch_of_a_step_leaves_its_epoch():
     """Step 56 of the paper takes one micro-batch from the first epoch, three from the second."""
-    found = batches(config.load("paper"), 1, 224, 4)
-    assert [{epoch for epoch, _ in batch} for batch in found] == [{0}, {1}, {1}, {1}]
+    step = batches(config.load("paper"), 1, 224, 4)
+    assert [{epoch for epoch, _ in batch} for batch in step] == [{0}, {1}, {1}, {1}]
 
 
-def test_going_on_in_the_middle_gives_the_same_batches():
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_batches():
     profile = config.load("paper")
     assert batches(profile, 1, 0, 240)[230:] == batches(profile, 1, 230, 10)
 
@@ -120,7 +121,7 @@ def test_the_paper_trains_618_steps():
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(ValueError, match="5 training rows do not fill one micro-batch of 16 on 2 processes"):
+    with pytest.raises(config.ProfileError, match="5 training rows do not fill one micro-batch of 16 on 2 processes"):
         dataset.MicroBatches(LENGTHS[:5], config.load("paper"), 0)
 
 
@@ -140,7 +141,7 @@ def test_a_missing_video_is_reported_and_the_others_are_extracted(small_set, tmp
 
 
 def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path):
-    """From extraction to metrics: of three val videos one is cut off, one hangs the decoder; one of train is text."""
+    """From extraction to metrics: a val video is cut off, another hangs the decoder, and one of train is text."""
     profile = small_profile(tmp_path, frames__time_limit=5)
     train_rows, rows = (dataset.rows(small_profile(small_set), split) for split in ("train", "val"))
     cut, hangs, _ = dict.fromkeys(row.vid for row in rows)
@@ -160,27 +161,42 @@ def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path
     assert "took more than 5 s" in report.failed[hangs]
 
     model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
-    found = decode.split(model, tokenizer, profile, rows, tmp_path / "val.jsonl", progress=False)
-    assert [record["qid"] for record in found] == [row.qid for row in rows]
-    for record in found:
+    records = decode.split(model, tokenizer, profile, rows, tmp_path / "val.jsonl", progress=False)
+    assert [record["qid"] for record in records] == [row.qid for row in rows]
+    for record in records:
         assert record.get("error") == report.failed.get(record["vid"])
         assert "error" not in record or record["valid"] is False
 
     # Were every other answer perfect, the failed ones would still count.
     answers = [
         record if "error" in record else record | {WINDOWS: [[*window, 1.0] for window in row.relevant_windows]}
-        for record, row in zip(found, rows, strict=True)
+        for record, row in zip(records, rows, strict=True)
     ]
     sound = [row for row in rows if row.vid not in report.failed]
     assert 0 < len(sound) < len(rows)
     scores = evaluate.evaluate(answers, rows)["brief"]
     assert scores["MR-full-R1@0.7"] == round(100 * len(sound) / len(rows), 2)
-    alone = evaluate.evaluate([one for one in answers if "error" not in one], sound)["brief"]
+    readable = [record for record in answers if "error" not in record]
+    alone = evaluate.evaluate(readable, sound)["brief"]
     assert alone["MR-full-R1@0.7"] == 100 > scores["MR-full-R1@0.7"] and scores["MR-full-mAP"] < alone["MR-full-mAP"]
     with pytest.raises(PredictionError, match="without a prediction"):
-        evaluate.evaluate([one for one in answers if "error" not in one], rows)
+        evaluate.evaluate(readable, rows)
 
     with pytest.raises(train.TrainError, match=f"1 of the training videos .*{text}.*training.may_lack=1"):
         train.readable(profile)
-    kept, said = train.readable(small_profile(tmp_path, training__may_lack=1))
-    assert text in said and kept == [row for row in train_rows if row.vid != text]
+    kept, warning = train.readable(small_profile(tmp_path, training__may_lack=1))
+    assert text in warning and kept == [row for row in train_rows if row.vid != text]
+
+
+def test_rows_without_labels_are_refused_before_training(samples):
+    row = samples.rows[0]
+    unlabelled = annotations.Row(row.qid, row.query, row.duration, row.vid)
+    with pytest.raises(annotations.AnnotationError, match=f"no labels .qid {row.qid}"):
+        dataset.Samples(samples.profile, samples.tokenizer, [unlabelled])
+
+
+@pytest.mark.parametrize("module", ["dataset", "annotations"])
+def test_reading_rows_loads_no_video_writer_and_no_generator(module):
+    code = f"import sys, framseg.{module}; print([name for name in ('av', 'framseg.demo') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
