@@ -1,11 +1,12 @@
-"""Does the demo learn? Trains the demo profile with three seeds and records what it scores on val.
+"""What the demo learns: trains it with several seeds and scores the decoded answers on its val queries.
 
-python tests/benchmarks/demo_seeds.py [--seeds 1 2 3]      (about three minutes a seed on two cores)
+python tests/benchmarks/demo_seeds.py [--seeds 1 2 3]      (about three minutes per seed on two cores)
 
-Writes records/demo_seeds.json: for each seed the metrics of the untouched base, of every epoch and of the trained
-model, all decoded, beside the trivial answers; and the trained model's answers read in several ways: the authors'
-policies, the ones of the profile, and these with 2 to 8 beams whose other masks have a say in the windows. Seed 1's
-answer to the query that the rule "excellent" of notebook 05 chooses becomes the README's picture.
+Writes records/demo_seeds.json. For each seed: the metrics of the untouched base and of every epoch; the trained model's
+answers read by several policies (the authors', the demo's, and the demo's where 2 to 8 beams have a say in windows and
+saliency by their probability); and its answers shuffled among the queries of other videos. The trivial answers are
+scored once. Seed 1's answer to the query that the rule "excellent" of notebook 05 chooses becomes the README's picture,
+records/demo_example.png.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from framseg.viz import figures
 BEAMS = (2, 4, 8)
 
 
-def short(metrics: dict) -> dict:
+def short(metrics: dict) -> dict[str, float]:
+    """The metrics that the tables show, by their official names."""
     return {name: metrics["brief"][name] for name in evaluate.METRICS}
 
 
@@ -36,50 +38,52 @@ def beams_of(run: Run, rows: list[annotations.Row], beams: int) -> list[tuple[np
     """Each row's masks [k, f], scores [k] and probabilities [k, f], best beam first."""
     model, profile = load_trained(run.checkpoint)
     model, tokenizer, store = model.eval(), prompt.load(run.checkpoint), dataset.store(profile)
-    count, tokens, out = profile.frames.count, profile.model.tokens, {}
+    count, tokens, by_qid = profile.frames.count, profile.model.tokens, {}
     for vid in dict.fromkeys(row.vid for row in rows):
         asked = [row for row in rows if row.vid == vid]
         ids = [prompt.prompt_ids(tokenizer, tokens, row.query, count) for row in asked]
-        vision = decode._encoded(model, store.read(vid)[None]).expand(len(asked), -1, -1, -1)
+        vision = decode.encoded(model, store.read(vid)[None]).expand(len(asked), -1, -1, -1)
         padded = (torch.from_numpy(x) for x in prompt.pad_left(ids, tokens.pad))
-        found = decode.beam_search(model, vision, *padded, count, beams)
-        answers = (found.masks.numpy(), found.scores.double().numpy(), found.probabilities.double().numpy())
-        out |= {row.qid: answer for row, *answer in zip(asked, *answers, strict=True)}
-    return [out[row.qid] for row in rows]
+        decoded = decode.beam_search(model, vision, *padded, count, beams)
+        answers = (decoded.masks.numpy(), decoded.scores.double().numpy(), decoded.probabilities.double().numpy())
+        by_qid |= {row.qid: answer for row, *answer in zip(asked, *answers, strict=True)}
+    return [by_qid[row.qid] for row in rows]
+
+
+def answer(row: annotations.Row, windows: list, saliency: np.ndarray) -> dict:
+    """A prediction record."""
+    return {"qid": row.qid, WINDOWS: windows, SALIENCY: saliency.tolist()}
+
+
+def read_best(
+    row: annotations.Row, masks: np.ndarray, probabilities: np.ndarray, policy: moments.Policy, method: moments.Method
+) -> dict:
+    """The best beam's answer, read by a policy for windows and a method for saliency."""
+    windows = moments.windows(masks[0], probabilities[0], row.duration, policy)
+    return answer(row, windows, moments.saliency(probabilities[0], row.duration, method))
 
 
 def read_beams(row: annotations.Row, masks: np.ndarray, scores: np.ndarray, probabilities: np.ndarray) -> dict:
-    """The best policies with every beam's say by its probability; the first window is the winning beam's."""
+    """The best policies over all beams, each weighted by its probability; the first window is the best beam's."""
     weight = np.exp(scores - scores.max())
     weight /= weight.sum()
     likely = weight @ [moments.run_probability(m, p) for m, p in zip(masks, probabilities, strict=True)]
     first = moments.moved(moments.best_run(masks[0], probabilities[0]), probabilities[0])
-    return answer(
-        row, moments.ranked(first, likely, row.duration), moments.gaussian(weight @ probabilities, row.duration)
-    )
+    windows = moments.ranked(first, likely, row.duration)
+    return answer(row, windows, moments.gaussian(weight @ probabilities, row.duration))
 
 
-def answer(row: annotations.Row, windows: list, saliency: np.ndarray) -> dict:
-    return {"qid": row.qid, WINDOWS: windows, SALIENCY: saliency.tolist()}
-
-
-def readings(run: Run, rows: list[annotations.Row]) -> dict:
+def readings(run: Run, rows: list[annotations.Row]) -> dict[str, dict[str, float]]:
     """Scores of the trained model by how its answers are read."""
     out = {}
     for beams in BEAMS:
-        found = beams_of(run, rows, beams)
-        ways = {"mask, overlap": ("mask", "overlap"), "ranked, gaussian": ("ranked", "gaussian")}
-        made = {
-            name: [
-                answer(
-                    row, moments.windows(m[0], p[0], row.duration, policy), moments.saliency(p[0], row.duration, method)
-                )
-                for row, (m, _, p) in zip(rows, found, strict=True)
-            ]
-            for name, (policy, method) in ways.items()
+        pairs = list(zip(rows, beams_of(run, rows, beams), strict=True))
+        read = {
+            "mask, overlap": [read_best(row, m, p, "mask", "overlap") for row, (m, _, p) in pairs],
+            "ranked, gaussian": [read_best(row, m, p, "ranked", "gaussian") for row, (m, _, p) in pairs],
+            "ranked, gaussian, every beam": [read_beams(row, *answers) for row, answers in pairs],
         }
-        made["ranked, gaussian, every beam"] = [read_beams(row, *one) for row, one in zip(rows, found, strict=True)]
-        out |= {f"{beams} beams: {name}": short(evaluate.evaluate(some, rows)) for name, some in made.items()}
+        out |= {f"{beams} beams: {name}": short(evaluate.evaluate(records, rows)) for name, records in read.items()}
     return out
 
 
@@ -87,7 +91,9 @@ def example(predictions: list[dict], rows: list[annotations.Row], store: frames.
     """The qualitative figure of the query that the rule "excellent" chooses."""
     chosen = figures.choose(rows, predictions, evaluate.per_query(predictions, rows))["excellent"]
     row = next(row for row in rows if row.qid == chosen)
-    return figures.qualitative(row, next(one for one in predictions if one["qid"] == chosen), store.read(row.vid))
+    return figures.qualitative(
+        row, next(record for record in predictions if record["qid"] == chosen), store.read(row.vid)
+    )
 
 
 def main() -> None:
@@ -100,8 +106,8 @@ def main() -> None:
     record = common.about() | {
         "val queries": len(val),
         "trivial": {
-            name: short(evaluate.evaluate(answer, val))
-            for name, answer in evaluate.trivial(val, rows, profile.seed, profile.frames.count).items()
+            name: short(evaluate.evaluate(records, val))
+            for name, records in evaluate.trivial(val, rows, profile.seed, profile.frames.count).items()
         },
         "seeds": {},
     }

@@ -1,9 +1,9 @@
-"""How long does it take to score the 1,550 val predictions?
+"""How long it takes to score the 1,550 val predictions.
 
-FRAMSEG_SHARED=… python tests/benchmarks/evaluator.py
+FRAMSEG_SHARED=FOLDER python tests/benchmarks/evaluator.py
 
-Writes records/evaluator.json: seconds of `evaluate` on the golden predictions (read beforehand), and whether
-every metric equals the official ones.
+FOLDER holds the golden files of the tests. Writes records/evaluator.json: seconds of `evaluate.evaluate` on the golden
+predictions, reading them not included, and whether every metric equals that of the dataset's own evaluator.
 """
 
 import json
@@ -28,10 +28,10 @@ def main() -> None:
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        found = evaluate.evaluate(predictions, rows)
+        metrics = evaluate.evaluate(predictions, rows)
         seconds.append(round(time.perf_counter() - began, 4))
     record = common.about(
-        queries=len(rows), equal=found == expected, seconds=seconds, median=statistics.median(seconds)
+        queries=len(rows), equal=metrics == expected, seconds=seconds, median=statistics.median(seconds)
     )
     print(record["median"], "s; equal to the official metrics:", record["equal"])
     common.write("evaluator", record)

@@ -1,11 +1,11 @@
-"""What the frame store costs: bytes a video and a sample, time to extract, time to read a training sample.
+"""What the frame store costs: bytes per video and per sample, time to extract, time to read a training sample.
 
 python tests/benchmarks/frame_store.py [--videos 6]      (some eight minutes on two cores)
 
-Draws videos of 150 s, 640 x 360, 30 frames a second: scenes of moving texture whose amplitudes fall with the frequency
-as those of natural pictures do, shapes and noise, H.264 at 640 kbit/s with a key frame every 5 s (QVHighlights' archive
-has some 757 kbit for each second of its videos, with the sound). Bytes depend on the content, which is synthetic: real
-videos will differ. Extracts them with the paper profile's settings and writes records/frame_store.json.
+Draws videos of 150 s, 640 x 360, 30 frames per second: scenes of moving texture whose amplitudes fall with the
+frequency as those of natural pictures do, shapes and noise, H.264 at 640 kbit/s with a key frame every 5 s
+(QVHighlights' archive has some 757 kbit per second of video, with the sound). Bytes depend on the content, which is
+synthetic: real videos will differ. Extracts them with the paper profile's settings and writes records/frame_store.json.
 """
 
 import argparse
@@ -32,10 +32,10 @@ ROUNDS = 4  # one worker and two take turns
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3] whose amplitudes fall with the frequency; channels go mostly together."""
+    """uint8 [height, width, 3] whose amplitudes fall with the frequency; the three channels mostly vary together."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
-    slope = rng.uniform(1.2, 1.7)  # in between, a picture takes as many bytes as a photograph does
+    slope = rng.uniform(1.2, 1.7)  # with slopes around 1.45 a picture takes as many bytes as a photograph
     noise = np.fft.rfft2(rng.standard_normal((4, height, width))) / frequency**slope
     grey, *colours = np.fft.irfft2(noise, (height, width))
     picture = np.stack([grey + 0.25 * colour for colour in colours], -1)
@@ -44,6 +44,7 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def write_video(path: Path, seed: int) -> None:
+    """Write a video of the kind that the module's text describes."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     with av.open(str(path), "w") as container:
@@ -78,38 +79,44 @@ def write_video(path: Path, seed: int) -> None:
 
 
 def timed(call, *arguments) -> tuple[float, float]:
-    """Seconds by the clock and of the processors, children included."""
+    """Seconds by the clock, and CPU seconds of this process and its children."""
     clock, cpu = time.perf_counter(), cpu_seconds()
     call(*arguments)
     return time.perf_counter() - clock, cpu_seconds() - cpu
 
 
 def cpu_seconds() -> float:
+    """CPU seconds that this process and its finished children have used."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def sequential(path: Path) -> int:
+    """Decode every frame once, in order; returns how many frames came."""
     reader = decord.VideoReader(str(path), num_threads=1)
     return sum(reader.next().asnumpy().shape[0] > 0 for _ in range(len(reader)))
 
 
 def seeks(path: Path, numbers: np.ndarray, size: int) -> list[Image.Image]:
+    """The numbered frames, resized, each by a seek of its own."""
     reader = decord.VideoReader(str(path), num_threads=1)
     pictures = (Image.fromarray(reader[number].asnumpy()) for number in numbers.ravel().tolist())
     return [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
 
 
 def spread(values: list[int]) -> dict:
+    """Smallest, mean and largest value."""
     return {"min": min(values), "mean": round(np.mean(values)), "max": max(values)}
 
 
 def average(times: list[tuple[float, float]]) -> dict:
+    """Mean of pairs from `timed`, as the record has it."""
     clock, cpu = np.mean(times, axis=0)
     return {"seconds a video": round(clock, 2), "CPU seconds a video": round(cpu, 2)}
 
 
 def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: float, workers: int) -> None:
+    """Fill the store from the videos in `folder`; every one must succeed."""
     durations = dict.fromkeys(vids, float(SECONDS))
     options = {"time_limit": time_limit, "duration_tolerance": 1.0, "workers": workers, "progress": False}
     report = frames.extract(durations, folder, store, **options)
@@ -117,7 +124,7 @@ def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: floa
 
 
 def main() -> None:
-    from framseg import dataset  # here: workers import this file, and would wait for torch
+    from framseg import dataset  # here, because the worker processes import this file and need no torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=6)
@@ -131,7 +138,7 @@ def main() -> None:
             write_video(path, seed)
         load = os.getloadavg()[0]
         decoding = {"plain sequential decode": [], "whole pass for 75 pictures": [], "75 single-frame seeks": []}
-        for path in paths.values():  # one after the other, so that the same neighbours disturb them
+        for path in paths.values():  # the three ways in turn, so that other work on the machine slows all of them
             video = frames.Video(path)
             numbers = video.numbers(SECONDS, section.count, section.neighbours, section.neighbour_distance)
             calls = [(sequential, path), (video.frames, numbers, size), (seeks, path, numbers, size)]
