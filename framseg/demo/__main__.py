@@ -1,4 +1,4 @@
-"""`python -m framseg.demo make-base`: train the demo's base model anew from its seed."""
+"""`framseg demo make-base`: train the demo's base model anew from its seed."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from framseg.demo import base_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m framseg.demo", description="What the embedded demo is made of.")
-    parser.add_argument("command", choices=["make-base"], help="train the demo's base model anew from its seed")
-    parser.add_argument("--out", type=Path, default=base_model.BASE, help="folder to write (the package's own)")
-    parser.add_argument("--seed", type=int, default=base_model.BASE_SEED, help="seed of all random numbers")
+    """Make the base model in the folder, and from the seed, that the options name."""
+    parser = argparse.ArgumentParser(prog="framseg demo", description="The demo's base model.")
+    parser.add_argument("command", choices=["make-base"], help="train the base model anew, on two CPU cores")
+    parser.add_argument("--out", type=Path, default=base_model.BASE, help="folder to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=base_model.BASE_SEED, help="of all random numbers (%(default)s)")
     options = parser.parse_args(arguments)
     base_model.make_base(options.out, options.seed)
 

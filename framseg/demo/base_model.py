@@ -1,39 +1,44 @@
-"""What made the demo's base model: run `python -m framseg.demo make-base`. None of it is part of the method."""
+"""What made the demo's base model: ``framseg demo make-base``. None of it is part of the method."""
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional
 from tqdm.auto import tqdm
 
-from framseg.annotations import LabelledRow
-from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, label, nearness, render, scene
+from framseg import config, losses, prompt
+from framseg.annotations import frame_labels, frame_times, soft_targets
+from framseg.backbones.blip3 import Blip3, Resampler
+from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, labelled_row, nearness, render, scene
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7
 BASE_QUERIES = ("{phrase}", "{verb}: {phrase}", "look for a {phrase}", "is there a {phrase}?")
 BASE_SCENES = 500
 BASE_STEPS = (300, 300, 250)
-HEAD_FLOOR = -20.0  # bias of every id that is no answer
+HEAD_FLOOR = -20.0  # the head's bias for every id that is not part of an answer
 
 
 def build_tokenizer(folder: Path) -> None:
-    """Write a tokenizer.json that keeps BLIP-3's contract with a vocabulary from the project's own text.
+    """Write a tokenizer.json that does what the method needs of BLIP-3's, learned from the demo's prompt and queries.
 
-    Digits and control tokens have their published ids and a 0/1 string is one token a digit. Pieces of the prompt
-    may be longer than a word; a query's never are.
+    Digits and control tokens have their published ids, and a 0/1 string is one token per digit. A piece may hold
+    several words of the prompt, but never more than one word of a query.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from framseg import prompt
-
     splitting = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="never", split=False), pre_tokenizers.Digits(individual_digits=True)]
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = splitting
-    words = {f" {word.strip('.?:')}" for query in _all_queries() for word in query.split()} | {"a", "A", "the", "We"}
+    queries = [activity.query(wording) for activity in ACTIVITIES for wording in QUERIES]
+    words = {f" {word.strip('.?:')}" for query in queries for word in query.split()} | {"a", "A", "the", "We"}
     template = [prompt.SYSTEM, *prompt.user_text("{}", 25).replace("<image>", "{}").split("{}")]
     trainer = trainers.BpeTrainer(vocab_size=4000, max_token_length=24, show_progress=False, special_tokens=[])
     learner.train_from_iterator(template * 2 + sorted(words) * 2, trainer)
@@ -46,184 +51,191 @@ def build_tokenizer(folder: Path) -> None:
     letters = {chr(code) for code in range(33, 127)} | set(learned["vocab"])
     pieces = sorted(letters - ids.keys(), key=lambda piece: (len(piece), piece))
     ids |= {piece: 259 + i for i, piece in enumerate(pieces)}
-    # The tables have 32,000 rows before the control tokens; ids without a piece get a name that no text spells.
+    # The embedding has 32,000 rows before the control tokens; ids without a piece get a name that no text contains.
     ids |= {f"<unused {id}>": id for id in set(range(32000)) - set(ids.values())}
     control = {32000: "<|endoftext|>", 32001: "<|assistant|>", 32006: "<|system|>", 32007: "<|end|>", 32010: "<|user|>"}
     control |= {32011: "<pad>", 32012: "<image>", 32013: "<image placeholder>", 32014: "<|endofchunk|>"}
-    tokenizer = json.loads(
-        Tokenizer(
-            models.BPE(ids, [tuple(pair) for pair in learned["merges"]], unk_token="<unk>", byte_fallback=True)
-        ).to_str()
-    )
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = json.loads(Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True)).to_str())
     tokenizer["pre_tokenizer"] = json.loads(splitting.__getstate__())
     joined = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer["decoder"] = json.loads(joined.__getstate__())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokenizer["added_tokens"] = [
-        {
-            "id": id,
-            "content": control.get(id, f"<|placeholder {id}|>"),
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for id in range(32000, 32015)
+        {"id": id, "content": control.get(id, f"<|placeholder {id}|>")} | flags for id in range(32000, 32015)
     ]
     (folder / prompt.FILE).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def _all_queries() -> list[str]:
-    return [query.format(phrase=activity.phrase, verb=activity.verb) for activity in ACTIVITIES for query in QUERIES]
+@dataclass(frozen=True)
+class Question:
+    """A question about one activity of a scene; its arrays have one entry per picture of the scene."""
+
+    scene: int
+    activity: int  # index into ACTIVITIES
+    labels: np.ndarray  # int64 [frames], 0 or 1
+    soft: np.ndarray  # float32 [frames], soft targets
 
 
-def _pictures(rng: np.random.Generator, count: int, image_size: int, frames: int, noise: tuple[float, float]) -> dict:
-    """`count` new scenes as pictures in no order, what each shows and how near it is, and the scenes' questions."""
-    import torch
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of scenes, those of a scene in random order, with what they show."""
 
-    from framseg.annotations import frame_labels, frame_times, soft_targets
+    pixels: Tensor  # uint8 [scenes, frames, 3, size, size]
+    shown: Tensor  # int64 [scenes, frames]: 0 for the background alone, else 1 + index into ACTIVITIES
+    near: Tensor  # float32 [scenes, frames]
+    questions: list[Question]
 
-    drawn = [scene(rng) for _ in range(count)]
+
+def draw(rng: np.random.Generator, count: int, image_size: int, frames: int, noise: tuple[float, float]) -> Pictures:
+    """Draw `frames` pictures each of `count` new scenes, with backgrounds of a noise from the range `noise`."""
+    scenes = [scene(rng) for _ in range(count)]
     times = frame_times(DURATION, frames)
     pixels = torch.empty(count, frames, 3, image_size, image_size, dtype=torch.uint8)
-    shown = np.zeros((count, frames), dtype=np.int64)  # 0: background alone
+    shown = np.zeros((count, frames), dtype=np.int64)
     near = np.zeros((count, frames), dtype=np.float32)
     questions = []
-    for i, one in enumerate(drawn):
+    for i, drawn in enumerate(scenes):
         order = rng.permutation(frames)
-        image = torch.from_numpy(render(one, times[order], rng.uniform(*noise))).permute(0, 3, 1, 2)
-        pixels[i] = torch.nn.functional.interpolate(image, (image_size, image_size), mode="bicubic", antialias=True)
-        for stretch in one.stretches:
+        image = torch.from_numpy(render(drawn, times[order], rng.uniform(*noise))).permute(0, 3, 1, 2)
+        pixels[i] = functional.interpolate(image, (image_size, image_size), mode="bicubic", antialias=True)
+        for stretch in drawn.stretches:
             inside = ((times >= stretch.start) & (times < stretch.end))[order]
             if stretch.activity is not None:
                 shown[i, inside] = 1 + stretch.activity
                 near[i, inside] = nearness(stretch, times[order][inside])
-        for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
-            row = LabelledRow(i, "", DURATION, "", **label(one, activity, rng))
-            questions.append((i, activity, frame_labels(row, frames)[order], soft_targets(row, frames)[order]))
-    return {
-        "pixels": pixels,
-        "shown": torch.from_numpy(shown),
-        "near": torch.from_numpy(near),
-        "questions": questions,
-    }
+        for activity in drawn.activities:
+            row = labelled_row(drawn, activity, rng)
+            labels, soft = frame_labels(row, frames)[order], soft_targets(row, frames)[order]
+            questions.append(Question(i, activity, labels.astype(np.int64), soft.astype(np.float32)))
+    return Pictures(pixels, torch.from_numpy(shown), torch.from_numpy(near), questions)
+
+
+class BaseTraining:
+    """The base model while it is trained, with the parts that are thrown away and the pictures that it is shown.
+
+    Linear probes of each answer's hidden state must tell which picture it is about, what that picture shows and what
+    the query names, so that each answer depends on its picture and on the query.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int):
+        profile = config.load("demo")
+        torch.manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
+        self.tokenizer, self.section, self.losses = tokenizer, profile.model, profile.losses
+        self.frames = profile.frames.count
+        self.model = Blip3(self.section).train()
+        tokens, self.head = self.section.tokens, self.model.lang_model.lm_head
+        self.answers = torch.tensor([tokens.zero, tokens.one, tokens.end])
+        with torch.no_grad():
+            self.head.bias.fill_(HEAD_FLOOR)
+            self.head.additional_fc.bias.fill_(HEAD_FLOOR)
+            self.head.bias[self.answers] = 0
+        width, kinds = self.section.language.hidden_size, len(ACTIVITIES)
+        outputs = {"shown": kinds + 1, "frame": self.frames, "named": kinds, "near": 1}
+        self.probes = nn.ModuleDict({name: nn.Linear(width, count) for name, count in outputs.items()})
+        vision = self.section.vision
+        self.varied = draw(self.rng, BASE_SCENES, vision.image_size, self.frames, (0.0, 0.9))
+        self.plain = draw(self.rng, BASE_SCENES, vision.image_size, self.frames, (0.0, 0.0))
+        self.resampler = Resampler(self.section.resampler, vision.hidden_size, width)  # for the first stage alone
+
+    def picture_loss(self) -> tuple[Tensor, str]:
+        """Of 128 pictures: what each shows and how near, told from the vision encoder; with the share told right."""
+        scenes = torch.from_numpy(self.rng.integers(BASE_SCENES, size=128))
+        frames = torch.from_numpy(self.rng.integers(self.frames, size=128))
+        tokens = self.resampler(self.model.vision_features(self.varied.pixels[scenes, frames]))[:, 0]
+        shown, near = self.varied.shown[scenes, frames], self.varied.near[scenes, frames]
+        logits = self.probes["shown"](tokens)
+        distance = (self.probes["near"](tokens)[:, 0] - near).square().mean()
+        right = (logits.argmax(-1) == shown).float().mean()
+        return functional.cross_entropy(logits, shown) + distance, f"frames told {right:.2f}"
+
+    def answer_loss(self, full: bool, weight: float, batch: int) -> tuple[Tensor, str]:
+        """Of the answers to `batch` questions: the method's four losses, and `weight` times those of the probes.
+
+        full: ask with the method's whole prompt, else with the query alone.
+        """
+        questions = [self.plain.questions[i] for i in self.rng.integers(len(self.plain.questions), size=batch)]
+        scenes = torch.tensor([question.scene for question in questions])
+        labels = torch.from_numpy(np.stack([question.labels for question in questions]))
+        soft = torch.from_numpy(np.stack([question.soft for question in questions]))
+        hidden = self._hidden([self._prompt(question, full) for question in questions], labels, scenes)
+        # Three rows of the head suffice: the bias of all others keeps them far below.
+        logits = functional.linear(hidden, self.head.weight[self.answers], self.head.bias[self.answers])
+        digits = logits[:, : self.frames, :2]
+        target, settings = torch.cat([labels, torch.full((batch, 1), 2)], 1), self.losses
+        loss = (
+            functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+            + losses.bce(digits, soft, settings.pos_weight)
+            + losses.tversky(digits, soft, settings.tversky_alpha, settings.tversky_beta, settings.eps)
+            + losses.generalized_dice(digits, soft, settings.eps)
+        ) / 4
+        about = hidden[:, : self.frames]
+        named = torch.tensor([question.activity for question in questions])[:, None].expand(-1, self.frames)
+        which = self._probe_loss("frame", about, torch.arange(self.frames).expand(batch, -1))
+        what = self._probe_loss("shown", about, self.plain.shown[scenes]) + self._probe_loss("named", about, named)
+        right = (digits.argmax(-1) == labels).float().mean()
+        return loss + weight * (which + what), f"digits {right:.3f}, frame {which:.2f}, content {what:.2f}"
+
+    def _prompt(self, question: Question, full: bool) -> list[int]:
+        """Token ids of a question in one of four wordings that the demo set does not have."""
+        query = ACTIVITIES[question.activity].query(BASE_QUERIES[int(self.rng.integers(len(BASE_QUERIES)))])
+        tokens = self.section.tokens
+        if full:
+            return prompt.prompt_ids(self.tokenizer, tokens, query, self.frames)
+        text = self.tokenizer.encode(query, add_special_tokens=False).ids
+        return [tokens.image] * self.frames + text + [tokens.assistant]
+
+    def _hidden(self, prompts: list[list[int]], labels: Tensor, scenes: Tensor) -> Tensor:
+        """Hidden states from which the digits and the end token are predicted, [B, frames + 1, width]."""
+        ids, mask = (torch.from_numpy(array) for array in prompt.pad_left(prompts, self.section.tokens.pad))
+        start = ids.shape[1] - 1
+        ids = torch.cat([ids, self.answers[labels]], 1)
+        mask = torch.cat([mask, torch.ones_like(labels)], 1)
+        embeds, mask, positions = self.model.expand(ids, mask, self.model.vision_tokens(self.plain.pixels[scenes]))
+        hidden = self.model.lang_model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        first = positions[0, start]
+        return hidden[:, first : first + self.frames + 1]
+
+    def _probe_loss(self, name: str, hidden: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(self.probes[name](hidden).flatten(0, 1), target.flatten())
+
+
+def optimize(
+    title: str, parts: list[nn.Module], steps: int, peak: float, warmup: int, loss: Callable[[], tuple[Tensor, str]]
+) -> None:
+    """Train `parts` for `steps` steps of AdamW: a linear warm-up to the learning rate `peak`, then a cosine to 0."""
+    parameters = list(nn.ModuleList(parts).parameters())
+    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = tqdm(range(steps), title)
+    for step in bar:
+        rate = peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value, note = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bar.set_postfix_str(note)
 
 
 def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     """Train the base model from random weights and write tokenizer.json and model.safetensors (bf16).
 
-    Three stages: SigLIP learns to tell pictures of all kinds, with a resampler that is then thrown away; resampler and
-    Phi-3 learn to answer a short prompt about pictures on plain grey; then the full prompt. As the pictures are in no
-    order, copying the previous digit is of no use, and they have to look. Beside the method's four losses, linear
-    probes at each answer position must tell which picture it is about, what that one shows and what the query names.
+    Three stages: SigLIP learns to tell pictures on all kinds of background, with a resampler that is then thrown away;
+    resampler and Phi-3 learn to answer a short prompt about pictures on plain grey; then the full prompt. As the
+    pictures are in random order, copying the previous digit does not help.
     """
-    import torch
-    from torch import nn
-
-    from framseg import config, losses, prompt
-    from framseg.backbones.blip3 import Blip3, Resampler
-
-    profile = config.load("demo")
-    section, frames = profile.model, profile.frames.count
-    torch.manual_seed(seed)
     torch.set_num_threads(2)
-    rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer(folder)
-    tokenizer = prompt.load(folder)
-    model = Blip3(section).train()
-    head = model.lang_model.lm_head
-    answers = torch.tensor([section.tokens.zero, section.tokens.one, section.tokens.end])
-    with torch.no_grad():
-        head.bias.fill_(HEAD_FLOOR)
-        head.additional_fc.bias.fill_(HEAD_FLOOR)
-        head.bias[answers] = 0
-    width, kinds = section.language.hidden_size, len(ACTIVITIES)
-    probes = nn.ModuleDict(
-        {
-            "shown": nn.Linear(width, kinds + 1),
-            "frame": nn.Linear(width, frames),
-            "named": nn.Linear(width, kinds),
-            "near": nn.Linear(width, 1),
-        }
-    )
-    varied = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 0.9))
-    data = _pictures(rng, BASE_SCENES, section.vision.image_size, frames, (0.0, 0.0))
-    eye = Resampler(section.resampler, section.vision.hidden_size, width)  # only to teach the encoder
-
-    def stage(what, parameters, count, peak, warmup, compute):
-        optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)
-        bar = tqdm(range(count), what)
-        for step in bar:
-            rate = peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / count))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, note = compute()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            bar.set_postfix_str(note)
-
-    def tell_frames():
-        videos = torch.from_numpy(rng.integers(BASE_SCENES, size=128))
-        which = torch.from_numpy(rng.integers(frames, size=128))
-        tokens = eye(model.vision_features(varied["pixels"][videos, which]))[:, 0]
-        target, near = varied["shown"][videos, which], varied["near"][videos, which]
-        logits = probes["shown"](tokens)
-        distance = (probes["near"](tokens)[:, 0] - near).square().mean()
-        loss = nn.functional.cross_entropy(logits, target) + distance
-        return loss, f"frames told {(logits.argmax(-1) == target).float().mean():.2f}"
-
-    def answer(full, weight, batch):
-        chosen = [data["questions"][i] for i in rng.integers(len(data["questions"]), size=batch)]
-        videos = torch.tensor([q[0] for q in chosen])
-        labels = torch.from_numpy(np.stack([q[2] for q in chosen]).astype(np.int64))
-        soft = torch.from_numpy(np.stack([q[3] for q in chosen])).float()
-        rows = []
-        for _, activity, _, _ in chosen:
-            what = ACTIVITIES[activity]
-            query = BASE_QUERIES[int(rng.integers(len(BASE_QUERIES)))].format(phrase=what.phrase, verb=what.verb)
-            if full:
-                rows.append(prompt.prompt_ids(tokenizer, section.tokens, query, frames))
-            else:
-                text = tokenizer.encode(query, add_special_tokens=False).ids
-                rows.append([section.tokens.image] * frames + text + [section.tokens.assistant])
-        ids, mask = (torch.from_numpy(x) for x in prompt.pad_left(rows, section.tokens.pad))
-        start = ids.shape[1] - 1
-        ids = torch.cat([ids, answers[labels]], 1)
-        mask = torch.cat([mask, torch.ones_like(labels)], 1)
-        tokens = model.vision_tokens(data["pixels"][videos])
-        embeds, long_mask, where = model.expand(ids, mask, tokens)
-        hidden = model.lang_model.model(inputs_embeds=embeds, attention_mask=long_mask).last_hidden_state
-        hidden = hidden[:, where[0, start] : where[0, start] + frames + 1]
-        # Three rows of the head suffice: all the others are held down by their bias.
-        logits = nn.functional.linear(hidden, head.weight[answers], head.bias[answers])
-        target = torch.cat([labels, torch.full((batch, 1), 2)], 1)
-        settings = profile.losses
-        digits = logits[:, :frames, :2]
-        loss = (
-            nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-            + losses.bce(digits, soft, settings.pos_weight)
-            + losses.tversky(digits, soft, settings.tversky_alpha, settings.tversky_beta, settings.eps)
-            + losses.generalized_dice(digits, soft, settings.eps)
-        ) / 4
-        about = hidden[:, :frames]
-        index = torch.arange(frames).expand(batch, -1)
-        named = torch.tensor([q[1] for q in chosen])[:, None].expand(-1, frames)
-        where_loss = nn.functional.cross_entropy(probes["frame"](about).flatten(0, 1), index.flatten())
-        what_loss = nn.functional.cross_entropy(
-            probes["shown"](about).flatten(0, 1), data["shown"][videos].flatten()
-        ) + nn.functional.cross_entropy(probes["named"](about).flatten(0, 1), named.flatten())
-        right = (digits.argmax(-1) == labels).float().mean()
-        return loss + weight * (
-            where_loss + what_loss
-        ), f"digits {right:.3f}, frame {where_loss:.2f}, content {what_loss:.2f}"
-
-    both = [*model.vision_encoder.parameters(), *eye.parameters(), *probes.parameters()]
-    others = [*model.vision_tokenizer.parameters(), *model.lang_model.parameters(), *probes.parameters()]
+    base = BaseTraining(prompt.load(folder), seed)
+    model = base.model
+    seeing = [model.vision_encoder, base.resampler, base.probes]
+    answering = [model.vision_tokenizer, model.lang_model, base.probes]
     first, second, third = BASE_STEPS
-    stage("1 of 3: frames", both, first, 2e-3, 20, tell_frames)
-    stage("2 of 3: short prompt", others, second, 1e-3, 30, lambda: answer(False, 0.3, 32))
-    stage("3 of 3: full prompt", others, third, 1e-3, 10, lambda: answer(True, 0.2, 16))
+    optimize("1 of 3: frames", seeing, first, 2e-3, 20, base.picture_loss)
+    optimize("2 of 3: short prompt", answering, second, 1e-3, 30, lambda: base.answer_loss(False, 0.3, 32))
+    optimize("3 of 3: full prompt", answering, third, 1e-3, 10, lambda: base.answer_loss(True, 0.2, 16))
     model.to(torch.bfloat16).save_published(folder)

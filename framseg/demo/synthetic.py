@@ -1,8 +1,7 @@
-"""The embedded demo: a synthetic video set in QVHighlights' format and a small base model that can read it.
+"""The demo's video set: synthetic, in QVHighlights' format, made from seeds alone.
 
-A video shows one coloured shape at a time, moving over a noisy background that changes; each stretch of it is
-one activity. The nearer (larger) the shape, the higher its saliency. Annotations, videos, tokenizer and base
-weights are made from seeds alone; nothing is fetched.
+A video shows at most one coloured shape at a time, moving over a noisy background that changes; each stretch of the
+video is one activity. The nearer (larger) the shape, the higher its saliency.
 """
 
 import json
@@ -39,6 +38,10 @@ class Activity:
     phrase: str
     verb: str
 
+    def query(self, wording: str) -> str:
+        """A wording of QUERIES with this activity's phrase and verb."""
+        return wording.format(phrase=self.phrase, verb=self.verb)
+
 
 ACTIVITIES = (
     Activity((220, 30, 40), "circle", "crimson ball", "bouncing"),
@@ -60,6 +63,8 @@ QUERIES = (
 
 @dataclass(frozen=True)
 class Stretch:
+    """A part of a video during which one activity is shown, or the background alone."""
+
     start: int  # seconds, on the clip grid
     end: int
     activity: int | None  # index into ACTIVITIES; None shows the background alone
@@ -72,7 +77,12 @@ class Scene:
 
     duration: int
     stretches: tuple[Stretch, ...]
-    seed: int
+    seed: int  # of the background and of the shapes' paths
+
+    @property
+    def activities(self) -> list[int]:
+        """Indices into ACTIVITIES of what the video shows, ascending."""
+        return sorted({stretch.activity for stretch in self.stretches if stretch.activity is not None})
 
 
 def scene(rng: np.random.Generator, duration: int = DURATION) -> Scene:
@@ -93,6 +103,7 @@ def scene(rng: np.random.Generator, duration: int = DURATION) -> Scene:
 
 
 def nearness(stretch: Stretch, times: np.ndarray) -> np.ndarray:
+    """How near the shape is at each time (seconds), 0..1, in the shape of `times`."""
     mean, amplitude, phase = stretch.nearness
     turn = 2 * math.pi * (times - stretch.start) / max(stretch.end - stretch.start, 24)
     return np.clip(mean + amplitude * np.sin(turn + phase), 0, 1)
@@ -155,27 +166,25 @@ def _inside(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     return (dy < 0.7) & (dy > 2 * dx - 1)  # triangle
 
 
-def label(scene: Scene, activity: int, rng: np.random.Generator) -> dict:
-    """Windows, clip ids and three annotators' scores of one activity, as QVHighlights writes them.
+def labelled_row(
+    scene: Scene, activity: int, rng: np.random.Generator, qid: int = 0, query: str = "", vid: str = ""
+) -> LabelledRow:
+    """The row of a query about one activity, with windows, clip ids and three annotators' scores.
 
-    The scores follow the shape's nearness; each annotator has a leaning of his own and wavers a little.
+    The scores follow the shape's nearness; each annotator is more or less generous throughout, and varies a little.
     """
     windows, clips, scores = [], [], []
-    leaning = rng.uniform(-0.6, 0.6, ANNOTATORS)
+    generosity = rng.uniform(-0.6, 0.6, ANNOTATORS)
     for stretch in scene.stretches:
         if stretch.activity != activity:
             continue
         ids = np.arange(stretch.start // CLIP_SECONDS, stretch.end // CLIP_SECONDS)
         near = nearness(stretch, CLIP_SECONDS * (ids + 0.5))
-        votes = 0.6 + 3.6 * near[:, None] + leaning + rng.normal(0, 0.25, (len(ids), ANNOTATORS))
+        votes = 0.6 + 3.6 * near[:, None] + generosity + rng.normal(0, 0.25, (len(ids), ANNOTATORS))
         windows.append((stretch.start, stretch.end))
         clips += ids.tolist()
-        scores += np.clip(np.rint(votes), 0, 4).astype(int).tolist()
-    return {
-        "relevant_windows": tuple(windows),
-        "relevant_clip_ids": tuple(clips),
-        "saliency_scores": tuple(tuple(vote) for vote in scores),
-    }
+        scores += [(a, b, c) for a, b, c in np.clip(np.rint(votes), 0, 4).astype(int).tolist()]
+    return LabelledRow(qid, query, scene.duration, vid, tuple(windows), tuple(clips), tuple(scores))
 
 
 def scenes(split: str) -> dict[str, Scene]:
@@ -191,15 +200,13 @@ def scenes(split: str) -> dict[str, Scene]:
 
 def rows(split: str) -> list[LabelledRow]:
     """Annotations of a split: one query for each activity that a video shows, worded in one of four ways."""
-    # Apart from the scenes' generator, so that wording and votes leave the videos as they are.
-    rng = np.random.default_rng([SEED, 10 + list(VIDEOS).index(split)])
-    out = []
-    for vid, one in scenes(split).items():
-        for activity in sorted({stretch.activity for stretch in one.stretches} - {None}):
-            what = ACTIVITIES[activity]
-            query = QUERIES[int(rng.integers(len(QUERIES)))].format(phrase=what.phrase, verb=what.verb)
-            qid = 10_000 * (1 + list(VIDEOS).index(split)) + len(out)
-            out.append(LabelledRow(qid, query, one.duration, vid, **label(one, activity, rng)))
+    number = list(VIDEOS).index(split)
+    rng = np.random.default_rng([SEED, 10 + number])  # not the scenes' generator: the videos do not depend on the rows
+    out: list[LabelledRow] = []
+    for vid, scene in scenes(split).items():
+        for activity in scene.activities:
+            query = ACTIVITIES[activity].query(QUERIES[int(rng.integers(len(QUERIES)))])
+            out.append(labelled_row(scene, activity, rng, 10_000 * (1 + number) + len(out), query, vid))
     return out
 
 
@@ -217,13 +224,13 @@ def write_video(path: Path, scene: Scene) -> None:
 
 
 def prepare(profile: Profile) -> None:
-    """Make the demo set if the profile uses it and it is not there yet."""
+    """Make the demo set, once, if the profile uses it; a profile with a data set of its own needs nothing made."""
     if profile.data.source == "demo":
         make(profile.data, data_folder(profile))
 
 
 def make(data: Data, folder: Path) -> None:
-    """Write the demo set into `folder`, laid out as `data` names it; what is already there is kept.
+    """Write the demo set into `folder`, laid out as `data` names it; videos that are already there are kept.
 
     Raises OSError, saying how much room it needs, when the disk is full.
     """
@@ -235,13 +242,13 @@ def make(data: Data, folder: Path) -> None:
     try:
         videos.mkdir(parents=True, exist_ok=True)
         missing = {
-            videos / f"{vid}.mp4": one
+            videos / f"{vid}.mp4": scene
             for split in VIDEOS
-            for vid, one in scenes(split).items()
+            for vid, scene in scenes(split).items()
             if not (videos / f"{vid}.mp4").is_file()
         }
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-            jobs = [pool.submit(write_video, path, one) for path, one in missing.items()]
+            jobs = [pool.submit(write_video, path, scene) for path, scene in missing.items()]
             for job in tqdm(as_completed(jobs), "demo videos", len(jobs), disable=not jobs, unit="video"):
                 job.result()
         for split in VIDEOS:

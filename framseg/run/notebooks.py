@@ -39,16 +39,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="framseg run", description="Run the notebooks 01 to 05 for one profile.")
     parser.add_argument("name", nargs="?", metavar="PROFILE", help="its name or the path of a YAML file (demo)")
     parser.add_argument("--profile", metavar="PROFILE", help="another way to name the profile")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, e.g. training.epochs=2"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.epochs=2")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="write there instead of runs/<profile>")
     parser.add_argument("--force", action="store_true", help="run every notebook again, finished and unchanged or not")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", metavar="04", help="run this notebook alone, finished or not")
-    which.add_argument(
-        "--from", dest="first", metavar="04", help="run this notebook and those after it, finished or not"
-    )
+    which.add_argument("--from", dest="first", metavar="04", help="run this notebook and all after it, finished or not")
     return parser.parse_args(arguments)
 
 

@@ -52,9 +52,8 @@ def write(profile: config.Profile, run: Run) -> None:
             nbformat.validate(notebook)
             state, began = _outcome(notebook.metadata.get("papermill", {}))
         except Exception as error:  # nbformat's errors for damaged files have no common base
-            cells.append(
-                new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {html.escape(str(error))}")
-            )
+            reason = html.escape(str(error))
+            cells.append(new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {reason}"))
             continue
         chapters.append([path.stem, began, state, stamps.read(path).get("device", "–")])
         for cell in notebook.cells:

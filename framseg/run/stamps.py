@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 
-from framseg import config, prompt
+from framseg import config
 from framseg.jsonl import parse_object
 from framseg.run.paths import Run
 
@@ -61,14 +61,9 @@ class Chapter:
         return _hash([annotations, _listing(folder / data.videos), os.environ.get("FRAMSEG_SHARED")])
 
     def _model(self) -> str:
-        """Of the weights' names, sizes and times and of the tokenizer's content, where they are on this machine."""
-        weights = config.local_weights(self.profile.model.weights)
-        tokenizer = config.local_path(self.profile.model.tokenizer)
-        if tokenizer and tokenizer.is_dir():
-            tokenizer /= prompt.FILE
-        return _hash(
-            [weights and _listing(weights), _content(tokenizer) if tokenizer and tokenizer.is_file() else None]
-        )
+        """Of the names, sizes and times of the weights' and the tokenizer's files, where they are on this machine."""
+        model = self.profile.model
+        return _hash([_listing(config.local_path(name)) for name in (model.weights, model.tokenizer)])
 
     def begin(self) -> None:
         """From here on the chapter is unfinished, until `finish`."""
@@ -100,11 +95,10 @@ def read(copy: Path) -> dict:
     return entries if whole and all(isinstance(name, str) for name in entries["wrote"]) else {}
 
 
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file in a folder, for files too large to be read through."""
-    if not folder.is_dir():
-        return []
-    return sorted((item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in os.scandir(folder))
+def _listing(path: Path | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of each in a folder: of files that are too large to be read through."""
+    files = path.iterdir() if path and path.is_dir() else [path] if path and path.is_file() else []
+    return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _hash(content: object) -> str:
