@@ -124,7 +124,10 @@ def test_pushed_and_fetched_by_name(server, checkpoint, tmp_path):
     assert "stray.pkl" not in server.files
 
     server.files["evil.py"] = b"raise SystemExit"
-    load = "import sys; from framseg.checkpoint import load_trained, local_folder; print(load_trained(local_folder(sys.argv[1]))[1].name)"
+    load = (
+        "import sys; from framseg.checkpoint import load_trained, local_folder;"
+        "print(load_trained(local_folder(sys.argv[1]))[1].name)"
+    )
     done = python(server, tmp_path, "-c", load, "somebody/moments")  # the relative base is found from tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "tiny" and "evil.py" not in server.fetched
