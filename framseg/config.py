@@ -1,7 +1,7 @@
-"""Profiles: every number of the paper's Tables II and III, once, typed and checked before anything runs.
+"""Profiles: every number of the paper's Tables II and III, typed and checked before anything runs.
 
-A profile is a YAML file. `extends` names another one that it changes, so `demo.yaml` is the list of what
-differs from `paper.yaml` and nothing else. `Run` holds every path a run writes to.
+A profile is a YAML file. With `extends` it names another profile and lists only what differs from it, as
+`profiles/demo.yaml` does from `profiles/paper.yaml`. Each key is explained at its field below.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from framseg import FramsegError
 
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).parent.parent  # holds the package `framseg`; site-p
 # Where runs and data go: the repository, or the current folder where framseg is installed without one.
 WORKSPACE = REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
 
-Count = Annotated[int, Field(ge=1, le=2**20)]  # more is a slip, and would fill the memory before anything is compared
+Count = Annotated[int, Field(ge=1, le=2**20)]  # a larger number is a slip and would fill the memory
 Layers = Annotated[int, Field(ge=1, le=1000)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -35,40 +36,46 @@ class ProfileError(FramsegError, ValueError):
 
 
 class Section(BaseModel):
+    """A part of a profile: immutable, without unknown keys, every number finite."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Data(Section):
+    """Where the rows and videos lie, and how far they may disagree. QVHighlights: see `framseg download`."""
+
     source: Literal["folder", "demo"]  # `demo`: framseg.demo makes the folder's content
-    folder: Path  # relative paths are taken from config.WORKSPACE
+    folder: Path  # a relative path is taken from the repository, or the current folder where there is none
     videos: str  # folder of {vid}.mp4 inside `folder`
-    train: str
+    train: str  # names of the annotation files inside `folder`
     val: str
-    test: str
+    test: str  # without labels
     test_labels: str
     duration_tolerance: Positive  # seconds a video's decodable length may differ from the annotated duration
 
 
 class Frames(Section):
-    count: Count  # f
-    neighbours: Annotated[int, Field(ge=0)]  # variations each side of the middle frame
+    """Which frames the model sees, and how they are stored (`framseg.frames`)."""
+
+    count: Count  # f, frames per video
+    neighbours: Annotated[int, Field(ge=0)]  # variations on either side of each frame, drawn from in training
     neighbour_distance: Positive  # seconds between two variations (3 frames at 30 fps)
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]  # of the frame store
-    time_limit: Positive  # seconds one video may take to decode; of one's own video, without a new frame
+    time_limit: Positive  # seconds that decoding a video may take; for your own video, seconds without a new frame
 
 
 class Vision(Section):
-    """SigLIP."""
+    """The vision encoder, SigLIP: sizes as in its published configuration. It stays frozen."""
 
     hidden_size: Count
     intermediate_size: Count
     layers: Layers
     heads: Count
-    image_size: Count
-    patch_size: Count
+    image_size: Count  # pixels of a frame's side
+    patch_size: Count  # pixels of a patch's side
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _fits(self) -> Self:
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.heads} heads")
         if self.image_size < self.patch_size:
@@ -77,32 +84,32 @@ class Vision(Section):
 
 
 class Resampler(Section):
-    """Perceiver resampler."""
+    """The vision tokenizer, a Perceiver resampler, which is trained in full."""
 
-    latents: Count
+    latents: Count  # vectors per frame in the prompt
     layers: Layers
     heads: Count
     head_dim: Count
 
 
 class Language(Section):
-    """Phi-3. Ids from `used_vocab` on live in `extra_rows` rows of their own, as BLIP-3 stores them."""
+    """The language model, Phi-3. Ids from `used_vocab` on have `extra_rows` rows of their own, as in BLIP-3's files."""
 
     hidden_size: Count
     intermediate_size: Count
     layers: Layers
     heads: Count
-    context: Count
-    rope_theta: Positive
-    sliding_window: Count | None
-    vocab_size: Count
+    context: Count  # positions of prompt and answer together
+    rope_theta: Positive  # base of the rotary position angles
+    sliding_window: Count | None  # earlier positions that a position can attend to; null: all
+    vocab_size: Count  # rows of the embedding in the file
     used_vocab: Count
     extra_rows: Count
-    tie_embeddings: bool  # the head reads the embedding's rows; never in a published checkpoint
-    initializer_range: Positive
+    tie_embeddings: bool  # the head uses the embedding's rows; false for published weights
+    initializer_range: Positive  # standard deviation of weights drawn at random
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _fits(self) -> Self:
         if self.hidden_size % (2 * self.heads):  # rotary positions turn pairs of a head's dimensions
             raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.heads} heads of even size")
         if self.used_vocab > self.vocab_size:
@@ -111,19 +118,21 @@ class Language(Section):
 
 
 class Tokens(Section):
-    """Ids the method relies on."""
+    """Ids of the tokens that the method relies on; `framseg.prompt.check` compares them with the tokenizer's."""
 
-    zero: int
-    one: int
-    assistant: int
-    end: int
+    zero: int  # '0', a background frame
+    one: int  # '1', a foreground frame
+    assistant: int  # <|assistant|>, after which the answer begins
+    end: int  # <|end|>
     pad: int
-    image: int
+    image: int  # <image>, the place of a frame's vectors
 
 
 class Model(Section):
-    weights: str  # folder of safetensors, or a Hugging Face repository's name
-    tokenizer: str  # tokenizer.json, the folder that holds it, or a repository's name
+    """BLIP-3: its files and the sizes of its parts."""
+
+    weights: str  # folder of safetensors (looked up by `local_path`), or a Hugging Face repository's name
+    tokenizer: str  # tokenizer.json or the folder that holds it (`local_path`), or a repository's name
     dtype: Literal["bfloat16", "float32"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     vision: Vision
@@ -132,7 +141,7 @@ class Model(Section):
     tokens: Tokens
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _fits(self) -> Self:
         tokens, ids = self.tokens.model_dump(), self.language.used_vocab + self.language.extra_rows
         for name, token in tokens.items():
             if not 0 <= token < ids:
@@ -145,31 +154,32 @@ class Model(Section):
 
 
 class Adapter(Section):
+    """The low-rank adapter of the language model's linear layers (paper: PiSSA with rsLoRA scaling)."""
+
     rank: Count
     alpha: Positive
     dropout: BelowOne
-    init: Annotated[str, Field(pattern=r"^(pissa(_niter_\d{1,2})?|gaussian|olora|orthogonal)$")]  # peft's way to begin
-    rslora: bool
+    init: Annotated[str, Field(pattern=r"^(pissa(_niter_\d{1,2})?|gaussian|olora|orthogonal)$")]  # as peft names it
+    rslora: bool  # scale by alpha / sqrt(rank) instead of alpha / rank
     targets: Annotated[tuple[Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], ...], Field(min_length=1)]
 
 
 class Losses(Section):
-    """Weights are in the order LM, BCE, Tversky, generalized Dice."""
+    """The four losses (`framseg.losses`); weights are in the order LM, BCE, Tversky, generalized Dice."""
 
-    pos_weight: Positive
-    tversky_alpha: Positive
-    tversky_beta: Positive
-    eps: Positive
+    pos_weight: Positive  # BCE: background frames per foreground frame
+    tversky_alpha: Positive  # factor of false positives
+    tversky_beta: Positive  # factor of false negatives
+    eps: Positive  # Tversky and generalized Dice: added so that no division is by 0
     schedule: Literal["linear", "table"]
-    warmup_epochs: Count  # linear: `start` at epoch 1, `end` from epoch warmup_epochs + 1 on
+    warmup_epochs: Count  # linear: `start` in epoch 1, `end` from epoch warmup_epochs + 1 on
     start: Weights
     end: Weights
-    table: Annotated[
-        tuple[Weights, ...], Field(min_length=1)
-    ]  # table: one entry an epoch, the last one for all that follow
+    # table: the weights of each epoch, the last entry's for all that follow
+    table: Annotated[tuple[Weights, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _weights_count(self):
+    def _no_weights_of_zero(self) -> Self:
         for name, weights in [("start", self.start), ("end", self.end), *(("table", row) for row in self.table)]:
             if sum(weights) == 0:
                 raise ValueError(f"{name}: the four loss weights sum to 0, nothing would be trained")
@@ -177,43 +187,49 @@ class Losses(Section):
 
 
 class Training(Section):
-    processes: Count  # GPUs (or CPU processes) the DeepSpeed launcher starts
-    threads: Count | None  # CPU threads a process; None leaves torch's choice
+    """Optimizer (AdamW), learning rate and batches of the paper, and what a run may use and tolerate."""
+
+    processes: Count  # GPUs (or CPU processes) that the DeepSpeed launcher starts
+    threads: Count | None  # CPU threads per process; null leaves torch's choice
     epochs: Count
-    micro_batch: Count  # samples a process and forward pass
-    accumulation: Count
-    remainder: Literal["drop", "carry"]  # samples that fill no micro-batch: left out of the epoch, or in the next one
-    learning_rate: Positive
+    micro_batch: Count  # samples per process and forward pass
+    accumulation: Count  # micro-batches per process and optimizer step
+    remainder: Literal["drop", "carry"]  # samples that fill no micro-batch: left out, or taken into the next epoch
+    learning_rate: Positive  # the peak
     weight_decay: NotNegative
     betas: tuple[BelowOne, BelowOne]
     eps: Positive
-    gradient_clip: Positive
-    warmup_steps: Annotated[int, Field(ge=0)]
-    planned_steps: Count  # the cosine's length; the run may stop before it
+    gradient_clip: Positive  # largest norm of the gradient
+    warmup_steps: Annotated[int, Field(ge=0)]  # optimizer steps of linear warm-up
+    planned_steps: Count  # optimizer steps until the cosine reaches `floor`; the run may stop before
     floor: Share  # lowest learning rate as a share of the peak
     zero_stage: Literal[1, 2]
-    offload_optimizer: bool
-    gradient_checkpointing: bool
-    compile: bool
-    cache_features: bool  # keep the frozen encoder's output of the training videos on disk: 126 MB a video in `paper`
+    offload_optimizer: bool  # the optimizer works in the CPU's memory
+    gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
+    compile: bool  # torch.compile
+    cache_features: bool  # keep the frozen encoder's output of the training videos on disk: 126 MB per video in `paper`
     may_lack: Annotated[int, Field(ge=0)]  # training videos that may be without frames; their rows are left out
     may_skip: Annotated[int, Field(ge=0)]  # steps whose loss or gradient is not finite; they are left out
     may_change: tuple[str, ...]  # keys that a resumed training may find changed, e.g. training.epochs
-    save_steps: Count  # optimizer steps between two resumable states; there is one at each epoch's end, too
+    save_steps: Count  # optimizer steps between two resumable states; each epoch's end has one too
     workers: Annotated[int, Field(ge=0)]  # processes that read frames, for each training process
-    validation_queries: Count | None  # decode this many val queries after each epoch; None: all
+    validation_queries: Count | None  # decode this many val queries after each epoch; null: all
 
 
 class Inference(Section):
+    """Beam search, and how its answers become windows and clip scores (`framseg.moments`)."""
+
     beams: Count
-    batch: Count
+    batch: Count  # queries decoded at once
     windows: Literal["mask", "thresholds", "ranked"]  # policy of framseg.moments.windows
     saliency: Literal["overlap", "interpolation", "gaussian"]  # method of framseg.moments.saliency
 
 
 class Profile(Section):
-    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # of the run's folder too, so it must not lead elsewhere
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    """All settings of a run. `paper` has the values of Tables II and III, completed from the authors' run logs."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # names the run's folder too, so it has no path separators
+    seed: Annotated[int, Field(ge=0, lt=2**31)]  # of data order, frame variations, adapter and dropout
     data: Data
     frames: Frames
     model: Model
@@ -223,8 +239,8 @@ class Profile(Section):
     inference: Inference
 
     @model_validator(mode="after")
-    def _fits(self):
-        positions = self.frames.count * (self.model.resampler.latents + 1)  # images and their answer digits
+    def _fits(self) -> Self:
+        positions = self.frames.count * (self.model.resampler.latents + 1)  # each frame's vectors and its answer digit
         if positions >= self.model.language.context:
             raise ValueError(
                 f"frames.count: {self.frames.count} frames of {self.model.resampler.latents} vectors need more "
@@ -239,7 +255,7 @@ class Profile(Section):
 
 
 def names() -> list[str]:
-    """Names of the profiles that ship with framseg."""
+    """Names of the profiles that come with framseg, sorted."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
@@ -247,8 +263,8 @@ def load(name: str | Path, overrides: dict[str, Any] | None = None) -> Profile:
     """Read a profile by its name or by the path of a YAML file.
 
     `overrides` maps dotted keys to values, e.g. ``{"training.epochs": 2}``; a string value is read as YAML.
-    Raises ProfileError for an unknown name or key (with the nearest right one) and for a value of the wrong
-    type or out of range.
+    Raises ProfileError for an unknown name or key (with the nearest known one) and for every value of the wrong type
+    or out of range.
     """
     path = _path(name)
     merged = _merged(path, ())
@@ -268,7 +284,7 @@ def save(profile: Profile, path: Path) -> None:
 def _path(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if not os.path.isfile(path):  # unlike the path's own method, it takes a name of any length
+        if not os.path.isfile(path):  # unlike path.is_file(), it takes a name of any length
             raise ProfileError(f"{path}: no such profile file")
         return path
     if str(name) not in names():
@@ -281,21 +297,21 @@ def _path(name: str | Path) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that is there twice is an error: its first value would be lost without a word."""
+    """PyYAML would keep the last value of a key that is written twice; here that is an error."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        seen = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
         for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
-            seen.add(str(key.value))
+            if str(key.value) in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is written twice", key.start_mark)
+            keys.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 def _yaml(text: str, where: Path | str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    # Of a tag's value or a date that is none, PyYAML passes on what Python said.
+    # PyYAML passes on Python's own errors for a tag with an unfit value and for a date that does not exist.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ProfileError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from None
 
@@ -314,8 +330,8 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict:
         return content
     if not isinstance(parent, str):
         raise ProfileError(f"{path}: extends: write the name of one profile, not {type(parent).__name__}")
-    beside = path.parent / f"{parent}.yaml"
-    return _merge(_merged(beside if os.path.isfile(beside) else _path(parent), (*seen, path)), content)
+    neighbour = path.parent / f"{parent}.yaml"
+    return _merge(_merged(neighbour if os.path.isfile(neighbour) else _path(parent), (*seen, path)), content)
 
 
 def _merge(base: dict, change: dict) -> dict:
@@ -332,13 +348,15 @@ def _nest(key: str, value: Any) -> dict:
     return value
 
 
-def _explain(path: Path, item: dict) -> str:
+def _explain(path: Path, item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        section: Any = Profile
+        section: type[BaseModel] = Profile
         for part in item["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            inner = section.model_fields[str(part)].annotation
+            assert isinstance(inner, type) and issubclass(inner, BaseModel)  # only sections refuse keys
+            section = inner
         near = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0)
         message = f"no such key, the nearest is {near[0]!r}"
     return f"{path.name}: {where}: {message}" if where else f"{path.name}: {message}"

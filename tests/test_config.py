@@ -1,3 +1,8 @@
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from framseg import config
@@ -188,7 +193,7 @@ def test_a_wrong_name_gets_the_nearest_right_one():
         (b"extends: " + b"x" * 5000, "no profile named"),
         (b"name: alone\n", "seed: Field required"),
         (b"!!python/object/apply:os.getcwd []", "not plain YAML"),
-        (b"extends: paper\ntraining: {epochs: 2}\ntraining: {eps: 1}\n", "training is there twice .*line 3"),
+        (b"extends: paper\ntraining: {epochs: 2}\ntraining: {eps: 1}\n", "training is written twice .*line 3"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, message):
@@ -208,5 +213,47 @@ def test_paths_of_a_run(tmp_path):
 
 
 def test_data_folder_is_absolute(tmp_path):
-    assert config.data_folder(config.load("paper")) == config.REPOSITORY / "data/qvhighlights"
+    assert config.data_folder(config.load("paper")) == config.WORKSPACE / "data/qvhighlights"
     assert config.data_folder(config.load("paper", {"data.folder": str(tmp_path)})) == tmp_path
+
+
+def test_the_workspace_is_the_repository_or_for_an_installed_package_the_current_folder(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "framseg").symlink_to(config.REPOSITORY / "framseg")
+    (tmp_path / "work").mkdir()
+    code = (
+        "from framseg import config; print(config.WORKSPACE, config.local_weights(config.load('demo').model.weights))"
+    )
+    for package, workspace in (
+        (tmp_path / "site-packages", tmp_path / "work"),
+        (config.REPOSITORY, config.REPOSITORY),
+    ):
+        environment = os.environ | {"PYTHONPATH": str(package)}
+        command = [sys.executable, "-P", "-c", code]
+        done = subprocess.run(command, env=environment, cwd=tmp_path / "work", capture_output=True, text=True)
+        assert done.stdout == f"{workspace} {package / 'framseg/demo/base'}\n", done.stderr
+
+
+def test_weights_and_tokenizers_are_looked_up_from_the_current_folder_on(tmp_path, monkeypatch):
+    places = [tmp_path / name for name in ("current", "workspace", "repository")]
+    for place in places:
+        (place / "a").mkdir(parents=True)
+        (place / "a" / "tokenizer.json").touch()
+    monkeypatch.chdir(places[0])
+    monkeypatch.setattr(config, "WORKSPACE", places[1])
+    monkeypatch.setattr(config, "REPOSITORY", places[2])
+    for place in places:
+        for name in ("a", "a/tokenizer.json"):
+            assert config.local_path(name).resolve() == place / name
+        assert config.local_weights("a").resolve() == place / "a"
+        assert config.local_weights("a/tokenizer.json") is None  # weights are a folder
+        shutil.rmtree(place / "a")
+    assert config.local_path("a") is None
+
+
+def test_the_home_folder_and_names_that_are_no_path(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.local_weights("~/weights") == config.local_path(tmp_path / "weights") == tmp_path / "weights"
+    for name in ("owner/repository", "x" * 5000, "a\0b"):
+        assert config.local_path(name) is None
