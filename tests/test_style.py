@@ -13,8 +13,8 @@ import yaml
 from framseg import config
 
 CHECKS = [
-    ("ruff", "check", "--no-cache", "."),  # with D1: every public thing of the package has a docstring
-    ("ruff", "format", "--no-cache", "--check", "."),
+    ("ruff", "check", "."),  # with D1: every public thing of the package has a docstring
+    ("ruff", "format", "--check", "."),
     ("mypy",),
 ]
 
@@ -36,9 +36,8 @@ WORKFLOW = config.REPOSITORY / ".github" / "workflows" / "ci.yml"
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=" ".join)
-def test_a_tool_has_nothing_to_say(check, tmp_path):
-    cache = ["--cache-dir", str(tmp_path)] if check == ("mypy",) else []  # the repository may be read-only
-    command = [sys.executable, "-m", *check, *cache]
+def test_a_tool_has_nothing_to_say(check):
+    command = [sys.executable, "-m", *check]
     done = subprocess.run(command, cwd=config.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
