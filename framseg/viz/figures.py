@@ -1,46 +1,36 @@
-"""The paper's figures, each from plain values: rows, predictions, frames, log lines.
+"""The paper's figures and those of the notebooks, each from plain values: rows, predictions, frames, log lines.
 
-Every function returns a figure that shows itself as the last line of a notebook cell; pyplot is not used, so nothing
-stays open. One style for all: seaborn's colour-blind palette, and what matters also differs in form (filled against
-line, hatched against plain), so that a print in grey can be read. `save` writes PNG and PDF.
+Every function returns a figure that shows itself as the last line of a notebook cell; pyplot is not used, so no figure
+stays open. All share one style: seaborn's colour-blind palette, and what must be told apart also differs in form
+(filled or line, hatched or plain), so that a print in grey can be read. `save` writes PNG and PDF.
 """
 
 import functools
 import io
-import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from framseg import annotations
-from framseg.annotations import (
-    ANNOTATORS,
-    CLIP_SECONDS,
-    TOP_SALIENCY,
-    LabelledRow,
-    Row,
-    annotator_distance,
-    class_balance,
-    clips,
-    frame_labels,
-    frame_times,
-)
+from framseg.annotations import ANNOTATORS, CLIP_SECONDS, TOP_SALIENCY, LabelledRow, Row, frame_times
 from framseg.evaluate import METRICS, per_query
 from framseg.predictions import SALIENCY, WINDOWS
 from framseg.viz import paper_results
 
-BLUE, ORANGE, GREEN, RED, PINK, BROWN, _, GREY, _, SKY = sns.color_palette("colorblind").as_hex()
+BLUE, ORANGE, GREEN, RED, PINK, _, _, GREY, _, SKY = sns.color_palette("colorblind").as_hex()
 TRUE, PREDICTED, PROBABILITY, OTHER = GREEN, RED, BLUE, GREY
 STYLE = {
     **sns.axes_style("ticks"),
@@ -50,7 +40,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.prop_cycle": mpl.cycler(color=[BLUE, ORANGE, GREEN, PINK]),
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PINK]),
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,  # text stays text
@@ -59,26 +49,19 @@ WIDTH = 7.2  # inches: the width of a page's text
 DPI = 160
 
 LOSSES = {"lm": "LM", "bce": "BCE", "tversky": "Tversky", "dice": "generalized Dice"}
+LOSS_COLOURS = dict(zip(LOSSES, (BLUE, ORANGE, GREEN, PINK), strict=True))
 
 CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
-WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the one, with a `confidence` of the other or more
+WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the first with a `confidence` of at least the second
 
-RULES = {
-    "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
-    "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
-    "inside the true windows",
-    "failure": "IoU 0 and no highlight hit: the curve least like the true saliency",
-    "over-confident": f"IoU below {WRONG} and confidence (mean frame probability in the first window) of at least "
-    f"{CONFIDENT}: the highest",
-    "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
-    "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
-}
+P = ParamSpec("P")
 
 
 class Picture(Figure):
-    """A figure that keeps the style whenever it is drawn (ticks are made only then) and shows itself in a notebook."""
+    """A figure that shows itself in a notebook, and whose style also holds while it is drawn, when ticks are made."""
 
     def draw(self, renderer):
+        """Draw with matplotlib's settings as in `STYLE`."""
         with mpl.rc_context(STYLE):
             super().draw(renderer)
 
@@ -86,6 +69,28 @@ class Picture(Figure):
         out = io.BytesIO()
         self.savefig(out, format="png", dpi=DPI)
         return out.getvalue()
+
+
+def new_figure(height: float) -> Picture:
+    """An empty figure as wide as a page's text and `height` inches high; to be called in a function with `styled`."""
+    return Picture(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+
+
+def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator: the function draws with matplotlib's settings as in `STYLE`, and leaves the caller's as they were."""
+
+    @functools.wraps(function)
+    def draw(*arguments: P.args, **options: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return function(*arguments, **options)
+
+    return draw
+
+
+def label_shares(axes: Axes, title: str, xlabel: str, ylabel: str = "", **limits: tuple[float, float | None]) -> None:
+    """Label a panel whose y axis shows shares of 1: in whole percent, from 0 on if `limits` have no ylim."""
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **{"ylim": (0, None)} | limits)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
@@ -99,89 +104,39 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     return paths
 
 
-def _styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    @functools.wraps(function)
-    def draw(*arguments, **options):
-        with mpl.rc_context(STYLE):
-            return function(*arguments, **options)
-
-    return draw
-
-
-def _picture(height: float) -> Picture:
-    return Picture(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
-
-
 # The data
 
+Rows = Mapping[str, Sequence[Row]]  # by the name of the split, as are colours
+LabelledRows = Mapping[str, Sequence[LabelledRow]]
 
-@_styled
-def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
-    """Nine panels over the splits by name: queries a video, windows a query, window lengths; clip saliency, how far two
-    annotators of a clip are apart, the share of queries whose moments cover each position of the video; words a query,
-    the commonest words, and the class balance of `frames` frames a video beside the paper's. Splits without labels are
-    in the panels about videos and words only.
+
+@styled
+def data_overview(splits: Rows, frames: int) -> Figure:
+    """Nine panels that compare splits, given as name -> rows.
+
+    Queries per video, windows per query, window lengths; clip saliency, how far two annotators of a clip are apart, the
+    share of queries whose moments cover each position of the video; words per query, the commonest words, the class
+    balance of `frames` frames per video next to the paper's. Splits without labels are only in the panels about videos
+    and words. Raises ValueError if no split has labels.
     """
     labelled = {name: [row for row in rows if isinstance(row, LabelledRow)] for name, rows in splits.items()}
     labelled = {name: rows for name, rows in labelled.items() if rows}
     if not labelled:
         raise ValueError(f"none of the splits {', '.join(splits)} has labels; give at least one that has")
-    colours = dict(zip(splits, sns.color_palette("colorblind", len(splits)), strict=True))
-    figure = _picture(6.6)
-    (videos, counts, lengths), (saliency, apart, position), (sizes, words, balance) = figure.subplots(3, 3)
-
-    _shares(videos, {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}, colours)
-    videos.set(title="Queries a video", xlabel="queries", ylabel="share of videos")
-    _shares(counts, {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}, colours)
-    counts.set(title="Windows a query", xlabel="windows", ylabel="share of queries")
-
-    for name, rows in labelled.items():
-        seconds = [end - start for row in rows for start, end in row.relevant_windows]
-        longest = max(row.duration for row in rows)
-        share, edges = np.histogram(seconds, bins=np.arange(0, longest + 10, 10))
-        lengths.stairs(share / len(seconds), edges, color=colours[name], linewidth=1.5)
-        sums = [sum(three) for row in rows for three in row.saliency_scores]
-        share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
-        saliency.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colours[name])
-        found = annotator_distance(rows)
-        apart.plot(found.measured, marker="o", markersize=3, color=colours[name])
-        apart.plot(found.chance, linestyle=":", color=colours[name])
-        covered = np.mean([frame_labels(row, frames) for row in rows], axis=0)
-        position.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
-    for limit in (10, 30):  # short, middle, long
-        lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
-    lengths.set(title="Window lengths", xlabel="seconds (dotted: 10 and 30)", ylabel="share of windows", xlim=(0, None))
-    saliency.set(title="Clip saliency", xlabel="mean of three annotators", ylabel="share of relevant clips")
-    apart.set(title="Annotators apart", xlabel="points (dotted: by chance)", ylabel="pairs of annotators")
-    position.set(title="Where moments lie", xlabel="position in the video", ylabel="queries covering it")
-    position.xaxis.set_major_formatter(PercentFormatter(1))
-
-    spoken = {name: [set(_WORD.findall(row.query.lower())) for row in rows] for name, rows in splits.items()}
-    for name, rows in splits.items():
-        many = [len(row.query.split()) for row in rows]
-        share = np.bincount(np.minimum(many, 30), minlength=31) / len(many)
-        sizes.stairs(share, np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
-    sizes.set(title="Words a query", xlabel="words (30: or more)", ylabel="share of queries", xlim=(0, None))
-    for axes in (lengths, saliency, apart, position, sizes):
-        axes.set_ylim(0, None)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    everyone = [one for queries in spoken.values() for one in queries]
-    common = Counter(word for query in everyone for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
-    words.barh([word for word, _ in common], [many / len(everyone) for _, many in common], color=GREY)
-    words.invert_yaxis()
-    words.set(title="Commonest words", xlabel="share of all queries")
-    words.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-    found = {name: class_balance(rows, frames) for name, rows in labelled.items()}
-    bars = [(name, b.background_share, b.ratio) for name, b in found.items()] + [
-        ("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO)
-    ]
-    for name, share, ratio in bars:
-        balance.barh(name, share, color=colours.get(name, "white"), edgecolor=GREY, hatch="" if name in found else "//")
-        balance.text(0.02, name, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
-    balance.invert_yaxis()
-    balance.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
-    balance.xaxis.set_major_formatter(PercentFormatter(1))
+    colours = dict(zip(splits, sns.color_palette("colorblind", len(splits)).as_hex(), strict=True))
+    figure = new_figure(6.6)
+    panels = figure.subplots(3, 3).flat
+    videos = {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}
+    windows = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
+    _counts(next(panels), videos, colours, "Queries per video", "queries", "share of videos")
+    _counts(next(panels), windows, colours, "Windows per query", "windows", "share of queries")
+    _window_lengths(next(panels), labelled, colours)
+    _clip_saliency(next(panels), labelled, colours)
+    _annotator_distance(next(panels), labelled, colours)
+    _moment_positions(next(panels), labelled, colours, frames)
+    _words_per_query(next(panels), splits, colours)
+    _commonest_words(next(panels), splits)
+    _class_balance(next(panels), labelled, colours, frames)
     handles = [Patch(color=colours[name], label=f"{name} ({len(rows):,} queries)") for name, rows in splits.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
@@ -197,43 +152,105 @@ _FUNCTION_WORDS = frozenset(
 _READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
 
 
-def _shares(axes: Axes, numbers: Mapping[str, list[int]], colours: Mapping[str, Any], most: int = 6) -> None:
-    """Bars: what share of each split has 1, 2, ... and `most` or more."""
-    top = min(most, max(max(values) for values in numbers.values()))
-    width = 0.8 / len(numbers)
-    for place, (name, values) in enumerate(numbers.items()):
+def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, str], *labels: str) -> None:
+    """Bars: what share of a split's counts are 1, 2, ... and 6 or more."""
+    largest = max(max(values) for values in counts.values())
+    top = min(6, largest)
+    width = 0.8 / len(counts)
+    for place, (name, values) in enumerate(counts.items()):
         share = np.bincount(np.minimum(values, top), minlength=top + 1)[1:] / len(values)
-        left = np.arange(1, top + 1) + (place - (len(numbers) - 1) / 2) * width
-        axes.bar(left, share, width, color=colours[name])
-    more = max(max(values) for values in numbers.values()) > top
-    axes.set_xticks(range(1, top + 1), [*map(str, range(1, top)), f"{top}+" if more else str(top)])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.bar(np.arange(1, top + 1) + (place - (len(counts) - 1) / 2) * width, share, width, color=colours[name])
+    axes.set_xticks(range(1, top + 1), [*map(str, range(1, top)), f"{top}+" if largest > top else str(top)])
+    label_shares(axes, *labels)
 
 
-@_styled
+def _window_lengths(axes: Axes, splits: LabelledRows, colours: Mapping[str, str]) -> None:
+    for name, rows in splits.items():
+        seconds = [end - start for row in rows for start, end in row.relevant_windows]
+        longest = max(row.duration for row in rows)
+        count, edges = np.histogram(seconds, bins=np.arange(0, longest + 10, 10))
+        axes.stairs(count / len(seconds), edges, color=colours[name], linewidth=1.5)
+    for limit in (10, 30):  # between short, middle and long
+        axes.axvline(limit, color=GREY, linestyle=":", linewidth=1)
+    label_shares(axes, "Window lengths", "seconds (dotted: 10 and 30)", "share of windows", xlim=(0, None))
+
+
+def _clip_saliency(axes: Axes, splits: LabelledRows, colours: Mapping[str, str]) -> None:
+    for name, rows in splits.items():
+        sums = [sum(scores) for row in rows for scores in row.saliency_scores]
+        share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
+        axes.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colours[name])
+    label_shares(axes, "Clip saliency", "mean of three annotators", "share of relevant clips")
+
+
+def _annotator_distance(axes: Axes, splits: LabelledRows, colours: Mapping[str, str]) -> None:
+    for name, rows in splits.items():
+        distance = annotations.annotator_distance(rows)
+        axes.plot(distance.measured, marker="o", markersize=3, color=colours[name])
+        axes.plot(distance.chance, linestyle=":", color=colours[name])
+    label_shares(axes, "Annotators apart", "points (dotted: by chance)", "pairs of annotators")
+
+
+def _moment_positions(axes: Axes, splits: LabelledRows, colours: Mapping[str, str], frames: int) -> None:
+    for name, rows in splits.items():
+        covered = np.mean([annotations.frame_labels(row, frames) for row in rows], axis=0)
+        axes.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    label_shares(axes, "Where moments lie", "position in the video", "queries covering it")
+
+
+def _words_per_query(axes: Axes, splits: Rows, colours: Mapping[str, str]) -> None:
+    for name, rows in splits.items():
+        count = np.bincount([min(len(row.query.split()), 30) for row in rows], minlength=31)
+        axes.stairs(count / len(rows), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
+    label_shares(axes, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
+
+
+def _commonest_words(axes: Axes, splits: Rows) -> None:
+    queries = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
+    common = Counter(word for query in queries for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
+    axes.barh([word for word, _ in common], [count / len(queries) for _, count in common], color=GREY)
+    axes.invert_yaxis()
+    axes.set(title="Commonest words", xlabel="share of all queries")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _class_balance(axes: Axes, splits: LabelledRows, colours: Mapping[str, str], frames: int) -> None:
+    balance = {name: annotations.class_balance(rows, frames) for name, rows in splits.items()}
+    bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in balance.items()]
+    bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
+    for place, (name, share, ratio, colour, hatch) in enumerate(bars):
+        axes.barh(name, share, color=colour, edgecolor=GREY, hatch=hatch)
+        axes.text(0.02, place, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
+    axes.invert_yaxis()
+    axes.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+
+@styled
 def frame_strip(
     frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None, columns: int = 13
 ) -> Figure:
     """All frames of a video in rows of `columns`, each with its time in seconds.
 
-    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` (0 and 1, [f]) the digit stands beside the time and frames
-    with a 1 are framed.
+    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` (0 and 1, [f]) the digit stands next to the time, and frames
+    with a 1 have a border.
     """
     rows = -(-len(frames) // columns)
     columns = min(columns, len(frames))
-    figure = _picture(rows * (0.78 * WIDTH / columns + 0.25))
+    figure = new_figure(rows * (0.78 * WIDTH / columns + 0.25))
     for place, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
         if place >= len(frames):
             axes.set_axis_off()
             continue
         inside = labels is not None and labels[place] == 1
-        _show(axes, frames[place], TRUE if inside else None)
+        _show_frame(axes, frames[place], TRUE if inside else None)
         digit = "" if labels is None else f"  {labels[place]}"
         axes.set_xlabel(f"{times[place]:.0f} s{digit}", fontsize="small", color=TRUE if inside else "black", labelpad=2)
     return figure
 
 
-@_styled
+@styled
 def soft_targets(row: LabelledRow, frames: int) -> Figure:
     """The segmentation targets of one query: a bar for each of `frames` frames, and the annotators' points behind them.
 
@@ -241,7 +258,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
     without labels.
     """
     targets = annotations.soft_targets(row, frames)
-    figure = _picture(2.4)
+    figure = new_figure(2.4)
     axes = figure.add_subplot()
     for start, end in row.relevant_windows:
         axes.axvspan(start, end, color="0.92")
@@ -256,7 +273,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def variations(
     frames: np.ndarray,
     times: Sequence[float],
@@ -264,19 +281,19 @@ def variations(
     choice: Sequence[int] | None = None,
     columns: int = 8,
 ) -> Figure:
-    """Figure 4: each position's frame v_i and its neighbours, `distance` seconds apart; `columns` positions are shown.
+    """The paper's Figure 4: the frame v_i of `columns` positions and its neighbours, `distance` seconds apart.
 
-    frames: uint8 [variations, f, H, W, 3], the middle one v_i; times: [f] seconds. `choice` [f] are the variations one
-    training sample draws; they are framed.
+    frames: uint8 [variations, f, H, W, 3], the middle variation is v_i; times: [f] seconds. `choice` [f] holds the
+    variation that a training sample draws at each position; the drawn ones have a border.
     """
     shown = np.unique(np.linspace(0, len(times) - 1, columns).round().astype(int))
     middle = len(frames) // 2
-    figure = _picture(len(frames) * WIDTH / (len(shown) + 1) + 0.35)
+    figure = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35)
     grid = figure.subplots(len(frames), len(shown), squeeze=False)
     for variation, line in enumerate(grid):
         for axes, position in zip(line, shown, strict=True):
             drawn = choice is not None and choice[position] == variation
-            _show(axes, frames[variation, position], PREDICTED if drawn else None)
+            _show_frame(axes, frames[variation, position], PREDICTED if drawn else None)
             if variation == len(frames) - 1:
                 axes.set_xlabel(f"{times[position]:.0f} s")
         seconds = (variation - middle) * distance
@@ -287,7 +304,7 @@ def variations(
     return figure
 
 
-def _show(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
+def _show_frame(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
     axes.imshow(frame, aspect="auto", interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -300,9 +317,9 @@ _KINDS = {"text": ("#f2f2f2", "#e2e2e2"), "control token": (SKY,), "image (its v
 _DIGITS = {"1": GREEN, "0": "#b9b9b9"}
 
 
-@_styled
+@styled
 def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
-    """A tokenised sample, one box a token, wrapped at `columns` characters.
+    """A tokenised sample, a box for each token, wrapped at `columns` characters.
 
     pieces: ids and spellings as `framseg.prompt.pieces` gives them. Control tokens, images and the answer's digits
     (those after <|assistant|>) have colours of their own; a newline is shown as ↵ and ▁ is a space.
@@ -326,7 +343,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         answer = answer or spelling == "<|assistant|>"
 
     lines = boxes[-1][1] + 1 if boxes else 1
-    figure = _picture(lines * 0.165 + 0.35)
+    figure = new_figure(lines * 0.165 + 0.35)
     axes = figure.add_subplot()
     axes.set(xlim=(0, columns), ylim=(lines, 0))
     axes.set_axis_off()
@@ -344,6 +361,13 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
 
 # Training
 
+EPOCH_METRICS = {  # marker and colour of a metric by epoch
+    "MR-full-R1@0.5": ("o", BLUE),
+    "MR-full-R1@0.7": ("s", ORANGE),
+    "MR-full-mAP": ("^", GREEN),
+    "HL-min-VeryGood-Hit1": ("D", PINK),
+}
+
 
 def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
     """Time-weighted exponential moving average of y at ascending x, float64 [n].
@@ -351,117 +375,128 @@ def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.n
     A point's weight halves with every `half_life` of the whole range of x, so uneven spacing does no harm; the weights
     up to each point sum to 1.
     """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    span = (x[-1] - x[0]) * half_life if len(x) > 1 else 0
+    at = np.asarray(x, dtype=np.float64)
+    span = (at[-1] - at[0]) * half_life if len(at) > 1 else 0
     out = np.empty(len(y))
     total = weight = 0.0
-    for i, value in enumerate(y):
-        keep = 0.5 ** ((x[i] - x[i - 1]) / span) if i and span else 0.0
+    for i, value in enumerate(np.asarray(y, dtype=np.float64)):
+        keep = 0.5 ** ((at[i] - at[i - 1]) / span) if i and span else 0.0
         total, weight = keep * total + value, keep * weight + 1
         out[i] = total / weight
     return out
 
 
-def _finite(steps: Sequence[dict], key: str) -> np.ndarray:
-    """(step, value) of the lines whose value is a finite number, float64 [n, 2]."""
-    points = np.array([(line["step"], line[key]) for line in steps], dtype=np.float64)
-    return points[np.isfinite(points).all(axis=1)]
-
-
-@_styled
+@styled
 def losses(steps: Sequence[dict]) -> Figure:
-    """Figure 10: the four losses by optimizer step, a faint raw curve under its time-weighted EMA.
+    """The paper's Figure 10: the four losses by optimizer step, a faint raw curve under its time-weighted EMA.
 
-    steps: lines of the step log. Values that are not finite are left out.
+    steps: lines of the step log. Values that are not finite are left out. Raises ValueError without lines.
     """
-    _some(steps, "steps")
-    figure = _picture(3.8)
+    _require(steps, "steps")
+    figure = new_figure(3.8)
     grid = figure.subplots(2, 2, sharex=True)
-    for axes, (key, name), colour in zip(grid.flat, LOSSES.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
-        points = _finite(steps, key)
-        axes.plot(*points.T, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(points[:, 0], ema(*points.T), color=colour, linewidth=1.8, marker="." if len(points) == 1 else "")
+    for axes, (key, name) in zip(grid.flat, LOSSES.items(), strict=True):
+        _loss_curve(axes, steps, key)
         axes.set_title(name)
     for axes in grid[1]:
         axes.set_xlabel("optimizer step")
     return figure
 
 
-@_styled
+@styled
 def schedule(steps: Sequence[dict]) -> Figure:
-    """Learning rate and the four loss weights, by optimizer step; `steps` are lines of the step log."""
-    _some(steps, "steps")
-    figure = _picture(2.2)
+    """Learning rate and the four loss weights by optimizer step; `steps` are lines of the step log.
+
+    Raises ValueError without lines.
+    """
+    _require(steps, "steps")
+    figure = new_figure(2.2)
     rate, weights = figure.subplots(1, 2)
+    _learning_rate(rate, steps)
+    rate.set_ylim(0, None)
     x = [line["step"] for line in steps]
-    rate.plot(x, [line["learning_rate"] for line in steps], color="black")
-    rate.set(title="Learning rate", xlabel="optimizer step", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     styles = ("-", "-", "--", ":")  # three of the four often coincide
-    for place, (name, colour) in enumerate(zip(LOSSES.values(), (BLUE, ORANGE, GREEN, PINK), strict=True)):
-        values = [line["weights"][place] for line in steps]
-        weights.plot(x, values, color=colour, linestyle=styles[place], linewidth=3 if place == 1 else 1.8, label=name)
+    for place, (key, name) in enumerate(LOSSES.items()):
+        values, width = [line["weights"][place] for line in steps], 3 if key == "bce" else 1.8
+        weights.plot(x, values, color=LOSS_COLOURS[key], linestyle=styles[place], linewidth=width, label=name)
     weights.set(title="Loss weights", xlabel="optimizer step", ylim=(0, 1.05))
     weights.legend()
     return figure
 
 
-@_styled
+@styled
 def validation(records: Sequence[dict]) -> Figure:
     """R1@0.5, R1@0.7, mAP and HIT@1 (very good) on val by epoch; epoch 0 is the untouched base.
 
-    records: lines of the validation log, {"epoch": int, "metrics": official layout}.
+    records: lines of the validation log, {"epoch": int, "metrics": official layout}. Raises ValueError without lines.
     """
-    _some(records, "validations")
-    figure = _picture(2.9)
+    _require(records, "validations")
+    figure = new_figure(2.9)
     axes = figure.add_subplot()
-    epochs = [record["epoch"] for record in records]
-    chosen = [key for key in METRICS if key != "HL-min-VeryGood-mAP"]
-    for key, marker, colour in zip(chosen, "os^D", (BLUE, ORANGE, GREEN, PINK), strict=True):
+    _metric_curves(axes, records, EPOCH_METRICS)
+    labels = [f"{METRICS[key]}  {records[-1]['metrics']['brief'].get(key, np.nan):.2f}" for key in EPOCH_METRICS]
+    axes.legend(axes.lines, labels, title="after the last", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+@styled
+def progress(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
+    """A training so far: the four losses (EMA over a faint raw curve), the learning rate, and the validations.
+
+    steps, validations: lines of the two logs. Raises ValueError without steps.
+    """
+    _require(steps, "steps")
+    figure = new_figure(2.7)
+    loss, rate, metrics = figure.subplots(1, 3)
+    for key in LOSSES:
+        _loss_curve(loss, steps, key)
+    loss.set(title="Losses", xlabel="optimizer step")
+    _learning_rate(rate, steps)
+    for axes in (loss, rate):
+        axes.set(xlim=(0, max(steps[-1]["step"], 10)), ylim=(0, None))
+    _metric_curves(metrics, validations, ("MR-full-R1@0.7", "MR-full-mAP"))
+    last = max([1, *(record["epoch"] for record in validations)])
+    metrics.set(title="Decoded val", xlim=(-0.1, last + 0.1))
+    metrics.legend(fontsize="small")
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(LOSSES))
+    return figure
+
+
+def _loss_curve(axes: Axes, steps: Sequence[dict], key: str) -> None:
+    """A loss, raw and averaged, where it is finite; labelled with its name and last value."""
+    points = np.array([(line["step"], line[key]) for line in steps], dtype=np.float64)
+    points = points[np.isfinite(points).all(axis=1)]
+    label = f"{LOSSES[key]} {points[-1, 1]:.3f}" if len(points) else LOSSES[key]
+    marker = "." if len(points) == 1 else ""
+    axes.plot(*points.T, color=LOSS_COLOURS[key], alpha=0.3, linewidth=0.8)
+    axes.plot(points[:, 0], ema(*points.T), color=LOSS_COLOURS[key], linewidth=1.8, marker=marker, label=label)
+
+
+def _learning_rate(axes: Axes, steps: Sequence[dict]) -> None:
+    rates = [line["learning_rate"] for line in steps]
+    axes.plot([line["step"] for line in steps], rates, color="black", marker="." if len(steps) == 1 else "")
+    axes.set(title="Learning rate", xlabel="optimizer step")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _metric_curves(axes: Axes, records: Sequence[dict], keys: Iterable[str]) -> None:
+    """Metrics by epoch; one that was not scored leaves a gap."""
+    for key in keys:
+        marker, colour = EPOCH_METRICS[key]
         values = [record["metrics"]["brief"].get(key, np.nan) for record in records]
-        axes.plot(epochs, values, marker=marker, color=colour, label=f"{METRICS[key]}  {values[-1]:.2f}")
+        axes.plot([record["epoch"] for record in records], values, marker=marker, color=colour, label=METRICS[key])
     axes.set(xlabel="epoch", ylabel="%", ylim=(0, 100))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(title="after the last", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-@_styled
-def progress(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
-    """A training so far: the four losses (EMA over a faint raw curve), the learning rate, and the validations."""
-    _some(steps, "steps")
-    figure = _picture(2.7)
-    fall, rate, answers = figure.subplots(1, 3)
-    x = [line["step"] for line in steps]
-    dot = "." if len(steps) == 1 else ""
-    for (key, name), colour in zip(LOSSES.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
-        points = _finite(steps, key)
-        fall.plot(*points.T, color=colour, alpha=0.3, linewidth=0.8)
-        label = f"{name} {points[-1, 1]:.3f}" if len(points) else name
-        fall.plot(points[:, 0], ema(*points.T), color=colour, linewidth=1.8, marker=dot, label=label)
-    steps_axis = {"xlabel": "optimizer step", "xlim": (0, max(x[-1], 10)), "ylim": (0, None)}
-    fall.set(title="Losses", **steps_axis)
-    rate.plot(x, [line["learning_rate"] for line in steps], color="black", marker=dot)
-    rate.set(title="Learning rate", **steps_axis)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    epochs = [record["epoch"] for record in validations]
-    for key, marker, colour in zip(("MR-full-R1@0.7", "MR-full-mAP"), "os", (BLUE, GREEN), strict=True):
-        values = [record["metrics"]["brief"].get(key, np.nan) for record in validations]
-        answers.plot(epochs, values, marker=marker, color=colour, label=METRICS[key])
-    answers.set(title="Decoded val", xlabel="epoch", ylabel="%", xlim=(-0.1, max([1, *epochs]) + 0.1), ylim=(0, 100))
-    answers.xaxis.set_major_locator(MaxNLocator(integer=True))
-    answers.legend(fontsize="small")
-    figure.legend(*fall.get_legend_handles_labels(), loc="outside lower center", ncols=len(LOSSES))
-    return figure
 
 
 class Live:
-    """One picture in a notebook's output that is drawn anew with each call; `train.launch` calls it."""
+    """The `progress` figure in a notebook's output, drawn anew with each call; `train.launch` calls it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.handle = None
 
     def __call__(self, steps: Sequence[dict], validations: Sequence[dict]) -> None:
+        """Draw the lines that both logs hold by now."""
         from IPython.display import display
 
         figure = progress(steps, validations)
@@ -471,7 +506,7 @@ class Live:
             self.handle.update(figure)
 
 
-def _some(lines: Sequence[dict], what: str) -> None:
+def _require(lines: Sequence[dict], what: str) -> None:
     if not lines:
         raise ValueError(f"no {what} are logged yet: train first")
 
@@ -479,15 +514,15 @@ def _some(lines: Sequence[dict], what: str) -> None:
 # Evaluation
 
 
-@_styled
+@styled
 def comparison(metrics: Mapping[str, dict]) -> Figure:
-    """The first answer (the model's) beside the others, a panel a metric.
+    """The first set of answers (the model's) compared with the others, a panel for each metric.
 
-    metrics: name -> metrics in the official layout; what an answer was not scored for stays empty.
+    metrics: name of the answers -> metrics in the official layout; "–" for a metric that has no value.
     """
-    figure = _picture(0.6 + 0.24 * len(metrics))
+    figure = new_figure(0.6 + 0.24 * len(metrics))
     for axes, (key, title) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items(), strict=True):
-        values = [found["brief"].get(key) for found in metrics.values()]
+        values = [scored["brief"].get(key) for scored in metrics.values()]
         colours = [PROBABILITY] + ["#c4c4c4"] * (len(values) - 1)
         axes.barh(list(metrics), [value or 0 for value in values], color=colours, height=0.75)
         for place, value in enumerate(values):
@@ -500,31 +535,26 @@ def comparison(metrics: Mapping[str, dict]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def intervals(systems: Mapping[str, dict]) -> Figure:
-    """Scores with their intervals, a panel a metric, the last system set apart.
+    """Scores with their intervals, a panel for each metric; the last system has a colour of its own.
 
     systems: name -> {"scores": {metric: percent}, "interval": {metric: (low, high)}}, all with the same metrics.
     """
-    figure = _picture(0.7 + 0.24 * len(systems))
+    figure = new_figure(0.7 + 0.24 * len(systems))
     metrics = list(next(iter(systems.values()))["scores"])
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
-        for place, found in enumerate(systems.values()):
+        for place, system in enumerate(systems.values()):
             colour = PROBABILITY if place == len(systems) - 1 else "#8a8a8a"
-            axes.plot(found["interval"][metric], [place, place], color=colour, linewidth=1.5)
-            axes.plot(found["scores"][metric], place, "o", color=colour)
+            axes.plot(system["interval"][metric], [place, place], color=colour, linewidth=1.5)
+            axes.plot(system["scores"][metric], place, "o", color=colour)
         axes.set(title=metric, yticks=range(len(systems)), yticklabels=list(systems), ylim=(len(systems) - 0.5, -0.5))
     return figure
 
 
 # One query
 
-
-def true_saliency(row: Row) -> np.ndarray:
-    """Mean of the annotators over 4 for every 2-second clip, float64 [clips, a last shorter one included], 0..1."""
-    out = np.zeros(math.ceil(row.duration / CLIP_SECONDS))
-    out[list(row.relevant_clip_ids)] = np.reshape(row.saliency_scores, (-1, ANNOTATORS)).mean(axis=1) / TOP_SALIENCY
-    return out
+Window = tuple[int, float, float, float]  # rank from 1, start and end in seconds, score
 
 
 def predicted_curve(prediction: dict, duration: float) -> tuple[np.ndarray, np.ndarray, str]:
@@ -536,7 +566,7 @@ def predicted_curve(prediction: dict, duration: float) -> tuple[np.ndarray, np.n
     if prediction.get("probability"):
         values = np.asarray(prediction["probability"], dtype=np.float64)
         return frame_times(duration, len(values)), values, "frame probability"
-    values = np.asarray(prediction.get(SALIENCY, [])[: max(clips(duration), 1)], dtype=np.float64)
+    values = np.asarray(prediction.get(SALIENCY, [])[: max(annotations.clips(duration), 1)], dtype=np.float64)
     seconds = (np.arange(len(values)) + 0.5) * CLIP_SECONDS
     if len(values) and (values.min() < 0 or values.max() > 1):
         values = (values - values.min()) / max(np.ptp(values), 1e-9)
@@ -558,13 +588,13 @@ def confidence(prediction: dict, duration: float) -> float:
     return float(inside.mean()) if len(inside) else float(score)
 
 
-def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[tuple[int, float, float, float]]], int]:
-    """Predicted windows as (rank from 1, start, end, score), put in as few lanes as keep overlapping ones apart.
+def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[Window]], int]:
+    """Predicted windows as (rank from 1, start, end, score), in as few lanes as keep overlapping windows apart.
 
     Windows that only fill the list (the whole video at score 0) are dropped. Returns at most `most` lanes and the
-    number of windows that found no room.
+    number of windows for which they have no room.
     """
-    out: list[list[tuple[int, float, float, float]]] = []
+    out: list[list[Window]] = []
     left_out = 0
     for rank, (start, end, score) in enumerate(prediction.get(WINDOWS, []), 1):
         if rank > 1 and score == 0 and start <= 0 and end >= duration:
@@ -580,99 +610,133 @@ def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[t
 
 
 def scores(row: Row, prediction: dict) -> str:
-    """What the prediction scored, in words: IoU of the first window, highlight hit or miss, its score."""
-    said = []
+    """What the prediction scored, as text: IoU of the first window, highlight hit or missed, the window's score."""
+    parts = []
     if isinstance(row, LabelledRow):
         number = per_query([prediction], [row])[0]
-        said += [f"IoU {number['iou']:.2f}"] if "iou" in number else []
-        said += [f"highlight {'hit' if number['hit'] else 'missed'}"] if "hit" in number else []
-    said += [f"window score {prediction[WINDOWS][0][2]:.2f}"] if WINDOWS in prediction else []
-    said += ["invalid mask, read as all ones"] if prediction.get("valid") is False else []
-    return " · ".join(said)
+        parts += [f"IoU {number['iou']:.2f}"] if "iou" in number else []
+        parts += [f"highlight {'hit' if number['hit'] else 'missed'}"] if "hit" in number else []
+    parts += [f"window score {prediction[WINDOWS][0][2]:.2f}"] if WINDOWS in prediction else []
+    parts += ["invalid mask, read as all ones"] if prediction.get("valid") is False else []
+    return " · ".join(parts)
 
 
-@_styled
+@styled
 def qualitative(
     row: Row,
     prediction: dict,
     frames: np.ndarray | None = None,
-    times: Sequence[float] | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
     against: tuple[str, dict] | None = None,
     shown: int = 9,
 ) -> Figure:
-    """Figures 2, 3, 5 to 9: a strip of frames, true and predicted windows, the predicted curve over the true saliency.
+    """The paper's Figures 2, 3, 5 to 9: frames, true and predicted windows, predicted curve over the true saliency.
 
-    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default those of f equal parts), `shown` of them are drawn;
-    without frames the figure says so and has the curves only. `against` is a name and another prediction (an earlier
-    epoch, another model) drawn beside. The true windows and saliency are left out for a row without labels, the qid
-    where it is below 0 (one's own video).
+    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts), of which `shown` are
+    drawn; without frames the figure says so and has the curves only. `against`: name and record of another prediction
+    (of an earlier epoch, another model), which is drawn as well. A row without labels has no true windows and saliency;
+    a qid below 0 (your own video) is not shown.
     """
     t = row.duration
-    named = [("predicted", prediction, PREDICTED), *([(*against, OTHER)] if against else [])]
-    listed = [(name, *lanes(record, t), colour) for name, record, colour in named]
-    levels = sum(max(len(found), 1) for _, found, _, _ in listed) + isinstance(row, LabelledRow)
+    named = [("predicted", prediction), *([against] if against else [])]
+    levels = sum(max(len(lanes(record, t)[0]), 1) for _, record in named) + isinstance(row, LabelledRow)
     title = textwrap.wrap(f"“{row.query}”", 88) or [""]
     heights = [0.62 if frames is not None else 0.16, 0.17 * levels + 0.08, 1.35]
-    figure = _picture(sum(heights) + 0.75 + 0.17 * len(title))
+    figure = new_figure(sum(heights) + 0.75 + 0.17 * len(title))
     strip, spans, curve = figure.subplots(3, 1, sharex=True, height_ratios=heights)
     figure.suptitle("\n".join(title), x=0.01, ha="left", fontweight="bold", fontsize="medium", parse_math=False)
     about = ([f"qid {row.qid}"] if row.qid >= 0 else []) + [row.vid, scores(row, prediction)]
     strip.set_title(" · ".join(about), fontsize="small", fontweight="normal", parse_math=False)
-
-    strip.tick_params(left=False, bottom=False, labelleft=False)
-    strip.spines[:].set_visible(False)
     if frames is None:
         strip.text(0, 0.5, "No frames are shown: those of this video are not at hand.", va="center", fontsize="small",
                    style="italic", transform=strip.transAxes)  # fmt: skip
     else:
-        times = frame_times(t, len(frames)) if times is None else np.asarray(times)
-        slot = t / min(shown, len(frames))
-        for middle in (np.arange(min(shown, len(frames))) + 0.5) * slot:
-            nearest = int(np.abs(times - middle).argmin())
-            strip.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
-            strip.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
-                       bbox=_READABLE)  # fmt: skip
-        strip.set_ylim(0, 1)
+        _frames_on_axis(strip, frames, frame_times(t, len(frames)) if times is None else np.asarray(times), t, shown)
+    strip.tick_params(left=False, bottom=False, labelleft=False)
+    strip.spines[:].set_visible(False)
+    _windows_on_axis(spans, row, named)
+    _curves_on_axis(curve, row, named)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    return figure
 
-    ticks = []
+
+def _frames_on_axis(axes: Axes, frames: np.ndarray, times: np.ndarray, duration: float, shown: int) -> None:
+    """`shown` equal slots along the time axis, each with the frame that is nearest to its middle."""
+    slot = duration / min(shown, len(frames))
+    for middle in (np.arange(min(shown, len(frames))) + 0.5) * slot:
+        nearest = int(np.abs(times - middle).argmin())
+        axes.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
+        axes.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
+                  bbox=_READABLE)  # fmt: skip
+    axes.set_ylim(0, 1)
+
+
+def _windows_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> None:
+    """True windows, and under them each prediction's in their lanes, with their scores."""
+    ticks: dict[str, int] = {}
     level = 0
     if isinstance(row, LabelledRow):
         for start, end in row.relevant_windows:
-            spans.barh(level, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
-        ticks.append((level, "true"))
+            axes.barh(level, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
+        ticks["true"] = level
         level += 1
-    for name, found, left_out, colour in listed:
-        ticks.append((level, name))
-        for lane in found or [[]]:
+    for (name, record), colour in zip(named, (PREDICTED, OTHER), strict=False):
+        ticks[name] = level
+        filled, left_out = lanes(record, row.duration)
+        for lane in filled or [[]]:
             for rank, start, end, score in lane:
-                spans.barh(level, end - start, left=start, height=0.7, color=colour, alpha=1 if rank == 1 else 0.55)
-                spans.text((start + end) / 2, level, f"{score:.2f}", ha="center", va="center", fontsize="x-small",
-                           color="white" if rank == 1 else "black", clip_on=True)  # fmt: skip
+                axes.barh(level, end - start, left=start, height=0.7, color=colour, alpha=1 if rank == 1 else 0.55)
+                axes.text((start + end) / 2, level, f"{score:.2f}", ha="center", va="center", fontsize="x-small",
+                          color="white" if rank == 1 else "black", clip_on=True)  # fmt: skip
             level += 1
         if left_out:
-            spans.text(t, level - 1, f" +{left_out}", va="center", fontsize="x-small")
-    spans.set(ylim=(level - 0.5, -0.5), yticks=[at for at, _ in ticks], yticklabels=[name for _, name in ticks])
-    spans.tick_params(left=False, bottom=False)
-    spans.spines[:].set_visible(False)
-    spans.grid(axis="x", linewidth=0.4)
-    spans.set_axisbelow(True)
+            axes.text(row.duration, level - 1, f" +{left_out}", va="center", fontsize="x-small")
+    axes.set(ylim=(level - 0.5, -0.5), yticks=list(ticks.values()), yticklabels=list(ticks))
+    axes.tick_params(left=False, bottom=False)
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="x", linewidth=0.4)
+    axes.set_axisbelow(True)
 
+
+def _curves_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> None:
+    """Each prediction's curve over the true saliency."""
     if isinstance(row, LabelledRow):
-        truth = true_saliency(row)
-        edges = np.minimum(np.arange(len(truth) + 1) * float(CLIP_SECONDS), t)
-        curve.stairs(truth, edges, fill=True, color=TRUE, alpha=0.3, label="true saliency (mean of annotators / 4)")
-        curve.stairs(truth, edges, color=TRUE, linewidth=0.8)
-    for (_, record, _), colour, line, prefix in zip(
-        named, (PROBABILITY, OTHER), ("-", "--"), ("", against and f"{against[0]}: "), strict=False
-    ):
-        seconds, values, name = predicted_curve(record, t)
+        truth = annotations.clip_saliency(row)
+        edges = np.minimum(np.arange(len(truth) + 1) * float(CLIP_SECONDS), row.duration)
+        axes.stairs(truth, edges, fill=True, color=TRUE, alpha=0.3, label="true saliency (mean of annotators / 4)")
+        axes.stairs(truth, edges, color=TRUE, linewidth=0.8)
+    for place, (prediction, record) in enumerate(named):
+        seconds, values, curve = predicted_curve(record, row.duration)
         if len(values):
-            marker = "o" if name == "frame probability" else ""
-            curve.plot(seconds, values, line, color=colour, marker=marker, markersize=3, label=f"{prefix}{name}")
-    curve.set(xlabel="seconds", ylim=(-0.02, 1.05), xlim=(0, t), yticks=[0, 0.5, 1])
-    curve.grid(linewidth=0.4)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    return figure
+            colour, line, prefix = (OTHER, "--", f"{prediction}: ") if place else (PROBABILITY, "-", "")
+            marker = "o" if curve == "frame probability" else ""
+            axes.plot(seconds, values, line, color=colour, marker=marker, markersize=3, label=f"{prefix}{curve}")
+    axes.set(xlabel="seconds", ylim=(-0.02, 1.05), xlim=(0, row.duration), yticks=[0, 0.5, 1])
+    axes.grid(linewidth=0.4)
+
+
+# The queries of the qualitative figures
+
+
+RULES = {
+    "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
+    "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
+    "inside the true windows",
+    "failure": "IoU 0 and no highlight hit: the curve least like the true saliency",
+    "over-confident": f"IoU below {WRONG} and confidence (mean frame probability in the first window) of at least "
+    f"{CONFIDENT}: the highest",
+    "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
+    "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
+}
+# The same in the columns of `_measures`: which queries qualify, and the column whose largest value is taken.
+_RULES = {
+    "good highlight, weak moment": (f"hit and iou < {WRONG}", "likeness"),
+    "perfect moment, over-inclusive highlight": ("iou >= 0.9", "excess"),
+    "failure": ("iou == 0 and not hit", "unlikeness"),
+    "over-confident": (f"iou < {WRONG} and confidence >= {CONFIDENT}", "confidence"),
+    "excellent": ("hit and iou >= 0.9", "likeness"),
+    "improvement": (f"iou >= {CORRECT} and gain > 0", "gain"),
+}
 
 
 def choose(
@@ -680,47 +744,49 @@ def choose(
 ) -> dict[str, int]:
     """The queries of the paper's qualitative figures by the rules in `RULES`: name -> qid, each query once.
 
-    numbers: `framseg.evaluate.per_query` of the predictions; `earlier`: that of an earlier epoch, needed for
-    `improvement`. Equals go to the smaller qid; a name whose rule no query meets is left out. Closeness of a curve is
-    its correlation with the true saliency over the clips.
+    numbers: `framseg.evaluate.per_query` of the predictions; `earlier`: the same of an earlier epoch, needed for
+    `improvement`. Of equals the smaller qid is taken; a name whose rule no query meets is left out. Raises
+    AnnotationError for rows without labels.
+    """
+    measures = _measures(annotations.labelled(rows), predictions, numbers, earlier or [])
+    chosen: dict[str, int] = {}
+    for name, (condition, column) in _RULES.items():
+        qualified = measures[~measures["qid"].isin(chosen.values())].query(condition)
+        if len(qualified):
+            chosen[name] = int(qualified["qid"].iloc[qualified[column].argmax()])  # the first of equals
+    return chosen
+
+
+def _measures(
+    rows: Sequence[LabelledRow], predictions: Sequence[dict], numbers: Sequence[dict], earlier: Sequence[dict]
+) -> pd.DataFrame:
+    """What the rules look at, a line for each query, by qid.
+
+    likeness: correlation of the predicted curve with the true saliency over the clips; excess: the curve's mean height
+    above it in the true windows; gain: growth of the IoU since the earlier predictions, 0 for a query without.
     """
     rows_by, records = {row.qid: row for row in rows}, {record["qid"]: record for record in predictions}
-    before = {number["qid"]: number.get("iou", 0.0) for number in earlier or []}
-    close, excess = {}, {}
-    for number in numbers:
-        close[number["qid"]], excess[number["qid"]] = _closeness(rows_by[number["qid"]], records[number["qid"]])
-    confident = {qid: confidence(record, rows_by[qid].duration) for qid, record in records.items() if qid in rows_by}
-    # For every rule: whether a query qualifies, and the number that must be largest.
-    rules: dict[str, tuple[Callable, Callable]] = {
-        "good highlight, weak moment": (lambda q, iou, hit: hit and iou < WRONG, close.get),
-        "perfect moment, over-inclusive highlight": (lambda q, iou, hit: iou >= 0.9, excess.get),
-        "failure": (lambda q, iou, hit: iou == 0 and not hit, lambda q: -close[q]),
-        "over-confident": (lambda q, iou, hit: iou < WRONG and confident[q] >= CONFIDENT, confident.get),
-        "excellent": (lambda q, iou, hit: hit and iou >= 0.9, close.get),
-        "improvement": (
-            lambda q, iou, hit: q in before and iou >= CORRECT and iou > before[q],
-            lambda q: measured[q][0] - before[q],
-        ),
-    }
-    measured = {n["qid"]: (n.get("iou", 0.0), n.get("hit", False)) for n in sorted(numbers, key=lambda n: n["qid"])}
-    out: dict[str, int] = {}
-    for name, (qualifies, size) in rules.items():
-        found = [q for q, (iou, hit) in measured.items() if q not in out.values() and qualifies(q, iou, hit)]
-        if found:
-            out[name] = max(found, key=size)  # the first of equals
-    return out
+    before = {number["qid"]: number.get("iou", 0.0) for number in earlier}
+    lines = []
+    for number in sorted(numbers, key=lambda number: number["qid"]):
+        qid, iou, hit = number["qid"], number.get("iou", 0.0), number.get("hit", False)
+        likeness, excess = _likeness(rows_by[qid], records[qid])
+        sure, gain = confidence(records[qid], rows_by[qid].duration), iou - before.get(qid, iou)
+        lines.append((qid, iou, hit, sure, likeness, -likeness, excess, gain))
+    names = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
+    return pd.DataFrame(lines, columns=names)
 
 
-def _closeness(row: Row, prediction: dict) -> tuple[float, float]:
+def _likeness(row: LabelledRow, prediction: dict) -> tuple[float, float]:
     """Correlation of the predicted curve with the true saliency, and its mean excess over it in the true windows."""
-    truth = true_saliency(row)
+    truth = annotations.clip_saliency(row)
     seconds, values, _ = predicted_curve(prediction, row.duration)
     if not len(values):
         return -1.0, -1.0
     curve = np.interp((np.arange(len(truth)) + 0.5) * CLIP_SECONDS, seconds, values)
     inside = list(row.relevant_clip_ids)
     excess = (curve[inside] - truth[inside]).mean()
-    one, other = curve - curve.mean(), truth - truth.mean()
-    size = np.sqrt((one @ one) * (other @ other))
-    correlation = one @ other / size if size > 1e-12 else 0.0
-    return round(float(correlation), 9), round(float(excess), 9)  # the last bits must not part equals
+    curve, truth = curve - curve.mean(), truth - truth.mean()
+    size = np.sqrt((curve @ curve) * (truth @ truth))
+    correlation = curve @ truth / size if size > 1e-12 else 0.0
+    return round(float(correlation), 9), round(float(excess), 9)  # the last bits would tell equals apart
