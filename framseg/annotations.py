@@ -5,7 +5,8 @@ a moment touches, the saliency three annotators gave it (0..4). The test split c
 """
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ ANNOTATORS = 3
 TOP_SALIENCY = 4
 LONGEST = 100_000  # seconds; a longer duration is probably in milliseconds, and memory grows with the clips
 VID_BYTES = 200  # the vid with an ending is a file name, and file systems allow 255 bytes
+FIELDS = ("qid", "query", "duration", "vid")
 LABELS = ("relevant_clip_ids", "saliency_scores", "relevant_windows")
 
 
@@ -78,30 +80,24 @@ def read(path: str | Path) -> list[Row]:
 
     Raises AnnotationError that lists file:line, qid and the reasons for every bad row, not only the first.
     """
-    lines = ((number, *jsonl.parse_object(text)) for number, text in jsonl.numbered_lines(path))
-    records, bad = jsonl.checked_records(lines, f"{path}:", _reasons)
-    if bad or not records:
-        raise AnnotationError("\n".join(bad) or f"{path}: holds no rows; expected one JSON object per line")
+    records, bad = jsonl.checked_records(jsonl.parsed_lines(path), f"{path}:", _reasons)
+    if bad:
+        raise AnnotationError("\n".join(bad))
     return [_row(record) for record in records]
 
 
 def from_dict(record: dict) -> Row:
     """The row of one decoded JSON object, checked; raises AnnotationError with the qid and every reason."""
-    reasons = _reasons(record)
-    if reasons:
+    if reasons := list(_reasons(record)):
         raise AnnotationError(f"qid {record.get('qid', 'unknown')}: {'; '.join(reasons)}")
     return _row(record)
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows as `read` reads them, fields in the order of the public files; AnnotationError as in `from_dict`."""
-    records = []
-    for row in rows:
-        record = {"qid": row.qid, "query": row.query, "duration": row.duration, "vid": row.vid}
-        labels = {name: getattr(row, name) for name in LABELS} if isinstance(row, LabelledRow) else {}
-        records.append(record | labels)
+    """Write rows as `read` reads them, fields in the order of the public files; AnnotationError if JSON cannot."""
+    names = {Row: FIELDS, LabelledRow: FIELDS + LABELS}
     try:
-        jsonl.write_lines(path, records)
+        jsonl.write_lines(path, ({name: getattr(row, name) for name in names[type(row)]} for row in rows))
     except jsonl.LinesError as error:
         raise AnnotationError(str(error)) from None
 
@@ -159,14 +155,13 @@ def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
 
     Raises AnnotationError if no row has a relevant clip.
     """
-    votes = [scores for row in rows if isinstance(row, LabelledRow) for scores in row.saliency_scores]
-    if not votes:
+    votes = np.array([votes for row in rows if isinstance(row, LabelledRow) for votes in row.saliency_scores])
+    if not len(votes):
         raise AnnotationError("no row has a relevant clip, so no annotators can be compared")
-    votes_of_pairs = np.array(votes)[:, [[0, 0, 1], [1, 2, 2]]]
-    first, second = votes_of_pairs[:, 0].ravel(), votes_of_pairs[:, 1].ravel()
+    first, second = (votes[:, pair].ravel() for pair in ([0, 0, 1], [1, 2, 2]))
     points = TOP_SALIENCY + 1
     measured = np.bincount(np.abs(first - second), minlength=points) / len(first)
-    share = np.bincount(np.ravel(votes), minlength=points) / np.size(votes)
+    share = np.bincount(votes.ravel(), minlength=points) / votes.size
     distance = np.abs(np.subtract.outer(np.arange(points), np.arange(points)))
     chance = np.bincount(distance.ravel(), weights=np.outer(share, share).ravel())
     return AnnotatorDistance(measured, chance)
@@ -183,102 +178,90 @@ def labelled(rows: Iterable[Row]) -> list[LabelledRow]:
 
 
 def _row(record: dict) -> Row:
-    windows, ids, scores = (record.get(name) for name in ("relevant_windows", "relevant_clip_ids", "saliency_scores"))
     question = record["qid"], record["query"], record["duration"], record["vid"]
-    if windows is None or ids is None or scores is None:
+    if record.get("relevant_windows") is None:
         return Row(*question)
+    windows, ids, scores = record["relevant_windows"], record["relevant_clip_ids"], record["saliency_scores"]
     return LabelledRow(*question, tuple(map(tuple, windows)), tuple(ids), tuple(map(tuple, scores)))
 
 
-def _reasons(record: dict) -> list[str]:
-    """Everything that is wrong with a decoded row; empty if nothing is."""
-    missing = [name for name in ("qid", "query", "duration", "vid") if name not in record]
-    if missing:
-        return [f"{', '.join(missing)} missing"]
-    reasons = []
-    qid, query, duration, vid = (record[name] for name in ("qid", "query", "duration", "vid"))
+def _reasons(record: dict) -> Iterator[str]:
+    """Everything that is wrong with a decoded row."""
+    if missing := [name for name in FIELDS if name not in record]:
+        yield f"{', '.join(missing)} missing"
+        return
+    qid, query, duration, vid = (record[name] for name in FIELDS)
     if not is_integer(qid):
-        reasons.append(f"qid must be an integer, not {qid!r}")
+        yield f"qid must be an integer, not {qid!r}"
     if not is_text(query) or not query.strip():
-        reasons.append(f"query must be text, not {_short(query)}")
+        yield f"query must be text, not {_short(query)}"
     # The vid becomes a file name, so it must not lead to another folder.
     if not is_text(vid) or vid in ("", ".", "..") or any(c in vid for c in "/\\\0") or len(vid.encode()) > VID_BYTES:
-        reasons.append(f"vid must be a plain file name of up to {VID_BYTES} bytes, not {_short(vid)}")
+        yield f"vid must be a plain file name of up to {VID_BYTES} bytes, not {_short(vid)}"
     if not is_number(duration) or duration <= 0:
-        return [*reasons, f"duration must be a positive number of seconds, not {_short(duration)}"]
-    if duration > LONGEST:
-        return [*reasons, f"duration must be at most {LONGEST} seconds, not {_short(duration)}"]
-
-    present = [name for name in LABELS if record.get(name) is not None]
-    if present and len(present) < len(LABELS):
-        reasons.append(f"{', '.join(n for n in LABELS if n not in present)} missing next to {', '.join(present)}")
-    elif present:
-        windows, ids, scores = record["relevant_windows"], record["relevant_clip_ids"], record["saliency_scores"]
-        wrong_windows = _window_reasons(windows, duration)
-        wrong_ids = _clip_reasons(ids, duration)
-        reasons += [*wrong_windows, *wrong_ids, *_score_reasons(scores, ids if not wrong_ids else None)]
-        if not wrong_windows and not wrong_ids:
-            reasons += _agreement_reasons(windows, ids)
-    return reasons
+        yield f"duration must be a positive number of seconds, not {_short(duration)}"
+    elif duration > LONGEST:
+        yield f"duration must be at most {LONGEST} seconds, not {_short(duration)}"
+    elif given := [name for name in LABELS if record.get(name) is not None]:
+        if missing := [name for name in LABELS if name not in given]:
+            yield f"{', '.join(missing)} missing, although {', '.join(given)} are given"
+        else:
+            yield from _label_reasons(duration, *(record[name] for name in LABELS))
 
 
-def _window_reasons(windows: object, duration: float) -> list[str]:
+def _label_reasons(duration: float, ids: object, scores: object, windows: object) -> Iterator[str]:
+    wrong = [*_window_reasons(windows, duration), *_clip_reasons(ids, duration)]
+    yield from wrong
+    if not isinstance(scores, list):
+        yield f"saliency_scores must be a list, not {_short(scores)}"
+        return
+    for votes in scores:
+        integers = isinstance(votes, list) and len(votes) == ANNOTATORS and all(map(is_integer, votes))
+        if not integers or not all(0 <= vote <= TOP_SALIENCY for vote in votes):
+            yield f"saliency scores {_short(votes)} are not {ANNOTATORS} integers 0..{TOP_SALIENCY}"
+    if isinstance(ids, list) and len(scores) != len(ids):
+        yield f"{len(scores)} saliency scores for {len(ids)} relevant clips"
+    if isinstance(windows, list) and isinstance(ids, list) and not wrong:
+        yield from _agreement_reasons(windows, ids)
+
+
+def _window_reasons(windows: object, duration: float) -> Iterator[str]:
     if not isinstance(windows, list) or not windows:
-        return [f"relevant_windows must be a list of [start, end], not {_short(windows)}"]
-    reasons, last = [], 0
+        yield f"relevant_windows must be a list of [start, end], not {_short(windows)}"
+        return
+    last = 0.0
     for window in windows:
         if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
-            reasons.append(f"window {_short(window)} is not [start, end] in seconds")
+            yield f"window {_short(window)} is not [start, end] in seconds"
         elif not 0 <= window[0] < window[1] <= duration:
-            reasons.append(f"window {window} is not ordered inside 0..{duration} s")
+            yield f"window {window} is not ordered inside 0..{duration} s"
         elif window[0] < last:
-            reasons.append(f"window {window} starts before the one listed before it ends ({last} s)")
+            yield f"window {window} starts before the one listed before it ends ({last} s)"
         else:
             last = window[1]
-    return reasons
 
 
-def _clip_reasons(ids: object, duration: float) -> list[str]:
+def _clip_reasons(ids: object, duration: float) -> Iterator[str]:
     if not isinstance(ids, list) or not all(map(is_integer, ids)):
-        return [f"relevant_clip_ids must be a list of integers, not {_short(ids)}"]
-    reasons = []
-    outside = [i for i in ids if not 0 <= i * CLIP_SECONDS < duration]
-    if outside:
-        reasons.append(f"clip ids {_short(outside)} lie outside the video of {duration} s")
-    if len(set(ids)) < len(ids):
-        reasons.append(f"clip ids {_short(sorted({i for i in ids if ids.count(i) > 1}))} are listed twice")
-    return reasons
+        yield f"relevant_clip_ids must be a list of integers, not {_short(ids)}"
+        return
+    if outside := [i for i in ids if not 0 <= i * CLIP_SECONDS < duration]:
+        yield f"clip ids {_short(outside)} lie outside the video of {duration} s"
+    if twice := sorted(i for i, times in Counter(ids).items() if times > 1):
+        yield f"clip ids {_short(twice)} are listed twice"
 
 
-def _score_reasons(scores: object, ids: list[int] | None) -> list[str]:
-    if not isinstance(scores, list):
-        return [f"saliency_scores must be a list, not {_short(scores)}"]
-    reasons = [
-        f"saliency scores {_short(votes)} are not {ANNOTATORS} integers 0..{TOP_SALIENCY}"
-        for votes in scores
-        if not isinstance(votes, list)
-        or len(votes) != ANNOTATORS
-        or not all(is_integer(score) and 0 <= score <= TOP_SALIENCY for score in votes)
-    ]
-    if ids is not None and len(scores) != len(ids):
-        reasons.append(f"{len(scores)} saliency scores for {len(ids)} relevant clips")
-    return reasons
-
-
-def _agreement_reasons(windows: list, ids: list[int]) -> list[str]:
+def _agreement_reasons(windows: list, ids: list[int]) -> Iterator[str]:
     """Clips wholly inside a window must be listed, clips outside all windows must not; a window may cut a clip."""
     touched: set[int] = set()
     inside: set[int] = set()
     for start, end in windows:
         touched.update(range(math.floor(start / CLIP_SECONDS), math.ceil(end / CLIP_SECONDS)))
         inside.update(range(math.ceil(start / CLIP_SECONDS), math.floor(end / CLIP_SECONDS)))
-    missing, foreign = sorted(inside - set(ids)), sorted(set(ids) - touched)
-    reasons = []
-    if missing:
-        reasons.append(f"clips {_short(missing)} lie in the relevant windows but are not in relevant_clip_ids")
-    if foreign:
-        reasons.append(f"clips {_short(foreign)} are in relevant_clip_ids but in no relevant window")
-    return reasons
+    if missing := sorted(inside - set(ids)):
+        yield f"clips {_short(missing)} lie in the relevant windows but are not in relevant_clip_ids"
+    if foreign := sorted(set(ids) - touched):
+        yield f"clips {_short(foreign)} are in relevant_clip_ids but in no relevant window"
 
 
 def _short(value: object) -> str:

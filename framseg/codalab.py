@@ -10,7 +10,6 @@ unpacked to disk, and sizes are counted while reading.
 
 import argparse
 import json
-import os
 import stat
 import struct
 import sys
@@ -22,9 +21,9 @@ from pathlib import Path
 from framseg import FramsegError
 from framseg.annotations import LabelledRow, Row, clips, read
 from framseg.evaluate import evaluate
-from framseg.jsonl import shortlist
+from framseg.jsonl import parse_json, shortlist, whole_file
 from framseg.moments import LISTED
-from framseg.predictions import SALIENCY, WINDOWS, PredictionError, matched, parse_predictions, read_predictions
+from framseg.predictions import SALIENCY, WINDOWS, PredictionError, checked, matched, read_predictions
 
 VAL_NAME, TEST_NAME = "hl_val_submission.jsonl", "hl_test_submission.jsonl"
 VAL_ANNOTATIONS, TEST_ANNOTATIONS = "highlight_val_release.jsonl", "highlight_test_with_gt.jsonl"
@@ -46,21 +45,14 @@ def pack(val: str | Path, test: str | Path, out: str | Path) -> Path:
     Only the official fields go in. The same predictions always give the same bytes; the archive appears whole or
     not at all. Raises PredictionError for predictions that cannot be scored or lack windows or saliency scores.
     """
-    out = Path(out)
     files = {VAL_NAME: _official(val), TEST_NAME: _official(test)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with zipfile.ZipFile(unfinished, "w") as archive:
-            for name, content in files.items():
-                entry = zipfile.ZipInfo(name)  # always dated 1980, so that the bytes do not depend on the time
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-                archive.writestr(entry, content)
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return out
+    with whole_file(out) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(name)  # always dated 1980, so that the bytes do not depend on the time
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+            archive.writestr(entry, content)
+    return Path(out)
 
 
 def check(
@@ -69,21 +61,18 @@ def check(
     """Check an archive against the annotations in folder `annotations` and score both splits.
 
     Returns {"val": split, "test": split}, a split being {"file", "queries", "windows": how many in all, "metrics": as
-    `evaluate` gives them, or None for annotations without labels, "notes": list of what the protocol tolerates}.
-    Notes are written for a clip count that is off by one, windows that go beyond the video, and lists of more than
-    ten windows.
+    `evaluate` gives them, or None for annotations without labels, "notes": list of what the protocol tolerates: a clip
+    count off by one, windows beyond the video's end, more than ten windows}.
 
     Raises SubmissionError naming everything that is wrong with the archive (names, links, encryption, sizes, damage),
-    with the text (not UTF-8, not JSON), with a record (file, line, qid) or with the set of qids. Raises
-    AnnotationError for annotations that cannot be read.
+    the text, a record (file, line, qid) or the set of qids; AnnotationError for annotations that cannot be read.
     """
-    splits = {"val": (VAL_NAME, val), "test": (TEST_NAME, test)}
-    rows = {split: read(Path(annotations) / name) for split, (_, name) in splits.items()}
+    rows = {VAL_NAME: read(Path(annotations) / val), TEST_NAME: read(Path(annotations) / test)}
     contents = _contents(Path(submission))
     report, bad = {}, []
-    for split, (name, _) in splits.items():
+    for split, name in (("val", VAL_NAME), ("test", TEST_NAME)):
         try:
-            report[split] = _split_report(name, contents[name], rows[split])
+            report[split] = _split_report(name, contents[name], rows[name])
         except (PredictionError, SubmissionError) as error:
             bad.append(str(error) if name in str(error) else f"{name}: {error}")
     if bad:
@@ -161,11 +150,10 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
         raise SubmissionError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if len(lines) > 2 * len(rows) + 1:
         raise SubmissionError(f"{name}: has {len(lines)} lines for {len(rows)} queries")
-    long = [number for number, line in enumerate(lines, 1) if len(line) > LINE_BYTES]
-    if long:
+    if long := [number for number, line in enumerate(lines, 1) if len(line) > LINE_BYTES]:
         raise SubmissionError(f"{name}:{long[0]}: is longer than the {LINE_BYTES} bytes a query may have")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    predictions, rows = matched(parse_predictions(numbered, name), rows)
+    entries = ((number, *parse_json(line)) for number, line in enumerate(lines, 1) if line.strip())
+    predictions, rows = matched(checked(entries, f"{name}:"), rows)
     reasons, notes = [], []
     for record, row in zip(predictions, rows, strict=True):
         wrong, odd = _against_row(record, row)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from framseg import FramsegError
 
-Entry = tuple[int, dict | None, list[str]]  # a line's number, its record, and why it is none or cannot be used
+Entry = tuple[int | str, object, list[str]]  # a line's number, its decoded value, what is wrong with it so far
 
 
 class LinesError(FramsegError, ValueError):
@@ -64,58 +65,69 @@ def parse_json(text: str | bytes) -> tuple[object, list[str]]:
 
 
 def parse_object(text: str | bytes) -> tuple[dict | None, list[str]]:
-    """A line's JSON object and no reasons, or None and the reason why it has none."""
+    """A decoded JSON object and no reasons, or None and the reason why the text has none."""
     value, reasons = parse_json(text)
-    if isinstance(value, dict):
-        return value, []
-    return None, reasons or [f"expected a JSON object, found {type(value).__name__}"]
+    return (value, []) if isinstance(value, dict) else (None, reasons or _no_object(value))
+
+
+def parsed_lines(path: str | Path) -> Iterator[Entry]:
+    """The decoded lines of a file, for `checked_records`; raises LinesError if it is unreadable."""
+    return ((number, *parse_json(text)) for number, text in numbered_lines(path))
 
 
 def checked_records(
-    entries: Iterable[Entry], place: str, check: Callable[[dict], list[str]]
+    entries: Iterable[Entry], place: str, check: Callable[[dict], Iterable[str]]
 ) -> tuple[list[dict], list[str]]:
     """The good records of a file, and for every bad one a sentence with its place, its qid and every reason.
 
-    place: what stands in front of an entry's number in these sentences, as "rows.jsonl:". check: gives everything
-    that is wrong with a record; that a qid comes twice is noted here. A LinesError while reading ends the list.
+    place: what stands in front of an entry's number in the sentences, as "rows.jsonl:". check: gives everything that
+    is wrong with a record, except that its qid comes twice. A LinesError while reading becomes the last sentence, and
+    so does that there are no records.
     """
     records: list[dict] = []
     bad: list[str] = []
-    first: dict[int, int] = {}
+    first: dict[int, int | str] = {}
     try:
-        for number, record, reasons in entries:
-            qid = record.get("qid", "unknown") if record is not None else "unknown"
-            if record is not None and not reasons:
-                reasons = check(record)
+        for number, value, reasons in entries:
+            record = value if isinstance(value, dict) else {}
+            qid = record.get("qid", "unknown")
+            reasons = reasons or (list(check(record)) if isinstance(value, dict) else _no_object(value))
             if is_integer(qid) and first.setdefault(qid, number) != number:
-                reasons = [*reasons, f"the query is at {place}{first[qid]} already; keep one of them"]
+                reasons.append(f"the query is at {place}{first[qid]} already; keep one of them")
             if reasons:
                 bad.append(f"{place}{number}: qid {qid}: {'; '.join(reasons)}")
-            elif record is not None:
+            else:
                 records.append(record)
     except LinesError as error:
         bad.append(str(error))
-    return records, bad
+    return records, bad if bad or records else [f"{place.strip()} holds no records"]
 
 
 def write_lines(path: str | Path, records: Iterable[dict]) -> None:
-    """One JSON object per line, written to a second file and renamed, so that a cut-off run leaves no half file.
+    """One JSON object per line; raises LinesError with the qid of a record that JSON cannot hold (NaN, other types)."""
+    with whole_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        for record in records:
+            try:
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise LinesError(f"{path}: qid {record.get('qid')}: cannot be written: {error}") from None
 
-    Raises LinesError with the qid of a record that JSON cannot hold (NaN, a foreign type).
-    """
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path to write to; at the end that file takes the place of `path`, so that a cut-off run leaves no half file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for record in records:
-                try:
-                    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
-                except (TypeError, ValueError, RecursionError) as error:
-                    raise LinesError(f"{path}: qid {record.get('qid')}: cannot be written: {error}") from None
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _no_object(value: object) -> list[str]:
+    return [f"expected a JSON object, found {type(value).__name__}"]
 
 
 def _plain(value: object) -> object:

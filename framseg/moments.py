@@ -1,7 +1,6 @@
 """From a mask and its frame probabilities to moments (ranked windows) and highlights (clip saliency).
 
-Frame i of f stands for the seconds [i * t/f, (i+1) * t/f] of a video of t seconds. A run is a stretch of neighbouring
-frames, named by its first frame and the one after its last.
+Frame i of f stands for the seconds [i * t/f, (i+1) * t/f] of a video of t seconds; a run is a stretch of frames.
 """
 
 import math
@@ -17,7 +16,6 @@ from framseg.annotations import CLIP_SECONDS, USUAL_SECONDS, clips, frame_times
 Policy = Literal["mask", "thresholds", "ranked"]
 Rounding = Literal["floor", "nearest"]
 Method = Literal["overlap", "interpolation", "gaussian"]
-
 Mask = str | Sequence[int] | np.ndarray  # f characters or numbers 0 and 1
 
 LISTED = 10  # windows per query that count for the protocol's mAP
@@ -29,13 +27,12 @@ BEST_SALIENCY: Method = "gaussian"
 class Ranking(NamedTuple):
     """Weights of the policy `ranked`."""
 
-    runs: tuple[float, ...]  # weights of `run_features` in the probability of a run
-    start: tuple[float, float, float]  # weights of `edge_features`; they give the frames that a window's start moves
-    end: tuple[float, float, float]  # and its end
+    runs: tuple[float, ...]  # of `run_features`, in the probability of a run
+    start: tuple[float, float, float]  # of `edge_features`, in the number of frames that a window's start moves
+    end: tuple[float, float, float]
 
 
-# Fitted on the authors' 1,550 val predictions by tests/benchmarks/ranked_policy.py; its record has the scores on
-# videos that were left out of the fit.
+# Fitted on the authors' val predictions by tests/benchmarks/ranked_policy.py.
 RANKING = Ranking(
     runs=(0.293, -0.283, 1.155, 1.289, 0.672, 1.986),
     start=(0.676, -0.968, -0.736),
@@ -63,20 +60,18 @@ def windows(
     mask: the answer, f characters or numbers 0 and 1; an invalid mask (see `valid`) counts as all ones.
     probability: [f], of foreground, 0..1. duration: t in seconds.
 
-    Frames a to b give [floor(a * t/f), floor((b+1) * t/f)] and their mean probability as score; a run so short that
-    no time is left between its whole seconds keeps its exact ends. Policies:
+    Frames a to b give [floor(a * t/f), floor((b+1) * t/f)] and their mean probability as score; a run that would be
+    left without a whole second keeps its exact ends. Policies:
     `mask`: every run of ones in the mask (the paper's).
     `thresholds`: the authors' competition entry. Every run of frames with a probability of at least .25, .5 or .75,
     each pair of ends once, the first ten, filled up to ten with [0, t, 0]; the mask is not used.
-    `ranked`: the mask's best run first, its ends moved by the probabilities around them; then up to nine other runs,
-    each the run that adds most to the true windows that the list is expected to find (see `ranked`). Ends are
-    multiples of the dataset's 2-second clips, and the score is the share of true windows that the window adds.
+    `ranked`: the mask's best run with its ends moved, then up to nine other runs (see `ranked`). Ends are multiples of
+    the dataset's 2-second clips, and the score is the share of true windows that the window adds.
 
     rounding: the paper's formula and the authors' masks of epoch 11 have `floor`; the windows of their final
-    predictions are rounded to the `nearest` second, which differs in 19 of 1,561 windows. `ranked` uses neither.
+    predictions are rounded to the `nearest` second, which differs in 19 of 1,561. `ranked` uses neither.
 
-    Raises ValueError for probabilities of another shape or out of range, a duration <= 0, an unknown policy or
-    rounding.
+    Raises ValueError for probabilities of another shape or out of 0..1, a duration <= 0, an unknown name.
     """
     probability, frames = _checked(probability, duration), len(probability)
     _known("windows policy", policy, Policy)
@@ -110,7 +105,8 @@ def run_features(mask: Mask, probability: np.ndarray, duration: float = USUAL_SE
     of v over the run; its length; the steps of v at its two ends; how many ends are the video's; how many it shares
     with the mask's runs; its soft IoU with the probabilities.
     """
-    first, after, length, ends = _geometry(len(probability))
+    first, after = run_edges(len(probability))
+    length = after - first
     root, opposite = np.sqrt(probability), np.sqrt(1 - probability)
     belief = (root - opposite) / (root + opposite)  # tanh(logit / 4), finite at 0 and 1
     # The first and last frame are repeated, so that v has no step at the video's ends.
@@ -125,7 +121,7 @@ def run_features(mask: Mask, probability: np.ndarray, duration: float = USUAL_SE
             (total[after] - total[first]) * scale,
             length * scale,
             sides[first + 1] - sides[first] + sides[after] - sides[after + 1],
-            ends,
+            (first == 0) + (after == len(probability)) * 1.0,
             starts[first] + stops[after],
             within / (length + mass[-1] - within),
         ),
@@ -133,22 +129,17 @@ def run_features(mask: Mask, probability: np.ndarray, duration: float = USUAL_SE
     )
 
 
+@lru_cache(maxsize=8)
 def run_edges(frames: int) -> tuple[np.ndarray, np.ndarray]:
     """First frame and the one after the last of every run of frames, int64 [frames * (frames + 1) / 2] each."""
-    first, after, *_ = _geometry(frames)
-    return first, after
+    first, last = np.triu_indices(frames)
+    return first, last + 1
 
 
 def run_probability(
-    mask: Mask,
-    probability: np.ndarray,
-    duration: float = USUAL_SECONDS,
-    ranking: Ranking = RANKING,
+    mask: Mask, probability: np.ndarray, duration: float = USUAL_SECONDS, ranking: Ranking = RANKING
 ) -> np.ndarray:
-    """Probability that each run of frames is a true window, float64 [f * (f + 1) / 2], sum 1.
-
-    A softmax over all runs, linear in `run_features`.
-    """
+    """Probability of each run to be a true window, float64 [f * (f + 1) / 2]: a softmax, linear in `run_features`."""
     score = run_features(mask, probability, duration) @ np.array(ranking.runs)
     likely = np.exp(score - score.max())
     return likely / likely.sum()
@@ -166,12 +157,9 @@ def edge_features(probability: np.ndarray, first: int, after: int) -> np.ndarray
 
 
 def moved(run: tuple[int, int], probability: np.ndarray, ranking: Ranking = RANKING) -> tuple[float, float]:
-    """The run's start and end in frames, moved by the weighted `edge_features`.
-
-    Each moves inward by at most a quarter of the run, so that at least half of a short run is left.
-    """
+    """The run's start and end in frames, moved by the weighted `edge_features`."""
     (first, after), features = run, edge_features(probability, *run)
-    quarter = (after - first) / 4
+    quarter = (after - first) / 4  # an end moves inward by this much at most, so that half of a short run is left
     start = first + min(float(features[0] @ ranking.start), quarter)
     end = after + max(float(features[1] @ ranking.end), -quarter)
     return max(start, 0.0), min(end, float(len(probability)))
@@ -180,10 +168,9 @@ def moved(run: tuple[int, int], probability: np.ndarray, ranking: Ranking = RANK
 def ranked(best: tuple[float, float], likely: np.ndarray, duration: float) -> list[list[float]]:
     """Up to ten windows [[start, end, score], ...], `best` first, that together find most true windows.
 
-    best: (start, end) in frames. likely: float64 [f * (f + 1) / 2], of every run (`run_probability`). How far a list
-    finds a true window is the share of the IoU thresholds .5 to .95 that its best window reaches, taken as linear in
-    the IoU. Each further window is the run that adds most to the expected share, so near-duplicates stay out and the
-    scores fall.
+    best: (start, end) in frames. likely: float64 [f * (f + 1) / 2], from `run_probability`. A list finds a true window
+    by the share of the IoU thresholds .5 to .95 that its best window reaches, taken as linear in the IoU. Each further
+    window is the run that adds most to the expected share, so near-duplicates stay out and the scores fall.
     """
     frames = (math.isqrt(8 * len(likely) + 1) - 1) // 2
     top = np.argsort(-likely, kind="stable")[:LIKELY]
@@ -217,15 +204,12 @@ def iou(windows: ArrayLike, others: ArrayLike) -> np.ndarray:
 def saliency(probability: Sequence[float] | np.ndarray, duration: float, method: Method = "overlap") -> np.ndarray:
     """Saliency of the video's 2-second clips, float64 [int(duration / 2)], 0..1.
 
-    probability: [f], of foreground. Methods:
-    `overlap`: mean of the frames' probabilities weighted by the seconds each shares with the clip (the authors' code,
-    which gave the paper's Table I).
-    `interpolation`: linear between the frames' times, read at the clip's middle, constant before the first frame and
-    after the last (the paper's text).
-    `gaussian`: mean of the frames' probabilities weighted by a normal density of the distance between frame and
-    clip's middle, 0.8 frames wide (kernel regression).
+    probability: [f], of foreground. `overlap`: mean of the frames' probabilities weighted by the seconds each shares
+    with the clip (the authors' code, used for the paper's Table I). `interpolation`: linear between the frames' times,
+    read at the clip's middle, constant at the ends (the paper's text). `gaussian`: mean of the frames' probabilities
+    weighted by a normal density, 0.8 frames wide, of the distance from frame to clip's middle.
 
-    Raises ValueError for probabilities of another shape or out of range, a duration <= 0, an unknown method.
+    Raises ValueError for probabilities of another shape or out of 0..1, a duration <= 0, an unknown method.
     """
     probability, count = _checked(probability, duration), clips(duration)
     _known("saliency method", method, Method)
@@ -241,10 +225,7 @@ def saliency(probability: Sequence[float] | np.ndarray, duration: float, method:
 
 
 def gaussian(values: np.ndarray, duration: float, width: float = KERNEL) -> np.ndarray:
-    """Kernel regression of the frames' values [f] at the clips' middles, float64 [int(duration / 2)].
-
-    width: of the normal density, in frames.
-    """
+    """Kernel regression, `width` frames wide, of values [f] at the clips' middles, float64 [int(duration / 2)]."""
     middles = (np.arange(clips(duration)) + 0.5) * CLIP_SECONDS
     distance = (frame_times(duration, len(values)) - middles[:, None]) * len(values) / duration
     power = (distance / width) ** 2 / 2
@@ -281,19 +262,9 @@ def _mask_runs(mask: Mask, frames: int) -> list[tuple[int, int]]:
 
 def _on_clips(frame_windows: np.ndarray, duration: float, frames: int) -> np.ndarray:
     """Windows [n, 2] from frames to seconds at the nearest edges of clips; the exact seconds if they coincide."""
-    exact = frame_windows * duration / frames
-    rounded = np.floor(exact / CLIP_SECONDS + 0.5) * CLIP_SECONDS
-    rounded[:, 1] = np.minimum(rounded[:, 1], duration)
-    exact[:, 1] = np.minimum(exact[:, 1], duration)
+    exact = np.minimum(frame_windows * duration / frames, duration)
+    rounded = np.minimum(np.floor(exact / CLIP_SECONDS + 0.5) * CLIP_SECONDS, duration)
     return np.where(rounded[:, :1] < rounded[:, 1:], rounded, exact)
-
-
-@lru_cache(maxsize=8)
-def _geometry(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of every run: the first frame, the one after the last, the number of frames, how many ends are the video's."""
-    first, after = np.triu_indices(frames)
-    after = after + 1
-    return first, after, after - first, (first == 0) + (after == frames) * 1.0
 
 
 def _runs(ones: np.ndarray) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from framseg import FramsegError, config, jsonl, moments
 from framseg.annotations import LONGEST, Row
-from framseg.jsonl import Entry, LinesError, is_integer, is_number, numbered_lines, parse_json, parse_object, shortlist
+from framseg.jsonl import Entry, LinesError, is_integer, is_number, numbered_lines, parse_json, shortlist
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 NUMBERS = (float, int, np.floating, np.integer)
@@ -30,14 +30,18 @@ class PredictionError(FramsegError, ValueError):
 
 def read_predictions(path: str | Path) -> list[dict]:
     """Read and check a prediction file; raises PredictionError with file, line and qid of the bad records."""
-    return parse_predictions(numbered_lines(path), str(path))
+    return checked(jsonl.parsed_lines(path), f"{path}:")
 
 
-def parse_predictions(lines: Iterable[tuple[int, str]], name: str) -> list[dict]:
-    """Check numbered lines of JSON as `read_predictions` does; `name` stands for the file in the messages."""
-    records = _checked(((number, *parse_object(text)) for number, text in lines), f"{name}:")
-    if not records:
-        raise PredictionError(f"{name}: holds no predictions; expected one JSON object per line")
+def checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], Iterable[str]] | None = None) -> list[dict]:
+    """The records of numbered entries; raises PredictionError with the bad ones, or if there are no records.
+
+    place: what stands in front of a number in the messages, as "predictions.jsonl:". reasons: gives everything that
+    is wrong with a record, by default what keeps `framseg.evaluate` from using it.
+    """
+    records, bad = jsonl.checked_records(entries, place, reasons or _reasons)
+    if bad:
+        raise PredictionError(shortlist(bad, "\n"))
     return records
 
 
@@ -46,15 +50,12 @@ def reference(folder: str | Path, split: str) -> Path:
 
     Raises PredictionError if the folder has neither the CSV nor the authors' JSON.
     """
-    places = [
-        Path(folder, f"golden/released_{split}_scores.csv"),
-        Path(folder, f"released/hl_{split}_predictions.json"),
-    ]
-    for place in places:
-        if place.is_file():
-            return place
-    get = f"framseg download --reference {folder}"
-    raise PredictionError(f"neither {places[0]} nor {places[1]} exists; `{get}` fetches the latter")
+    folder = Path(folder)
+    table, original = folder / f"golden/released_{split}_scores.csv", folder / f"released/hl_{split}_predictions.json"
+    if not table.is_file() and not original.is_file():
+        get = f"framseg download --reference {folder}"
+        raise PredictionError(f"neither {table} nor {original} exists; `{get}` fetches the latter")
+    return table if table.is_file() else original
 
 
 def read_released(path: str | Path) -> list[dict]:
@@ -67,12 +68,8 @@ def read_released(path: str | Path) -> list[dict]:
     as the authors submitted them. Records from the JSON also have mask and valid. Raises PredictionError with the
     file, line (or row of the list) and qid of the bad records.
     """
-    if Path(path).suffix == ".json":
-        records = _checked(_json_rows(path), f"{path}: row ", _released_reasons)
-    else:
-        records = _checked(_csv_rows(path), f"{path}:", _released_reasons)
-    if not records:
-        raise PredictionError(f"{path}: holds no predictions")
+    rows = _json_rows(path) if Path(path).suffix == ".json" else _csv_rows(path)
+    records = checked(rows, f"{path}:", _released_reasons)
     for record in records:
         duration, probability = record["duration"], record["probability"]
         record[WINDOWS] = moments.filled(sorted(record[WINDOWS], key=lambda window: -window[2]), duration)
@@ -84,22 +81,10 @@ def read_released(path: str | Path) -> list[dict]:
 
 def write_predictions(path: str | Path, predictions: Iterable[dict]) -> None:
     """Check and write predictions, one JSON object per line; the file appears whole or not at all."""
-    predictions = check(predictions)
     try:
-        jsonl.write_lines(path, predictions)
+        jsonl.write_lines(path, _valid(predictions))
     except LinesError as error:
         raise PredictionError(str(error)) from None
-
-
-def check(predictions: Iterable[dict]) -> list[dict]:
-    """The predictions as a list; raises PredictionError with the place in the list and qid of the bad records."""
-    entries: Iterator[Entry] = (
-        (place, record, [])
-        if isinstance(record, dict)
-        else (place, None, [f"expected a dict, not {type(record).__name__}"])
-        for place, record in enumerate(predictions, 1)
-    )
-    return _checked(entries, "prediction ")
 
 
 def matched(
@@ -109,7 +94,7 @@ def matched(
 
     Raises PredictionError as `evaluate.evaluate` does.
     """
-    by_qid = {record["qid"]: record for record in check(predictions)}
+    by_qid = {record["qid"]: record for record in _valid(predictions)}
     times = Counter(row.qid for row in rows)
     problems = {"annotated twice": [qid for qid in times if times[qid] > 1]}
     if not intersection:
@@ -158,18 +143,17 @@ def _counted(mask: str, frames: int) -> tuple[bool, str]:
 
 
 def _json_rows(path: str | Path) -> Iterator[Entry]:
-    """The objects of the authors' JSON under the names of our records."""
+    """The objects of the authors' JSON with the names of our fields."""
     listed, reasons = parse_json("".join(text for _, text in numbered_lines(path)))
     if reasons or not isinstance(listed, list):
         raise LinesError(f"{path}: {'; '.join(reasons) or 'expected a JSON list of predictions'}")
+    names = {"qid": "qid", "duration": "duration", WINDOWS: WINDOWS, "score": "probability", "preds": "mask"}
     for number, row in enumerate(listed, 1):
-        if not isinstance(row, dict):
-            yield number, None, [f"expected a JSON object, found {type(row).__name__}"]
-            continue
-        lacking = [name for name in ("duration", "score", "preds", WINDOWS) if row.get(name) is None]
-        record = {"qid": row.get("qid"), "duration": row.get("duration"), WINDOWS: row.get(WINDOWS)}
-        record |= {"probability": row.get("score"), "mask": row.get("preds")}
-        yield number, record, [f"lacks {', '.join(lacking)}"] if lacking else []
+        reasons = []
+        if isinstance(row, dict):
+            reasons = [f"lacks {name}" for name in names if row.get(name) is None]
+            row = {ours: row.get(name) for name, ours in names.items()}
+        yield f"row {number}", row, reasons
 
 
 def _csv_rows(path: str | Path) -> Iterator[Entry]:
@@ -197,41 +181,36 @@ def _csv_rows(path: str | Path) -> Iterator[Entry]:
                 yield number, cells, [str(error)]
 
 
-def _released_reasons(record: dict) -> list[str]:
+def _released_reasons(record: dict) -> Iterator[str]:
     duration, mask = record["duration"], record.get("mask", "")
-    reasons = _reasons(record)
+    yield from _reasons(record)
     if not is_number(duration) or not 0 < duration <= LONGEST:
-        reasons.append(f"duration must be seconds above 0 and at most {LONGEST}, not {str(duration)[:60]}")
+        yield f"duration must be seconds above 0 and at most {LONGEST}, not {str(duration)[:60]}"
     if not isinstance(mask, str):
-        reasons.append(f"preds must be text, not {str(mask)[:60]}")
-    return reasons
+        yield f"preds must be text, not {str(mask)[:60]}"
 
 
-def _checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], list[str]] | None = None) -> list[dict]:
-    records, bad = jsonl.checked_records(entries, place, reasons or _reasons)
-    if bad:
-        raise PredictionError(shortlist(bad, "\n"))
-    return records
+def _valid(predictions: Iterable[dict]) -> list[dict]:
+    entries: Iterator[Entry] = ((number, record, []) for number, record in enumerate(predictions, 1))
+    return checked(entries, "prediction ")
 
 
-def _reasons(record: dict) -> list[str]:
-    """Everything that is wrong with a record; empty if nothing is."""
-    reasons = []
+def _reasons(record: dict) -> Iterator[str]:
+    """Everything that is wrong with a record."""
     if not is_integer(record.get("qid")):
-        reasons.append(f"qid must be an integer, not {record.get('qid')!r}")
+        yield f"qid must be an integer, not {record.get('qid')!r}"
     if WINDOWS not in record and SALIENCY not in record:
-        reasons.append(f"has neither {WINDOWS} nor {SALIENCY}")
+        yield f"has neither {WINDOWS} nor {SALIENCY}"
     if WINDOWS in record:
         listed = record[WINDOWS]
         if not isinstance(listed, list | tuple) or not listed:
-            reasons.append(f"{WINDOWS} must be a list of [start, end, score]")
+            yield f"{WINDOWS} must be a list of [start, end, score]"
         else:
-            reasons += [f"window {i} {reason}" for i, window in enumerate(listed, 1) if (reason := _window(window))]
+            yield from (f"window {i} {reason}" for i, window in enumerate(listed, 1) if (reason := _window(window)))
     if SALIENCY in record:
-        reasons += _list_reasons(SALIENCY, record[SALIENCY], "clip", "finite number")
+        yield from _list_reasons(SALIENCY, record[SALIENCY], "clip", "finite number")
     if record.get("probability") is not None:
-        reasons += _list_reasons("probability", record["probability"], "frame", "number in 0..1", 0, 1)
-    return reasons
+        yield from _list_reasons("probability", record["probability"], "frame", "number in 0..1", 0, 1)
 
 
 def _window(window: object) -> str | None:
@@ -243,11 +222,11 @@ def _window(window: object) -> str | None:
     return f"ends before it starts: {list(window)}" if window[1] < window[0] else None
 
 
-def _list_reasons(name: str, values: object, item: str, kind: str, *bounds: float) -> list[str]:
+def _list_reasons(name: str, values: object, item: str, kind: str, *bounds: float) -> Iterator[str]:
     if not isinstance(values, list | tuple | np.ndarray) or not len(values):
-        return [f"{name} must be a list of numbers, one for each {item}"]
-    place = _odd(values, *bounds)
-    return [] if place is None else [f"{name}: {item} {place} has {str(values[place])[:60]!r}, not a {kind}"]
+        yield f"{name} must be a list of numbers, one for each {item}"
+    elif (place := _odd(values, *bounds)) is not None:
+        yield f"{name}: {item} {place} has {str(values[place])[:60]!r}, not a {kind}"
 
 
 def _odd(values: Sequence | np.ndarray, least: float = -float_info.max, most: float = float_info.max) -> int | None:

@@ -88,7 +88,7 @@ def test_a_written_file_holds_the_same_json(shared, tmp_path):
         ({"saliency_scores": [[0, 2, 4], [3, 3, 3]]}, "2 saliency scores for 3 relevant clips"),
         ({"saliency_scores": [[0, 2, 5], [3, 3, 3], [4, 4, 4]]}, "saliency scores [0, 2, 5] are not 3 integers 0..4"),
         ({"saliency_scores": [[0, 2], [3, 3, 3], [4, 4, 4]]}, "saliency scores [0, 2] are not 3 integers 0..4"),
-        ({"saliency_scores": None}, "saliency_scores missing beside relevant_clip_ids, relevant_windows"),
+        ({"saliency_scores": None}, "saliency_scores missing, although relevant_clip_ids, relevant_windows are given"),
     ],
 )
 def test_a_bad_row_says_what_is_wrong(change, reason):
@@ -113,12 +113,12 @@ def test_every_bad_row_of_a_file_is_listed_with_line_and_qid(tmp_path):
     path.write_text("\n".join(lines))
     with pytest.raises(AnnotationError) as error:
         annotations.read(path)
-    said = str(error.value).splitlines()
-    assert [line.split(": ")[0] for line in said] == [f"{path}:{n}" for n in (3, 4, 5, 6, 7, 8)]
-    assert "qid 8" in said[0] and "duration" in said[0] and "vid" in said[0]
-    assert "not JSON" in said[1] and "expected a JSON object, found list" in said[2]
-    assert "qid 10: duration, vid missing" in said[3]
-    assert "qid 7 is on line 1 already" in said[4]
+    told = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in told] == [f"{path}:{n}" for n in (3, 4, 5, 6, 7, 8)]
+    assert "qid 8" in told[0] and "duration" in told[0] and "vid" in told[0]
+    assert "not JSON" in told[1] and "expected a JSON object, found list" in told[2]
+    assert "qid 10: duration, vid missing" in told[3]
+    assert f"qid 7: the query is at {path}:1 already" in told[4]
 
     path.write_text(lines[0] + "\n")
     assert annotations.read(path) == [ROW]
@@ -126,7 +126,7 @@ def test_every_bad_row_of_a_file_is_listed_with_line_and_qid(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "holds no rows"), (b"\xff\xfe{", "is not UTF-8 text"), (None, "cannot be read: No such file")],
+    [(b"", "holds no records"), (b"\xff\xfe{", "is not UTF-8 text"), (None, "cannot be read: No such file")],
 )
 def test_an_unreadable_file_is_named(tmp_path, content, reason):
     path = tmp_path / "rows.jsonl"
@@ -182,9 +182,22 @@ def test_a_frame_at_a_windows_end_is_in_it():
 def test_rows_without_labels_give_no_targets():
     row = Row(3, "q", 10, "v")
     assert not isinstance(row, annotations.LabelledRow)
-    for function in (annotations.frame_labels, annotations.soft_targets):
-        with pytest.raises(AnnotationError, match="qid 3: has no labels"):
-            function(row, 5)
+    with pytest.raises(AnnotationError, match=r"1 rows have no labels \(qid 3\)"):
+        annotations.frame_labels(row, 5)
+    with pytest.raises(AnnotationError, match=r"1 rows have no labels \(qid 3\)"):
+        annotations.soft_targets(row, 5)
+    assert annotations.labelled([ROW, ROW]) == [ROW, ROW]
+    with pytest.raises(AnnotationError, match=r"25 rows have no labels \(qid 0, 1, .* 19, and 5 more\); take a split"):
+        annotations.labelled([ROW, *(replace(row, qid=qid) for qid in range(25))])
+
+
+def test_clip_saliency_counts_a_shorter_last_clip():
+    row = LabelledRow(1, "a cat", 9, "v", ((6, 9),), (3, 4), ((1, 2, 3), (4, 4, 4)))
+    assert annotations.clip_saliency(row).tolist() == [0, 0, 0, 0.5, 1]
+    assert annotations.clip_saliency(replace(row, saliency_scores=((4, 2, 1), (0, 0, 1)))).tolist()[3:] == [
+        7 / 12,
+        1 / 12,
+    ]
 
 
 def test_class_balance_needs_both_classes():
@@ -196,8 +209,9 @@ def test_class_balance_needs_both_classes():
 
 
 def test_annotators_are_compared_in_pairs_and_with_chance():
-    found = annotations.annotator_distance([replace(ROW, relevant_clip_ids=(1,), saliency_scores=((4, 4, 2),))])
-    np.testing.assert_allclose(found.measured, [1 / 3, 0, 2 / 3, 0, 0])
-    np.testing.assert_allclose(found.chance, [5 / 9, 0, 4 / 9, 0, 0])
+    row = replace(ROW, relevant_clip_ids=(1,), saliency_scores=((4, 4, 2),))
+    distance = annotations.annotator_distance([Row(1, "no labels", 10, "video_0"), row])
+    np.testing.assert_allclose(distance.measured, [1 / 3, 0, 2 / 3, 0, 0])
+    np.testing.assert_allclose(distance.chance, [5 / 9, 0, 4 / 9, 0, 0])
     with pytest.raises(AnnotationError, match="no row has a relevant clip"):
         annotations.annotator_distance([Row(1, "no labels", 10, "video_0")])

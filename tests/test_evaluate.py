@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framseg import annotations, evaluate
-from framseg.annotations import AnnotationError, LabelledRow, Row
-from framseg.predictions import PredictionError, read_predictions, read_released, write_predictions
+from framseg.annotations import LabelledRow
+from framseg.predictions import PredictionError, read_predictions, write_predictions
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 REPOSITORY = Path(__file__).parent.parent
@@ -208,83 +208,6 @@ def test_predictions_of_one_kind_give_the_metrics_of_that_kind():
         evaluate.evaluate([_prediction(1), {"qid": 2, WINDOWS: [[0, 1, 1]]}], rows)
 
 
-def test_qids_must_match_and_are_named():
-    rows = [_row(1), _row(2), _row(3)]
-    with pytest.raises(PredictionError) as error:
-        evaluate.evaluate([_prediction(1), _prediction(9)], rows)
-    assert "without a prediction: 2 (qid 2, 3)" in str(error.value)
-    assert "predicted but not annotated: 1 (qid 9)" in str(error.value)
-    alone = evaluate.evaluate([_prediction(1)], rows[:1])
-    assert evaluate.evaluate([_prediction(1), _prediction(9)], rows, intersection=True) == alone
-    assert len(evaluate.per_query([_prediction(1), _prediction(9)], rows, intersection=True)) == 1
-    for switch in (False, True):
-        with pytest.raises(PredictionError, match=r"predicted twice: 1 \(qid 1\)"):
-            evaluate.evaluate([_prediction(1), _prediction(1)], rows, intersection=switch)
-        with pytest.raises(PredictionError, match=r"annotated twice: 1 \(qid 3\)"):
-            evaluate.evaluate([_prediction(q) for q in (1, 2, 3)], [*rows, rows[2]], intersection=switch)
-    with pytest.raises(PredictionError, match="no query is both predicted and annotated"):
-        evaluate.evaluate([_prediction(9)], rows, intersection=True)
-    with pytest.raises(AnnotationError, match=r"1 rows have no labels to score against \(qid 4\)"):
-        evaluate.evaluate([_prediction(4)], [Row(4, "q", 10, "v")])
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"qid": "1"}, "qid must be an integer, not '1'"),
-        ({WINDOWS: []}, "pred_relevant_windows must be a list of [start, end, score]"),
-        ({WINDOWS: [[1, 2, 0.5], [1, 2]]}, "window 2 is not [start, end, score]: [1, 2]"),
-        ({WINDOWS: [[1, 2, float("nan")]]}, "window 1 is not three finite numbers: [1, 2, nan]"),
-        ({WINDOWS: [[1, "2", 0.5]]}, "window 1 is not three finite numbers: [1, '2', 0.5]"),
-        ({WINDOWS: [[3, 2, 0.5]]}, "window 1 ends before it starts"),
-        ({SALIENCY: []}, "pred_saliency_scores must be a list of numbers"),
-        ({SALIENCY: [0.1, float("inf")]}, "pred_saliency_scores: clip 1 has 'inf', not a finite number"),
-        ({SALIENCY: [[0.1], 0.2]}, "pred_saliency_scores: clip 0 has '[0.1]', not a finite number"),
-        ({SALIENCY: [0.1, True]}, "clip 1 has 'True', not a finite number"),
-        ({SALIENCY: [0.1, 10**400]}, "not a finite number"),
-    ],
-)
-def test_a_malformed_record_is_named_by_file_line_and_qid(tmp_path, change, reason):
-    path = tmp_path / "predictions.jsonl"
-    bad = _prediction(2) | change
-    path.write_text(f"{json.dumps(_prediction(1))}\n\n{json.dumps(bad)}\n")
-    with pytest.raises(PredictionError) as error:
-        read_predictions(path)
-    assert str(error.value).startswith(f"{path}:3: qid {bad['qid']}: ") and reason in str(error.value)
-    with pytest.raises(PredictionError) as error:
-        evaluate.evaluate([_prediction(1), bad], [_row(1), _row(2)])
-    assert str(error.value).startswith(f"prediction 2: qid {bad['qid']}: ") and reason in str(error.value)
-    with pytest.raises(PredictionError):
-        write_predictions(tmp_path / "new.jsonl", [bad])
-    assert not (tmp_path / "new.jsonl").exists()
-
-
-def test_reading_lists_every_bad_line(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    path.write_text(
-        "\n".join(["{", "3", json.dumps({"qid": 4}), json.dumps(_prediction(1)), json.dumps(_prediction(1))])
-    )
-    with pytest.raises(PredictionError) as error:
-        read_predictions(path)
-    said = str(error.value).splitlines()
-    assert [line.split(": ")[0] for line in said] == [f"{path}:{n}" for n in (1, 2, 3, 5)]
-    assert "has neither pred_relevant_windows nor pred_saliency_scores" in said[2] and "on line 4 already" in said[3]
-    path.write_text("\n")
-    with pytest.raises(PredictionError, match="holds no predictions"):
-        read_predictions(path)
-
-
-def test_predictions_survive_writing_and_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "new folder" / "predictions.jsonl"
-    record = _prediction(1) | {"query": "ein Hügel", "mask": "01", "probability": np.array([0.25, 0.5])}
-    write_predictions(path, [record | {SALIENCY: np.array([0.5, 0.1])}])
-    read = read_predictions(path)
-    assert read == [record | {SALIENCY: [0.5, 0.1], "probability": [0.25, 0.5]}]
-    with pytest.raises(PredictionError, match="qid 1: cannot be written"):
-        write_predictions(path, [record | {"mask": float("nan")}])
-    assert read_predictions(path) == read and len(list(path.parent.iterdir())) == 1
-
-
 @pytest.fixture(scope="module")
 def splits():
     random = np.random.default_rng(0)
@@ -371,39 +294,3 @@ def test_a_shuffled_model_scores_no_better_than_chance(golden):
     predictions, rows, metrics = golden
     moved = evaluate.evaluate(evaluate.shuffled(predictions, rows, seed=0), rows)["brief"]
     assert moved["MR-full-R1@0.7"] < 8 < metrics["brief"]["MR-full-R1@0.7"]
-
-
-def test_the_papers_released_predictions(shared):
-    released = read_released(shared / "golden/released_val_scores.csv")
-    assert len(released) == 1550 and {len(one["probability"]) for one in released} == {25}
-    first = released[0]
-    assert (first["qid"], first["pred_relevant_windows"][:2]) == (2579, [[90, 150, 0.91199], [0, 150, 0]])
-    rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
-    reported = json.loads((shared / "golden/reported_scores.json").read_text())["val_released_scores_mask_policy"]
-    found = evaluate.evaluate(released, rows)["brief"]
-    assert found | {key: value for key, value in reported.items() if key != "what"} == found
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("qid,windows\n1,0/2/1\n", r"s.csv:1: lacks the columns duration, p0"),
-        ("qid,duration,windows,p0\n7,150,0/9,0.5\n", r"s.csv:2: qid 7: window 1 is not \[start, end, score\]"),
-        ("qid,duration,windows,p0\n7,150,0/9/1\n", r"s.csv:2: qid 7: has 3 fields, and the first line names 4"),
-        ("qid,duration,windows,p0\n7,long,0/9/1,0.5\n", r"s.csv:2: qid 7: could not convert .*'long'"),
-        ("qid,duration,windows,p0\n7,150,0/9/1,1.5\n", r"s.csv:2: qid 7: probability of frame 0 is 1.5"),
-        ("qid,duration,windows,p0\n7,150,0/9/1,1\n7,150,0/9/1,1\n", r"s.csv:3: qid 7: the query is on line 2 already"),
-        ("qid,duration,windows,p0\n7,inf,0/9/1,1\n", r"s.csv:2: qid 7: duration must be seconds above 0"),
-        (
-            "qid,duration,windows,p0\n7,1e15,0/9/1,1\n",
-            r"s.csv:2: qid 7: duration must be .* at most 100000, not 1000000000000000",
-        ),
-        ("qid,duration,windows,p0,\n7,150,0/9/1,nan,\n", r"s.csv:2: qid 7: probability of frame 0 is nan"),
-        ("qid,duration,windows,p0\n7,150," + "9" * 200_000 + ",1\n", r"s.csv:2: not a line of CSV"),
-        ("qid,duration,windows,p0\n", r"s.csv: holds no predictions"),
-    ],
-)
-def test_a_bad_released_row_says_what_is_wrong(tmp_path, text, message):
-    (tmp_path / "s.csv").write_text(text)
-    with pytest.raises(PredictionError, match=message):
-        read_released(tmp_path / "s.csv")
