@@ -12,27 +12,29 @@ usage() {
   cat <<'USAGE'
 usage: ./run_all.sh [demo|paper|test|PROFILE] [options]
 
-  demo      the whole method on a small synthetic video set, no GPU needed (the default)
-  paper     the published setting; needs GPUs, the weights and the videos, and says so if they are missing
-  test      the tests that take 15 minutes; test --all: the long ones, too, an hour at most.
-            Options go to pytest, e.g. ./run_all.sh test -k losses
+  demo      the whole method on a small synthetic video set, without a GPU (the default)
+  paper     the published setting; needs GPUs, the weights and the videos, and lists what is missing
+  test      the tests without the long ones, at most 15 minutes on two cores; test --all: all tests, at most 60 minutes.
+            Other options go to pytest, e.g. ./run_all.sh test -k losses
   PROFILE   a profile of framseg/profiles, or the path of a YAML file
 
 options of a profile:
   --profile PROFILE another way to name the profile
   --set KEY=VALUE   change one key of the profile, e.g. --set training.epochs=2 (repeatable)
-  --only 04         run that notebook alone, on what the run folder holds already
-  --from 04         run that notebook and those after it
+  --only 04         run this notebook alone, on what the run folder holds already
+  --from 04         run this notebook and all after it
   --force           run every notebook again
   --run-dir DIR     write there instead of runs/<profile>
 
-A notebook that ended well is skipped while its cells, the code, the profile, the data and the earlier notebooks' work
-stay the same; --only, --from and --force run it all the same. A finished training is never done again: to train anew
-give another --run-dir, or remove runs/<profile>/train. All executed notebooks are in runs/<profile>/report.html.
+A finished notebook is skipped if nothing that it was made from has changed since: its cells, the code, the profile, the
+data, the model's files, the notebooks before it. --only, --from and --force run it in any case. A finished training is
+not repeated: to train anew, give another --run-dir or remove runs/<profile>/train. All executed notebooks are on one
+page, runs/<profile>/report.html.
 
-The active environment is used if it has the dependencies of environment.yml (torch >= 2.11, transformers >= 5.17);
-otherwise they are installed once with pip into .venv. Without an NVIDIA GPU, torch's CPU wheels are a much smaller
-download: have pip configured for them (pip config, PIP_FIND_LINKS) as PyTorch's installation page says.
+The active Python is used if it has the packages of environment.yml (torch >= 2.11, transformers >= 5.17, others in any
+version). Otherwise they are installed with pip into .venv, once, and the command .venv/bin/framseg with them. Without
+an NVIDIA GPU, torch's CPU wheels are a much smaller download: configure pip for them (pip config, PIP_FIND_LINKS) as
+PyTorch's installation page says.
 USAGE
 }
 
@@ -41,11 +43,11 @@ fail() {
   exit 1
 }
 
-requirements() { # the pip part of environment.yml, one requirement a line
+requirements() { # the pip part of environment.yml, one requirement per line
   awk '/^ *- pip:/ { pip = 1; next } pip && sub(/^ *- /, "") { sub(/ +#.*/, ""); print }' "$ROOT/environment.yml"
 }
 
-lacks() { # what python $1 lacks of framseg's dependencies, in words; nothing if it can be used
+lacks() { # what Python $1 lacks of framseg's dependencies, in words; nothing if it can be used
   requirements | "$1" -c '
 import re, sys
 lines = sys.stdin.read().splitlines()
@@ -74,7 +76,7 @@ compiler() { # DeepSpeed and torch.compile build their operations with it
   fail "no C++ compiler found (c++, g++ or clang++): install one, e.g. 'sudo apt install g++', or name it in CXX"
 }
 
-new_enough_python() { # names alone do not say that a Python runs: version managers leave dead ones on the path
+new_enough_python() { # each is tried: version managers leave names on the path that start no Python
   local name
   for name in python3.11 python3.12 python3.13 python3 python; do
     if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -85,7 +87,7 @@ new_enough_python() { # names alone do not say that a Python runs: version manag
   return 1
 }
 
-stamp() { # a moved folder or changed pins make another one
+stamp() { # what .venv was made for; it is made anew after the folder has moved or pins have changed
   printf '%s\n' "$ROOT"
   cat "$ROOT/environment.yml"
 }
@@ -102,7 +104,7 @@ install() {
   echo "Installing the dependencies into $VENV, once (log: $LOG)"
   rm -rf "$VENV"
   mkdir "$VENV"
-  echo installing >"$STAMP" # what an interrupted installation leaves
+  echo installing >"$STAMP" # an interrupted installation leaves this, and is repeated
   if ! { "$base" -m venv "$VENV" &&
     requirements >"$VENV/requirements.txt" &&
     (cd "$ROOT" && "$VENV/bin/python" -m pip install --disable-pip-version-check -r "$VENV/requirements.txt"); } \
@@ -118,13 +120,13 @@ install() {
 choose_python() { # sets PYTHON
   local active reason
   active=$(command -v python || command -v python3 || true)
-  reason=$([ -n "$active" ] && lacks "$active" || echo "a Python >= 3.11")
+  reason=$([ -n "$active" ] && lacks "$active" || echo "Python >= 3.11")
   if [ -z "$reason" ]; then
     PYTHON=$("$active" -c 'import sys; print(sys.executable)')
     return
   fi
   PYTHON=$VENV/bin/python
-  if [ -d "$VENV" ] && [ ! -e "$STAMP" ]; then # somebody else's work, not ours to replace
+  if [ -d "$VENV" ] && [ ! -e "$STAMP" ]; then # the user's own environment is not replaced
     reason=$(lacks "$PYTHON")
     [ -z "$reason" ] || fail "$VENV was not made by run_all.sh and lacks $reason: complete it or move it away"
   elif [ ! -x "$PYTHON" ] || ! stamp | cmp -s - "$STAMP"; then
