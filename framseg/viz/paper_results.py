@@ -30,7 +30,7 @@ TEST = {
 }
 
 # The paper's own system. What models the others in Table I are made of is not known here.
-SYSTEM_COLUMNS = ("base model", "parameters", "trained parameters", "frames", "kind of method")
+SYSTEM_COLUMNS = ("base model", "size", "trained parameters", "frames", "kind of method")
 SYSTEM = ("BLIP-3", "4.36 B", 135_067_392, 25, "frame segmentation")
 
 # Val split, as the authors report it: the masks after epoch 11, and the final predictions' windows without padding.

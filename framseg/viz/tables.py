@@ -9,10 +9,12 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from framseg import annotations, config, evaluate, prompt
+from framseg.run import cost
 from framseg.viz import paper_results
 
 METRICS = evaluate.METRICS | {"MR-full-mAP@0.5": "mAP@0.5", "MR-full-mAP@0.75": "mAP@0.75"}
 REPORTED = "reported, real QVHighlights"
+PARTS = {"vision_encoder": "vision encoder", "vision_tokenizer": "resampler", "lang_model": "language model"}
 # Keys by section of the profile: those of the published training, and those of what is around it.
 TABLE_II = {
     "training": "epochs processes micro_batch accumulation learning_rate warmup_steps planned_steps floor weight_decay "
@@ -37,28 +39,27 @@ def shown(frame: pd.DataFrame, caption: str = "", floats: str = "{:.2f}") -> Sty
             return "–"
         return f"{value:,}" if isinstance(value, Integral) else floats.format(value)
 
-    words = [column for column in frame if all(isinstance(value, str) for value in frame[column])]
+    words = [place for place, column in enumerate(frame) if all(isinstance(value, str) for value in frame[column])]
     style = frame.style.format(text, escape="html").set_caption(caption)
-    return style.set_properties(subset=words, **{"text-align": "left"})
+    return style.set_table_styles([{"selector": f".col{place}", "props": "text-align: left"} for place in words])
 
 
 def splits(rows: Mapping[str, Sequence[annotations.Row]]) -> pd.DataFrame:
     """What can be counted in each split; moments and annotators only if its rows have labels. A column per split."""
     counted = {}
-    for name, some in rows.items():
-        durations = {row.vid: row.duration for row in some}
+    for name, split in rows.items():
+        durations = {row.vid: row.duration for row in split}
         usual = [duration == annotations.USUAL_SECONDS for duration in durations.values()]
-        facts = {"queries": len(some), "videos": len(durations), "hours of video": sum(durations.values()) / 3600}
+        facts = {"queries": len(split), "videos": len(durations), "hours of video": sum(durations.values()) / 3600}
         facts["videos of 150 s, %"] = 100 * float(np.mean(usual))
-        facts["words per query"] = float(np.mean([len(row.query.split()) for row in some]))
-        if labelled := [row for row in some if isinstance(row, annotations.LabelledRow)]:
+        facts["words per query"] = float(np.mean([len(row.query.split()) for row in split]))
+        if labelled := [row for row in split if isinstance(row, annotations.LabelledRow)]:
             distance = annotations.annotator_distance(labelled)
             facts["moments per query"] = float(np.mean([len(row.relevant_windows) for row in labelled]))
             facts["annotators give equal scores, %"] = 100 * float(distance.measured[0])
             facts["equal scores by chance, %"] = 100 * float(distance.chance[0])
-        counted[name] = facts
-    most = max(counted.values(), key=lambda facts: len(facts))
-    return pd.DataFrame(counted, index=list(most), dtype=object)
+        counted[name] = pd.Series(facts, dtype=object)
+    return pd.DataFrame(counted, index=max(counted.values(), key=lambda facts: len(facts)).index)
 
 
 def digit_positions(report: prompt.Report, mask: str) -> pd.DataFrame:
@@ -83,7 +84,7 @@ def parameters(*profiles: config.Profile) -> pd.DataFrame:
         parts = dict(model.named_children())
         trained = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
         counts |= {(profile.name, "base model"): base, (profile.name, "trained"): trained}
-    table = pd.DataFrame(counts)
+    table = pd.DataFrame(counts).rename(index=PARTS)
     return pd.concat([table, table.sum().to_frame("all").T])
 
 
@@ -92,7 +93,7 @@ def settings(profile: config.Profile, keys: Mapping[str, str]) -> pd.DataFrame:
     named = [(section, key) for section, names in keys.items() for key in names.split()]
     lines = []
     for section, key in named:
-        values = (getattr(getattr(some, section), key) for some in (config.load("paper"), profile))
+        values = (getattr(getattr(setting, section), key) for setting in (config.load("paper"), profile))
         published, own = (str(value).strip("()").replace("'", "") for value in values)
         lines.append((published, own, "" if published == own else "≠"))
     columns = ["published", f"this run ({profile.name})", "differs"]
@@ -101,12 +102,10 @@ def settings(profile: config.Profile, keys: Mapping[str, str]) -> pd.DataFrame:
 
 def work(*samples: tuple[config.Profile, int]) -> pd.DataFrame:
     """TFLOP per training sample, for profiles and the positions that their samples take."""
-    from framseg.run import cost  # here, because it imports torch
-
     parts = {
         f"{profile.name}, {length} positions": asdict(cost.operations(profile, length)) for profile, length in samples
     }
-    return pd.DataFrame(parts) / cost.TERA
+    return pd.DataFrame(parts).rename(index=lambda part: part.replace("_", " ")) / cost.TERA
 
 
 def scores(metrics: Mapping, columns: Sequence[str] = paper_results.TABLE_I_COLUMNS) -> pd.DataFrame:
@@ -141,27 +140,28 @@ def lengths(rows: Sequence[annotations.LabelledRow], metrics: Mapping) -> pd.Dat
     for name, (above, up_to) in evaluate.LENGTHS.items():
         count = sum(above < length <= up_to for length in seconds)
         recall, precision = metrics[name]["MR-R1"], metrics[name]["MR-mAP"]["average"]
-        found = {"R1@0.5": recall["0.5"], "R1@0.7": recall["0.7"], "mAP": precision} if count else {}
-        lines[name] = {"true moments": count, **found}
+        reached = {"R1@0.5": recall["0.5"], "R1@0.7": recall["0.7"], "mAP": precision} if count else {}
+        lines[name] = {"true moments": count, **reached}
     return pd.DataFrame(list(lines.values()), index=list(lines))
 
 
 def intervals(systems: Mapping[str, dict]) -> pd.DataFrame:
     """Scores with their intervals, as `figures.intervals` draws them."""
-    cell = "{:.2f} ({:.1f} to {:.1f})"
-    both = {name: (system["scores"], system["interval"]) for name, system in systems.items()}
-    lines = {name: {key: cell.format(some[key], *bounds[key]) for key in some} for name, (some, bounds) in both.items()}
+    lines = {}
+    for name, system in systems.items():
+        both = {key: (score, *system["interval"][key]) for key, score in system["scores"].items()}
+        lines[name] = {key: "{:.2f} ({:.1f} to {:.1f})".format(*values) for key, values in both.items()}
     return pd.DataFrame(lines).T
 
 
 def answers(rows: Sequence[annotations.Row], windows: Sequence[Sequence[Sequence[float]]]) -> pd.DataFrame:
     """The first three windows that answer each query, next to the true ones."""
 
-    def text(some: Sequence[Sequence[float]]) -> str:
-        return ", ".join(f"{start:.0f}–{end:.0f}" for start, end, *_ in some)
+    def text(spans: Sequence[Sequence[float]]) -> str:
+        return ", ".join(f"{round(start, 1):g}–{round(end, 1):g}" for start, end, *_ in spans)
 
     lines = [
-        (row.query, text(some[:3]), text(getattr(row, "relevant_windows", ())))
-        for row, some in zip(rows, windows, strict=True)
+        (row.query, text(listed[:3]), text(getattr(row, "relevant_windows", ())))
+        for row, listed in zip(rows, windows, strict=True)
     ]
     return pd.DataFrame(lines, columns=["query", "first three windows, s", "true windows, s"])
