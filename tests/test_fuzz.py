@@ -1,7 +1,7 @@
 """Damaged files for every reader: each is read, or refused with the reader's own error, which names the place.
 
-A hundred cases a test, with --all two thousand (conftest.py): right files with a few odd things in them, so that
-they come past the first look at them.
+A hundred cases per test, with --all two thousand (conftest.py): intact files with a few odd things in them, so that
+they pass the reader's first checks.
 """
 
 import csv
@@ -18,7 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small import tiny
+from small import SCORES, tiny
 from test_config import flat
 from test_prompt import letters
 
@@ -30,7 +30,7 @@ from framseg.codalab import TEST_NAME, VAL_NAME, SubmissionError
 from framseg.config import ProfileError
 from framseg.predictions import PredictionError, read_predictions, read_released, write_predictions
 from framseg.prompt import PromptError
-from framseg.run import stamps
+from framseg.run import resume, stamps
 from framseg.run.notebooks import NOTEBOOKS
 from framseg.run.paths import Run
 from framseg.train import TrainError
@@ -144,8 +144,8 @@ def json_file(draw, records: list[dict]):
     records = draw(changed(records))
     escaped = draw(st.booleans())
     lines = [
-        json.dumps(one).encode() if escaped else dumped(one)
-        for one in (records if isinstance(records, list) else [records])
+        json.dumps(record).encode() if escaped else dumped(record)
+        for record in (records if isinstance(records, list) else [records])
     ]
     return draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(lines) + b"\n"
 
@@ -202,11 +202,11 @@ def test_annotations(tmp_path, content):
 def test_predictions(tmp_path, content):
     path = tmp_path / "predictions.jsonl"
     path.write_bytes(content)
-    found = outcome(lambda: read_predictions(path), PredictionError, path)
-    if found is not None:
-        scored = outcome(lambda: evaluate.evaluate(found, ROWS, intersection=True), PredictionError, "qid", "queries")
+    records = outcome(lambda: read_predictions(path), PredictionError, path)
+    if records is not None:
+        scored = outcome(lambda: evaluate.evaluate(records, ROWS, intersection=True), PredictionError, "qid", "queries")
         assert scored is None or scored["brief"]
-        outcome(lambda: write_predictions(tmp_path / "again.jsonl", found), PredictionError, "qid")
+        outcome(lambda: write_predictions(tmp_path / "again.jsonl", records), PredictionError, "qid")
 
 
 @st.composite
@@ -230,9 +230,31 @@ def released(draw):
 def test_released_predictions(tmp_path, content):
     path = tmp_path / "scores.csv"
     path.write_bytes(content)
-    found = outcome(lambda: read_released(path), PredictionError, path)
-    if found is not None:
-        outcome(lambda: evaluate.evaluate(found, ROWS, intersection=True), PredictionError, "qid", "queries")
+    records = outcome(lambda: read_released(path), PredictionError, path)
+    if records is not None:
+        outcome(lambda: evaluate.evaluate(records, ROWS, intersection=True), PredictionError, "qid", "queries")
+
+
+PUBLISHED = [
+    {"qid": 1, "duration": 10, "score": [0.5, 1.0], "preds": "01", "pred_relevant_windows": [[5, 10, 1.0]]},
+    {"qid": 2, "duration": 9.5, "score": [0, 0], "preds": "00", "pred_relevant_windows": [[0, 9, 0], [2, 3, 0.5]]},
+]
+
+
+@st.composite
+def published(draw):
+    return draw(damaged(dumped(PUBLISHED))) if draw(st.booleans()) else dumped(draw(changed(PUBLISHED)))
+
+
+@reused
+@given(published())
+def test_the_authors_json(tmp_path, content):
+    path = tmp_path / "hl_val_predictions.json"
+    path.write_bytes(content)
+    records = outcome(lambda: read_released(path), PredictionError, path)
+    if records is not None:
+        assert all(set(record["mask"]) <= {"0", "1"} for record in records)
+        outcome(lambda: evaluate.evaluate(records, ROWS, intersection=True), PredictionError, "qid", "queries")
 
 
 SHIPPED = {name: yaml.safe_load((config.PROFILES / f"{name}.yaml").read_text()) for name in config.names()}
@@ -385,7 +407,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     blip3.Blip3(profile.model).save_published(folder / "base")
     model = load_base(profile)
-    save_trained(folder / "trained", model, model.adapt(profile.adapter, 0), profile, letters()[0])
+    save_trained(folder / "trained", model, model.adapt(profile.adapter, 0), profile, letters()[0], SCORES)
     return folder
 
 
@@ -449,7 +471,9 @@ def test_logs_of_a_training(tmp_path, contents):
     if read[0] and read[1]:
         with np.errstate(all="ignore"):
             figures.progress(*read)
-        assert all(train._brief(step) for step in read[0]) and all(train._validated(one, LOG) for one in read[1])
+        assert all(train.step_summary(step) for step in read[0]) and all(
+            train.validation_summary(one, LOG) for one in read[1]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +506,7 @@ def test_the_browser_on_a_run(made, data):
             opened.sort.value = order
         for name in browser.FILTERS:
             opened.filter.value = name
-        assert {entry["qid"] for entry in opened.entries} <= {1, 2}
+        assert {entry.row.qid for entry in opened.entries} <= {1, 2}
 
 
 @reused
@@ -509,10 +533,10 @@ def test_states_of_an_interrupted_training(tmp_path_factory, data):
     folder.mkdir()
     for name in ("weights", "start", "process_0"):
         save_file({name: torch.ones(2)}, folder / f"{name}.safetensors")
-    sums = {path.name: train._checksum(path) for path in folder.iterdir()}
+    sums = {path.name: resume.checksum(path) for path in folder.iterdir()}
     (folder / "state.json").write_text(json.dumps({"step": 3, "world": 1, "sha256": sums}))
-    assert train._damage(folder) is None
+    assert resume.damage(folder) is None
     with spoiled(data.draw(st.sampled_from(sorted(folder.iterdir()))), data):
-        if train._damage(folder) is None:  # then the damage means nothing
+        if resume.damage(folder) is None:  # then the damage means nothing
             about = json.loads((folder / "state.json").read_bytes())
             assert (about["step"], about["world"], about["sha256"]) == (3, 1, sums)
