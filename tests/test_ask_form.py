@@ -23,7 +23,7 @@ def form(monkeypatch):
         ]
 
     monkeypatch.setattr(ask_form, "predict", predict)
-    return ask_form.Ask("a checkpoint")
+    return ask_form.Form("a checkpoint")
 
 
 def test_every_line_is_a_query(form, tmp_path):
@@ -35,19 +35,19 @@ def test_every_line_is_a_query(form, tmp_path):
     sent = []
     form.picture.send = lambda *message: sent.append(message[0])
     form.play(2, 6)
-    assert sent[0]["kind"] == "clip" and form.said.value == ""
+    assert sent[0]["kind"] == "clip" and form.message.value == ""
 
 
 def test_what_hinders_an_answer_is_said(form):
     form.button.click()
-    assert "give a video and at least one query" in form.said.value
+    assert "give a video and at least one query" in form.message.value
     form.video.value, form.queries.value = "other.avi", "a dog"
     form.button.click()
-    assert form.said.value == "other.avi: is &lt;nothing&gt;" and form.picture.value == "" and not form.answers
+    assert form.message.value == "other.avi: is &lt;nothing&gt;" and form.picture.value == "" and not form.answers
     form.video.value = "no.mp4"
     form.button.click()
     form.play(1)
-    assert "no.mp4: cannot be played" in form.said.value
+    assert "no.mp4: cannot be played" in form.message.value
 
 
 def test_an_upload_comes_in_pieces_and_takes_the_place_of_the_last(form):
@@ -57,7 +57,7 @@ def test_an_upload_comes_in_pieces_and_takes_the_place_of_the_last(form):
     for name in ("../own.mp4", "other.mp4"):
         begin = 0
         for piece in pieces:
-            form.upload._take({"id": 1, "name": name, "begin": begin, "last": piece == b"three"}, [memoryview(piece)])
+            form.upload._store({"id": 1, "name": name, "begin": begin, "last": piece == b"three"}, [memoryview(piece)])
             begin += len(piece)
     path = form.upload._folder.name + "/other.mp4"
     assert form.video.value == form.upload.path == path

@@ -56,7 +56,7 @@ def opened(predictions, tmp_path):
 
 
 def qids(one: browser.Browser) -> list[int]:
-    return [entry["qid"] for entry in one.selection()]
+    return [record["qid"] for record in one.selection()]
 
 
 def test_search_filter_and_sort(opened):
@@ -115,7 +115,7 @@ def test_export_and_figure(opened, predictions):
 
 def test_nothing_to_save_and_nowhere_to_write_are_said(opened, monkeypatch):
     opened.search.value = "no such words"
-    assert opened.save_figure() == [] and "no query is shown" in opened.said.value
+    assert opened.save_figure() == [] and "no query is shown" in opened.message.value
     opened.search.value = ""
 
     def refuse(*_):
@@ -123,7 +123,7 @@ def test_nothing_to_save_and_nowhere_to_write_are_said(opened, monkeypatch):
 
     monkeypatch.setattr(browser, "write_predictions", refuse)
     opened.buttons["export selection"].click()
-    assert "not done" in opened.said.value and "&lt;the folder&gt;" in opened.said.value
+    assert "not done" in opened.message.value and "&lt;the folder&gt;" in opened.message.value
 
 
 def test_buttons_move(opened):
@@ -165,9 +165,9 @@ def test_keys_of_the_page_move_and_are_answered(opened, monkeypatch):
     sent = []
     monkeypatch.setattr(opened.picture, "send", sent.append)
     for by, qid in ((1, 2), (1, 3), (1, 3), (-1, 2)):
-        opened.picture._told({"kind": "move", "by": by})
+        opened.picture._receive({"kind": "move", "by": by})
         assert opened.list.value == qid and f"query {qid} " in opened.picture.value
-    assert sent == [{"kind": "answered"}] * 4
+    assert sent == [{"kind": "moved"}] * 4
 
 
 def test_a_long_list_is_shown_in_pages(opened, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_comparison_can_be_sorted_and_ended(predictions, tmp_path):
     assert one.picture.value.count("<svg") == 1
     other.write_text("{}\n")
     one.compare.value = "other/val"
-    assert "not done: " in one.said.value and "val.jsonl:1" in one.said.value
+    assert "not done: " in one.message.value and "val.jsonl:1" in one.message.value
 
 
 def test_playing_sends_a_stretch_or_says_what_is_missing(predictions, tmp_path, monkeypatch):
@@ -208,18 +208,18 @@ def test_playing_sends_a_stretch_or_says_what_is_missing(predictions, tmp_path, 
     one = browser.Browser(predictions, ROWS, videos=videos)
     sent = []
     monkeypatch.setattr(one.picture, "send", lambda *message: sent.append(message))
-    one.picture._told({"kind": "play", "second": 7.5, "end": 9})
+    one.picture._receive({"kind": "play", "second": 7.5, "end": 9})
     (content, (clip,)) = sent.pop()
     assert content == {"kind": "clip", "type": "video/mp4", "begin": content["begin"], "start": 7.5, "end": 9}
     assert content["begin"] <= 7.5 and len(clip) > 500
     assert "nothing to play" not in one.picture.value
     one.next()
     one.play(3)
-    assert "cannot be played" in one.said.value and sent == [({"kind": "silent"},)]
+    assert "cannot be played" in one.message.value and sent == [({"kind": "no clip"},)]
     one.next()
-    assert "nothing to play" in one.picture.value and one.said.value == ""
+    assert "nothing to play" in one.picture.value and one.message.value == ""
     one.play(3)
-    assert "no video file of video 3 is at hand" in one.said.value
+    assert "there is no video file to play" in one.message.value
 
 
 def test_predictions_of_a_folder_that_cannot_be_written_are_saved_elsewhere(predictions, tmp_path, monkeypatch):

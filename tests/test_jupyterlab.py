@@ -139,7 +139,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
 
     def agrees() -> None:
         expect(count).to_have_text(twin.count.value)
-        expect(heading).to_have_text(twin.shown[twin.place]["row"].query)
+        expect(heading).to_have_text(twin.shown[twin.place].row.query)
         expect(listed.locator("option")).to_have_count(len(twin.shown))
         expect(listed.locator("option:checked")).to_have_text(twin.list.label)
         expect(one.locator("svg.timed")).to_have_count(2)
@@ -149,7 +149,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]  # side by side
     keep(page, "05_browser")
 
-    word = twin.shown[0]["row"].query.split()[-1]
+    word = twin.shown[0].row.query.split()[-1]
     search.fill(word)
     twin.search.value = word
     agrees()
@@ -184,7 +184,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     twin.next()
     agrees()
     listed.select_option(index=0)
-    twin.show(twin.shown[0]["qid"])
+    twin.show(twin.shown[0].row.qid)
     agrees()
     active = notebook.locator(".jp-Cell.jp-mod-active").get_attribute("data-windowed-list-index")
     listed.focus()
@@ -226,10 +226,10 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     one.get_by_role("button", name="export selection").click()
     expect(one).to_contain_text("predictions written to")
     exported = read_predictions(chain.predictions / "selection.jsonl")
-    assert [record["qid"] for record in exported] == [entry["qid"] for entry in twin.shown]
+    assert [record["qid"] for record in exported] == [entry.row.qid for entry in twin.shown]
     one.get_by_role("button", name="save figure").click()
     expect(one).to_contain_text(re.compile(r"saved .*\.pdf"))
-    assert (chain.predictions / f"query_{twin.shown[twin.place]['qid']}.png").is_file()
+    assert (chain.predictions / f"query_{twin.shown[twin.place].row.qid}.png").is_file()
 
     form = shown(notebook, "ask").locator(".framseg")
     form.get_by_role("button", name="ask").click()

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.browser import make
 from conftest import small_profile
 from ipywidgets import Widget
+from small import SCORES
 from test_frames import make_video, run, small_store
 
 import framseg
@@ -89,7 +90,7 @@ def test_memory_and_handles_stay_flat_over_many_videos_of_ones_own(small_set, tm
     profile = small_profile(small_set)
     model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
     start = model.adapt(profile.adapter, seed=0)
-    save_trained(tmp_path / "checkpoint", model, start, profile, tokenizer)
+    save_trained(tmp_path / "checkpoint", model, start, profile, tokenizer, SCORES)
     del model, start
     videos = sorted(dataset.videos(profile).iterdir())
     (tmp_path / "bad.mp4").write_bytes(videos[0].read_bytes()[:-2000])
@@ -180,7 +181,7 @@ def test_the_browser_holds_20000_predictions(tmp_path):
     one.sort.value = "IoU, worst first"
     assert 0 < len(missed) == len(one.selection()) < 20_000
     one.filter.value = "all"
-    worst = [entry["iou"] for entry in one.shown]
+    worst = [entry.iou for entry in one.shown]
     assert worst == sorted(worst) and len(one.list.options) == browser.PAGE
 
     one.sort.value = "query id"

@@ -1,4 +1,4 @@
-"""The prediction browser: a Jupyter widget to search, filter, sort and look at predictions one by one.
+"""The prediction browser: a Jupyter widget to search, filter and sort predictions and to look at each of them.
 
 The picture of a query is drawn here as SVG, which takes milliseconds where a matplotlib figure takes half a second.
 """
@@ -9,6 +9,7 @@ import html
 import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -21,43 +22,55 @@ from framseg.frames import Store, VideoError
 from framseg.predictions import PredictionError, matched, read_predictions, read_released, write_predictions
 from framseg.run.paths import Run
 from framseg.viz import figures
-from framseg.viz.player import Stage
+from framseg.viz.player import Player
 
-WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, curve, one lane of windows, labels
+WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, height of curve and lane, width of labels
 NARROW = 400  # pixels: width of the time axis where two are side by side
 STRIP = 48  # pixels: height of the strip of frames
-THUMBNAIL = 112  # pixels at most: a frame of the strip, which a hand over it enlarges
-PAGE = 2000  # queries that the list holds at a time; a page of more is slow
+THUMBNAIL = 112  # pixels: most that a frame of the strip has, which is enlarged under the mouse
+PAGE = 2000  # queries that the list holds at a time; more make the page slow
 TICKS = (1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600)  # seconds between two labels of the time axis
 NOTHING = "compare with: nothing"
 
-Entry = dict  # qid, row, prediction, iou, hit, confidence; gain: IoU above that of the compared prediction
+
+@dataclass(slots=True)
+class Entry:
+    """A query of the list: its row and prediction, and what they are searched, filtered and sorted by."""
+
+    row: Row
+    prediction: dict
+    iou: float | None  # of the first window; None without labels or windows
+    hit: bool | None  # whether the best-scored clip is very good; None without labels or clip scores
+    confidence: float
+    gain: float | None = None  # IoU above that of the compared prediction
+
+    def has_moment(self, above: float, up_to: float) -> bool:
+        """Whether a true moment is longer than `above` and at most `up_to` seconds."""
+        windows = self.row.relevant_windows if isinstance(self.row, LabelledRow) else ()
+        return any(above < end - start <= up_to for start, end in windows)
+
 
 FILTERS: dict[str, Callable[[Entry], bool]] = {
     "all": lambda e: True,
-    f"correct (IoU ≥ {figures.CORRECT})": lambda e: e["iou"] is not None and e["iou"] >= figures.CORRECT,
-    f"missed (IoU < {figures.MISSED})": lambda e: e["iou"] is not None and e["iou"] < figures.MISSED,
+    f"correct (IoU ≥ {figures.CORRECT})": lambda e: e.iou is not None and e.iou >= figures.CORRECT,
+    f"missed (IoU < {figures.MISSED})": lambda e: e.iou is not None and e.iou < figures.MISSED,
     f"over-confident (IoU < {figures.WRONG}, confidence ≥ {figures.CONFIDENT})": lambda e: (
-        e["iou"] is not None and e["iou"] < figures.WRONG and e["confidence"] >= figures.CONFIDENT
+        e.iou is not None and e.iou < figures.WRONG and e.confidence >= figures.CONFIDENT
     ),
-    "invalid mask": lambda e: e["prediction"].get("valid") is False,
-    "short moment (up to 10 s)": lambda e: any(0 < end - start <= 10 for start, end in _true_windows(e["row"])),
-    "middle (10 to 30 s)": lambda e: any(10 < end - start <= 30 for start, end in _true_windows(e["row"])),
-    "long (over 30 s)": lambda e: any(end - start > 30 for start, end in _true_windows(e["row"])),
+    "invalid mask": lambda e: e.prediction.get("valid") is False,
+    "short moment (up to 10 s)": lambda e: e.has_moment(0, 10),
+    "middle (10 to 30 s)": lambda e: e.has_moment(10, 30),
+    "long (over 30 s)": lambda e: e.has_moment(30, np.inf),
 }
 SORTS: dict[str, Callable[[Entry], tuple]] = {
-    "query id": lambda e: (e["qid"],),
-    "IoU, worst first": lambda e: (e["iou"] is None, e["iou"], e["qid"]),
-    "IoU, best first": lambda e: (e["iou"] is None, -(e["iou"] or 0), e["qid"]),
-    "highlight missed first": lambda e: (bool(e["hit"]), e["qid"]),
-    "confidence, highest first": lambda e: (-e["confidence"], e["qid"]),
-    "better than the compared, most first": lambda e: (e["gain"] is None, -(e["gain"] or 0), e["qid"]),
-    "worse than the compared, most first": lambda e: (e["gain"] is None, e["gain"], e["qid"]),
+    "query id": lambda e: (e.row.qid,),
+    "IoU, worst first": lambda e: (e.iou is None, e.iou, e.row.qid),
+    "IoU, best first": lambda e: (e.iou is None, -(e.iou or 0), e.row.qid),
+    "highlight missed first": lambda e: (bool(e.hit), e.row.qid),
+    "confidence, highest first": lambda e: (-e.confidence, e.row.qid),
+    "better than the compared, most first": lambda e: (e.gain is None, -(e.gain or 0), e.row.qid),
+    "worse than the compared, most first": lambda e: (e.gain is None, e.gain, e.row.qid),
 }
-
-
-def _true_windows(row: Row) -> tuple[tuple[float, float], ...]:
-    return row.relevant_windows if isinstance(row, LabelledRow) else ()
 
 
 def browse(
@@ -70,23 +83,34 @@ def browse(
 ) -> widgets.Widget:
     """The widget for a run's val predictions, or for any prediction file in the dataset's format.
 
-    run, compare: a Run, its folder, a predictions .jsonl, or a .csv as the paper's authors released theirs; `compare`
-    is shown beside the first and can be changed to any epoch of the run. rows: annotations or their file; store:
-    frames; videos: the folder of {vid}.mp4 (or another ending), for playing. The three are taken from the run where
-    not given; without frames there are curves only. folder: where figures and selections are saved, by default beside
-    the predictions, or where the kernel runs if that cannot be written.
+    run, compare: a Run, its folder, a predictions .jsonl, or a .csv in the format of the paper's authors; `compare` is
+    shown next to the first and can be changed to any epoch of the run. rows: annotations or their file; store: frames;
+    videos: the folder of {vid}.mp4 (or another ending), for playing. These three are taken from the run where not
+    given; without frames only curves are shown. folder: where figures and selections are saved, by default the folder
+    of the predictions, or the kernel's current folder if that cannot be written.
     Raises PredictionError or AnnotationError for files that cannot be used.
     """
     return Browser(run, rows, store, compare, videos, folder).widget
 
 
 class Browser:
-    """What the widget's controls do, as plain methods; `widget` is the whole of it."""
+    """What the widget's controls do, as plain methods; the arguments are those of `browse`.
 
-    def __init__(self, run, rows=None, store=None, compare=None, videos=None, folder=None):
+    `widget` holds all controls, `entries` all queries, `shown` those that search and filter leave, in order.
+    """
+
+    def __init__(
+        self,
+        run: Run | Path | str,
+        rows: Sequence[Row] | Path | str | None = None,
+        store: Store | None = None,
+        compare: Run | Path | str | None = None,
+        videos: Path | str | None = None,
+        folder: Path | str | None = None,
+    ):
         file, profile = _source(run)
         if profile is not None and any(given is None for given in (rows, store, videos)):
-            from framseg import dataset  # here, because it imports torch and a file of predictions needs none
+            from framseg import dataset  # here, because it imports torch, which files of predictions do not need
 
             rows = dataset.rows(profile, "val") if rows is None else rows
             store, videos = store or dataset.store(profile), videos or dataset.videos(profile)
@@ -97,7 +121,7 @@ class Browser:
         self.entries, self.title = _entries(file, self.rows), _title(file)
         others = [_source(compare)[0]] if compare is not None else []
         others += [other for other in sorted(file.parent.glob("val*.jsonl")) if profile is not None and other != file]
-        self.others: dict[str, Path] = {}
+        self.others: dict[str, Path] = {}  # files to compare with, by title, or by path where titles are the same
         for other in others:
             alike = _title(other) in (self.title, *self.others)
             self.others[str(other) if alike else _title(other)] = other
@@ -111,11 +135,11 @@ class Browser:
 
     def selection(self) -> list[dict]:
         """The predictions that search and filter leave, in the order shown."""
-        return [entry["prediction"] for entry in self.shown]
+        return [entry.prediction for entry in self.shown]
 
     def show(self, qid: int) -> None:
-        """Show one query; raises KeyError for one that search and filter have left out."""
-        place = next((place for place, entry in enumerate(self.shown) if entry["qid"] == qid), None)
+        """Show a query; raises KeyError if search and filter have left it out."""
+        place = next((place for place, entry in enumerate(self.shown) if entry.row.qid == qid), None)
         if place is None:
             raise KeyError(f"query {qid} is not in the list shown")
         self._go(place)
@@ -129,40 +153,32 @@ class Browser:
         self._go(self.place - 1)
 
     def play(self, second: float, end: float | None = None) -> None:
-        """Play the shown query's video from a second on, to `end` or for half a minute; what hinders it is said."""
-        vid = self.shown[self.place]["row"].vid
-        video = self._video(vid)
-        self.said.value = ""
-        try:
-            if video is None:
-                raise VideoError(f"nothing to play: no video file of {vid} is at hand (videos=…)")
-            self.picture.show_clip(video, second, end)
-        except VideoError as error:
-            self.said.value = html.escape(str(error))
-            self.picture.send({"kind": "silent"})
+        """Play the shown query's video from a second on, to `end` or for half a minute, or say why it cannot be."""
+        video = self._video(self.shown[self.place].row.vid)
+        self.message.value = html.escape(self.picture.play_clip(video, second, end))
 
     def export(self) -> Path:
-        """Write the selection as JSON lines beside the predictions; returns the file."""
+        """Write the selection as JSON lines into the folder; returns the file."""
         path = self.folder / "selection.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_predictions(path, self.selection())
-        self.said.value = f"{len(self.shown)} predictions written to {html.escape(str(path))}"
+        self.message.value = f"{len(self.shown)} predictions written to {html.escape(str(path))}"
         return path
 
     def save_figure(self) -> list[Path]:
-        """Save the shown query's figure as PNG and PDF beside the predictions; returns the files, none without a query.
+        """Save the shown query's figure, with the compared prediction, as PNG and PDF into the folder.
 
-        Where two runs are compared both are in it.
+        Returns the files, none if no query is shown.
         """
         if not self.shown:
-            self.said.value = "no query is shown, so there is no figure to save"
+            self.message.value = "no query is shown, so there is no figure to save"
             return []
         entry = self.shown[self.place]
-        other = self.compared.get(entry["qid"])
-        against = (self.compare.value, other["prediction"]) if other else None
-        picture = figures.qualitative(entry["row"], entry["prediction"], self._frames(entry["row"]), against=against)
-        paths = figures.save(picture, self.folder, f"query_{entry['qid']}")
-        self.said.value = f"saved {html.escape(', '.join(str(path) for path in paths))}"
+        row, other = entry.row, self.compared.get(entry.row.qid)
+        against = (self.compare.value, other.prediction) if other else None
+        picture = figures.qualitative(row, entry.prediction, self._frames(row), against=against)
+        paths = figures.save(picture, self.folder, f"query_{row.qid}")
+        self.message.value = f"saved {html.escape(', '.join(str(path) for path in paths))}"
         return paths
 
     def _build(self) -> None:
@@ -173,58 +189,61 @@ class Browser:
         self.compare = widgets.Dropdown(options=[NOTHING, *self.others], layout=wide)
         self.count = widgets.HTML()
         self.list = widgets.Select(rows=22, layout=wide)
-        self.said = widgets.HTML()
-        self.picture = Stage(lambda by: self._go(self.place + by), self.play)
-        self.buttons = {}
-        for text, action in (
-            ("◀ previous", self.previous),
-            ("next ▶", self.next),
-            ("save figure", self.save_figure),
-            ("export selection", self.export),
-        ):
-            self.buttons[text] = widgets.Button(description=text)
-            self.buttons[text].on_click(lambda _, action=action: self._try(action))
+        self.message = widgets.HTML()
+        self.picture = Player(lambda by: self._go(self.place + by), self.play)
+        actions: dict[str, Callable[[], object]] = {
+            "◀ previous": self.previous,
+            "next ▶": self.next,
+            "save figure": self.save_figure,
+            "export selection": self.export,
+        }
+        self.buttons = {text: widgets.Button(description=text) for text in actions}
+        for text, button in self.buttons.items():
+            button.on_click(lambda _, action=actions[text]: self._try(action))
         for control in (self.search, self.filter, self.sort):
             control.observe(lambda _: self._refresh(), "value")
         self.compare.observe(lambda _: self._try(self._compare), "value")
         self.list.observe(self._picked, "index")
         left = [self.search, self.filter, self.sort, self.compare, self.count, self.list]
-        right = [widgets.HBox(list(self.buttons.values())), self.said, self.picture]
+        right = [widgets.HBox(list(self.buttons.values())), self.message, self.picture]
         self.widget = widgets.HBox(
             [
                 widgets.VBox(left, layout=widgets.Layout(flex="0 0 300px")),
                 widgets.VBox(right, layout=widgets.Layout(flex="1 1 0", min_width="0", padding="0 0 0 12px")),
             ]
         )
-        self.widget.add_class("framseg")  # within it the arrow keys move
+        self.widget.add_class("framseg")  # `player.js` takes the arrow keys of what has this class
 
-    def _try(self, action: Callable) -> None:
+    def _try(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except (OSError, PredictionError) as error:  # a read-only folder, a file that others have changed
-            self.said.value = f"not done: {html.escape(str(error))}"
+        except (OSError, PredictionError) as error:  # a folder that cannot be written, a file that has changed
+            self.message.value = f"not done: {html.escape(str(error))}"
 
     def _compare(self) -> None:
         file = self.others.get(self.compare.value)
-        self.compared = {entry["qid"]: entry for entry in _entries(file, self.rows)} if file else {}
+        self.compared = {entry.row.qid: entry for entry in _entries(file, self.rows)} if file else {}
         for entry in self.entries:
-            other = self.compared.get(entry["qid"], {}).get("iou")
-            entry["gain"] = None if other is None or entry["iou"] is None else entry["iou"] - other
+            other = self.compared.get(entry.row.qid)
+            if other is None or other.iou is None or entry.iou is None:
+                entry.gain = None
+            else:
+                entry.gain = entry.iou - other.iou
         self._refresh()
 
     def _refresh(self) -> None:
-        before = self.shown[self.place]["qid"] if self.shown else None
+        before = self.shown[self.place].row.qid if self.shown else None
         words = self.search.value.lower().split()
-        kept = [e for e in self.entries if all(w in f"{e['qid']} {e['row'].query}".lower() for w in words)]
+        kept = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
         self.shown = sorted(filter(FILTERS[self.filter.value], kept), key=SORTS[self.sort.value])
         self.list.options = ()
-        self._go(next((place for place, entry in enumerate(self.shown) if entry["qid"] == before), 0))
+        self._go(next((place for place, entry in enumerate(self.shown) if entry.row.qid == before), 0))
 
     def _go(self, place: int) -> None:
-        """Show the query at this place of the list, or the nearest one there is, on the list's page that holds it."""
+        """Show the query at this place, or at the nearest that exists, and the page of the list that holds it."""
         self.place = min(max(place, 0), max(len(self.shown) - 1, 0))
         first = self.place - self.place % PAGE
-        page = [(_label(entry), entry["qid"]) for entry in self.shown[first : first + PAGE]]
+        page = [(_label(entry), entry.row.qid) for entry in self.shown[first : first + PAGE]]
         self.list.unobserve(self._picked, "index")
         if tuple(self.list.options) != tuple(page):
             self.list.options = page
@@ -239,8 +258,8 @@ class Browser:
             self._go(self.place - self.place % PAGE + change["new"])
 
     def _video(self, vid: str) -> Path | None:
-        found = self.videos.glob(f"{glob.escape(vid)}.*") if self.videos is not None else []
-        return next(iter(sorted(found)), None)
+        files = self.videos.glob(f"{glob.escape(vid)}.*") if self.videos is not None else []
+        return next(iter(sorted(files)), None)
 
     def _frames(self, row: Row) -> np.ndarray | None:
         try:
@@ -249,33 +268,37 @@ class Browser:
             return None  # the picture says that they are missing
 
     def _draw(self) -> None:
-        self.said.value = ""
+        self.message.value = ""
         if not self.shown:
             self.picture.value = "<p>no query matches</p>"
             return
         entry = self.shown[self.place]
-        row, frames = entry["row"], self._frames(entry["row"])
-        lacking = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
+        row, frames = entry.row, self._frames(entry.row)
+        missing = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
         if self._video(row.vid) is None:
-            lacking.append("no video file, so nothing to play")
-        shown = [(self.title, entry)] + ([(self.compare.value, self.compared.get(row.qid))] if self.compared else [])
-        width, lines = (WIDTH, 1) if len(shown) == 1 else (NARROW, 2)
-        parts = [
-            f'<div style="min-height:{1.4 * lines}em"><b>{html.escape(title)}</b>: {_said(row, one)}</div>'
-            + (sketch(row, one["prediction"], frames, width) if one else "")
-            for title, one in shown
-        ]
+            missing.append("no video file, so nothing to play; their folder is the argument videos")
+        named = {self.title: entry} | ({self.compare.value: self.compared.get(row.qid)} if self.compared else {})
+        width, lines = (WIDTH, 1) if len(named) == 1 else (NARROW, 2)
+        blocks = []
+        for title, shown in named.items():
+            scores = html.escape(figures.scores(row, shown.prediction)) if shown else "no prediction for this query"
+            picture = sketch(row, shown.prediction, frames, width) if shown else ""
+            blocks.append(
+                f'<div style="flex:1 1 440px;max-width:{LEFT + WIDTH + 20}px">'
+                f'<div style="min-height:{1.4 * lines}em"><b>{html.escape(title)}</b>: {scores}</div>{picture}</div>'
+            )
         self.picture.value = (
             f"<h3>{html.escape(row.query)}</h3>"
             f"<p>query {row.qid} · video {html.escape(row.vid)} · {row.duration:g} s</p>"
-            + "".join(f"<p><i>{text}</i></p>" for text in lacking)
-            + beside(parts)
+            + "".join(f"<p><i>{text}</i></p>" for text in missing)
+            # Side by side, or below one another where the page is narrow.
+            + f'<div style="display:flex;flex-wrap:wrap;gap:16px">{"".join(blocks)}</div>'
             + "<p>← → previous and next · a click on a moment plays it</p>"
         )
 
 
 def _source(run: Run | Path | str) -> tuple[Path, config.Profile | None]:
-    """A predictions file, and the profile it was made with where it belongs to a run."""
+    """A file of predictions, and the profile that it was made with if it belongs to a run."""
     if not isinstance(run, Run):
         if Path(run).suffix in (".jsonl", ".csv"):
             return Path(run), None
@@ -291,37 +314,18 @@ def _title(file: Path) -> str:
 
 
 def _entries(file: Path, rows: list[Row]) -> list[Entry]:
-    read = read_released if file.suffix in (".csv", ".json") else read_predictions
+    read = read_released if file.suffix == ".csv" else read_predictions
     predictions, rows = matched(read(file), rows, intersection=True)
     labelled = all(isinstance(row, LabelledRow) for row in rows)
-    numbers = {number["qid"]: number for number in evaluate.per_query(predictions, rows)} if labelled else {}
+    numbers = evaluate.per_query(predictions, rows) if labelled else [{} for _ in rows]
     return [
-        {
-            "qid": row.qid,
-            "row": row,
-            "prediction": prediction,
-            "iou": numbers.get(row.qid, {}).get("iou"),
-            "hit": numbers.get(row.qid, {}).get("hit"),
-            "gain": None,
-            "confidence": figures.confidence(prediction, row.duration),
-        }
-        for prediction, row in zip(predictions, rows, strict=True)
+        Entry(row, record, number.get("iou"), number.get("hit"), figures.confidence(record, row.duration))
+        for row, record, number in zip(rows, predictions, numbers, strict=True)
     ]
 
 
 def _label(entry: Entry) -> str:
-    iou = "  –  " if entry["iou"] is None else f"{entry['iou']:.2f}"
-    return f"{iou}  {entry['row'].query}"
-
-
-def _said(row: Row, entry: Entry | None) -> str:
-    return html.escape(figures.scores(row, entry["prediction"])) if entry else "no prediction for this query"
-
-
-def beside(parts: Sequence[str]) -> str:
-    """HTML that puts parts side by side, or below one another where there is no room."""
-    blocks = "".join(f'<div style="flex:1 1 440px;max-width:{LEFT + WIDTH + 20}px">{part}</div>' for part in parts)
-    return f'<div style="display:flex;flex-wrap:wrap;gap:16px">{blocks}</div>'
+    return f"{'  –  ' if entry.iou is None else f'{entry.iou:.2f}'}  {entry.row.query}"
 
 
 def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
@@ -330,12 +334,14 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     frames: uint8 [f, H, W, 3], evenly spread over the row's duration. width: pixels of the time axis at full size; it
     shrinks and grows with the page.
     """
-    duration = row.duration
+    duration, right = row.duration, LEFT + width
+    labelled = row if isinstance(row, LabelledRow) else None
 
     def x(seconds: float) -> float:
         return LEFT + width * seconds / duration
 
-    out, y = [], 4
+    # From top to bottom; y is the upper edge of what comes next. Windows go last, so that they can be clicked.
+    out, bars, y = [], [], 4
     if frames is not None:
         out.append(
             f'<image x="{LEFT}" y="0" width="{width}" height="{STRIP}" preserveAspectRatio="none" '
@@ -344,15 +350,16 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
         edges = "".join(f"M{x(i * duration / len(frames)):.1f},0v{STRIP}" for i in range(1, len(frames)))
         out.append(f'<path d="{edges}" stroke="white"/>')
         y += STRIP
+
     lanes, left_out = figures.lanes(prediction, duration)
-    truth = [[(0, start, end, 1.0) for start, end in row.relevant_windows]] if isinstance(row, LabelledRow) else []
-    named = [("true", lane, figures.TRUE) for lane in truth]
-    named += [("" if i else "predicted", lane, figures.PREDICTED) for i, lane in enumerate(lanes)]
-    bars = []
-    for name, lane, colour in named:
+    named = [("true", [(0, start, end, 1.0) for start, end in labelled.relevant_windows])] if labelled else []
+    named += [("" if i else "predicted", lane) for i, lane in enumerate(lanes)]
+    for name, lane in named:
         out.append(f'<text x="0" y="{y + 13}">{name}</text>')
-        for rank, start, end, score in lane:
-            tip = f"{start:g} to {end:g} s" + (f", rank {rank}, score {score:.3f}" if rank else "")
+        for rank, start, end, score in lane:  # rank 0: a true window
+            colour, tip = figures.TRUE, f"{start:g} to {end:g} s"
+            if rank:
+                colour, tip = figures.PREDICTED, f"{tip}, rank {rank}, score {score:.3f}"
             bars.append(
                 f'<rect x="{x(start):.1f}" y="{y}" width="{max(x(end) - x(start), 1):.1f}" height="{LANE - 5}" '
                 f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}" data-end="{end:g}"><title>{tip}</title></rect>'
@@ -361,39 +368,42 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     if left_out:
         out.append(f'<text x="0" y="{y + 13}">{left_out} windows more, not drawn</text>')
         y += LANE
-    bottom = y + 8 + PLOT
-    if isinstance(row, LabelledRow):
-        steps = [(x(CLIP_SECONDS * i), bottom - PLOT * v) for i, v in enumerate(annotations.clip_saliency(row))]
-        path = f"M{x(0):.1f},{bottom}" + "".join(
-            f"V{v:.1f}H{min(x0 + width * CLIP_SECONDS / duration, LEFT + width):.1f}" for x0, v in steps
-        )
+
+    bottom = y + 8 + PLOT  # of the curves
+    if labelled:
+        path = f"M{LEFT:.1f},{bottom}"
+        for clip, value in enumerate(annotations.clip_saliency(labelled), start=1):
+            path += f"V{bottom - PLOT * value:.1f}H{min(x(CLIP_SECONDS * clip), right):.1f}"
         out.append(f'<path d="{path}V{bottom}Z" fill="{figures.TRUE}" opacity="0.25"/>')
     for value in (0, 0.5, 1):
-        at = bottom - PLOT * value
-        out.append(f'<text x="{LEFT - 26}" y="{at + 4:.1f}">{value:g}</text>')
-        out.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
+        level = bottom - PLOT * value
+        out.append(f'<text x="{LEFT - 26}" y="{level + 4:.1f}">{value:g}</text>')
+        out.append(f'<line x1="{LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>')
     seconds, values, name = figures.predicted_curve(prediction, duration)
     if len(values):
         points = " ".join(f"{x(s):.1f},{bottom - PLOT * v:.1f}" for s, v in zip(seconds, values, strict=True))
         out.append(f'<polyline points="{points}" fill="none" stroke="{figures.PROBABILITY}" stroke-width="2"/>')
-    apart = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
-    for second in range(0, int(duration) + 1, apart):
-        out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, apart)}</text>')
-    key = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if isinstance(row, LabelledRow) else "")
-    out.append(f'<text x="0" y="{bottom + 34}">{key}</text>')
-    span = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
-    out.append(f'<rect class="axis" data-duration="{duration:g}" {span} fill="transparent"/>')
+
+    step = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
+    for second in range(0, int(duration) + 1, step):
+        out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, step)}</text>')
+    legend = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if labelled else "")
+    out.append(f'<text x="0" y="{bottom + 34}">{legend}</text>')
+    # What `player.js` reads: the area that can be clicked, and the line that follows the video.
+    area = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
+    out.append(f'<rect class="axis" data-duration="{duration:g}" {area} fill="transparent"/>')
     out.append(
         f'<line class="cursor" data-left="{LEFT}" data-width="{width}" data-duration="{duration:g}" y2="{bottom}" '
         'stroke="black" visibility="hidden" pointer-events="none"/>'
     )
     return (
-        f'<svg class="timed" viewBox="0 0 {LEFT + width + 20} {bottom + 42}" font-size="12" font-family="sans-serif" '
+        f'<svg class="timed" viewBox="0 0 {right + 20} {bottom + 42}" font-size="12" font-family="sans-serif" '
         'style="background:white;width:100%;cursor:pointer;display:block">' + "".join(out + bars) + "</svg>"
     )
 
 
 def _strip(frames: np.ndarray) -> str:
+    """The frames, made small and put side by side, as the address of a JPEG that holds its own data."""
     size = min(THUMBNAIL, frames.shape[1])
     small = [np.asarray(Image.fromarray(frame).resize((size, size))) for frame in frames]
     buffer = io.BytesIO()
@@ -401,8 +411,8 @@ def _strip(frames: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _clock(second: int, apart: int) -> str:
-    """A label of the time axis: seconds, or hours and minutes where the labels are minutes apart."""
-    if apart < 60:
+def _clock(second: int, step: int) -> str:
+    """A label of the time axis: seconds, or hours and minutes where labels are minutes (`step` seconds) apart."""
+    if step < 60:
         return f"{second} s"
     return f"{second // 60} min" if second < 3600 else f"{second // 3600} h {second % 3600 // 60:02d}"

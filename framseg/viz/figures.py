@@ -5,20 +5,19 @@ stays open. All share one style: seaborn's colour-blind palette, and what must b
 (filled or line, hatched or plain), so that a print in grey can be read. `save` writes PNG and PDF.
 """
 
-import functools
 import io
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.rcsetup import cycler
@@ -54,16 +53,16 @@ LOSS_COLOURS = dict(zip(LOSSES, (BLUE, ORANGE, GREEN, PINK), strict=True))
 CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
 WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the first with a `confidence` of at least the second
 
-P = ParamSpec("P")
+styled = mpl.rc_context(STYLE)  # decorator: matplotlib's settings are as in STYLE while the function runs
 
 
 class Picture(Figure):
     """A figure that shows itself in a notebook, and whose style also holds while it is drawn, when ticks are made."""
 
-    def draw(self, renderer):
-        """Draw with matplotlib's settings as in `STYLE`."""
-        with mpl.rc_context(STYLE):
-            super().draw(renderer)
+    @styled
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw the figure in its style."""
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
@@ -72,19 +71,8 @@ class Picture(Figure):
 
 
 def new_figure(height: float) -> Picture:
-    """An empty figure as wide as a page's text and `height` inches high; to be called in a function with `styled`."""
+    """An empty figure as wide as a page's text and `height` inches high, for a function that is `styled`."""
     return Picture(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
-
-
-def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorator: the function draws with matplotlib's settings as in `STYLE`, and leaves the caller's as they were."""
-
-    @functools.wraps(function)
-    def draw(*arguments: P.args, **options: P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return function(*arguments, **options)
-
-    return draw
 
 
 def label_shares(axes: Axes, title: str, xlabel: str, ylabel: str = "", **limits: tuple[float, float | None]) -> None:
@@ -93,14 +81,14 @@ def label_shares(axes: Axes, title: str, xlabel: str, ylabel: str = "", **limits
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
+@styled
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Write `folder`/`name`.png and .pdf, the same bytes for the same figure; returns both paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
-    with mpl.rc_context(STYLE):
-        figure.savefig(paths[0], dpi=2 * DPI)
-        figure.savefig(paths[1], metadata={"CreationDate": None})
+    figure.savefig(paths[0], dpi=2 * DPI)
+    figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths
 
 
@@ -375,12 +363,11 @@ def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.n
     A point's weight halves with every `half_life` of the whole range of x, so uneven spacing does no harm; the weights
     up to each point sum to 1.
     """
-    at = np.asarray(x, dtype=np.float64)
-    span = (at[-1] - at[0]) * half_life if len(at) > 1 else 0
+    span = (x[-1] - x[0]) * half_life if len(x) > 1 else 0
     out = np.empty(len(y))
     total = weight = 0.0
-    for i, value in enumerate(np.asarray(y, dtype=np.float64)):
-        keep = 0.5 ** ((at[i] - at[i - 1]) / span) if i and span else 0.0
+    for i, value in enumerate(y):
+        keep = 0.5 ** ((x[i] - x[i - 1]) / span) if i and span else 0.0
         total, weight = keep * total + value, keep * weight + 1
         out[i] = total / weight
     return out

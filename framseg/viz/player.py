@@ -1,33 +1,36 @@
-"""The part of the widgets that a page must do itself: show a picture, tell of keys and clicks, play a clip.
+"""The part of the widgets that only a page can do: show a picture, notice keys and clicks, play a clip.
 
-The page's side is `player.js`. Clips come over the widget's own channel, so a notebook needs no file server; they are
-cut out of their video without encoding it again, so neither side holds more than the stretch that is played.
+The page's side is `player.js`. Clips are sent over the widget's own channel, so a notebook needs no file server. Their
+packets are copied without encoding them again, so neither side holds more than the stretch that is played.
 """
 
 import io
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import anywidget
 import av
 import traitlets
+from av.container import InputContainer
 
 from framseg.frames import VideoError
 
 PLAYED = 30  # seconds that a click outside of any window plays
-MOST = 64 << 20  # bytes of a clip; what would be longer ends sooner
-# What browsers play: a codec's container, and the sound that may go with it.
+MOST = 64 << 20  # bytes after which a clip is cut off
+# What browsers play: a codec's container, and the sound that the container may hold.
 CONTAINERS = {"h264": "mp4", "hevc": "mp4", "av1": "mp4", "vp8": "webm", "vp9": "webm"}
 SOUND = {"mp4": {"aac", "mp3"}, "webm": {"opus", "vorbis"}}
 
 
-class Stage(anywidget.AnyWidget):
-    """A picture of HTML and SVG that can be clicked.
+class Player(anywidget.AnyWidget):
+    """A picture of HTML and SVG that can be clicked, and a video under it.
 
-    `value` is its HTML. In an element of class `timed` the child of class `axis` stretches over the seconds 0 to
+    `value` is the HTML. In an element of class `timed` the child of class `axis` stretches over the seconds 0 to
     `data-duration`: a click there calls `play(second, end)`, with `end` the `data-end` of what was clicked, or None.
-    The keys ← and → call `move(-1)` and `move(1)` wherever the focus is in the surrounding `framseg` widget, but in a
-    field of text; a key that comes before `answered` is not sent.
+    The keys ← and → call `move(-1)` and `move(1)` wherever the focus is in the surrounding widget of class `framseg`,
+    except in a text field. The page sends the next key only after `moved` has answered the last.
     """
 
     _esm = Path(__file__).with_name("player.js")
@@ -36,24 +39,31 @@ class Stage(anywidget.AnyWidget):
     def __init__(self, move: Callable[[int], None], play: Callable[[float, float | None], None]):
         super().__init__()
         self._move, self._play = move, play
-        self.on_msg(lambda _, content, buffers: self._told(content))
+        self.on_msg(lambda _, content, buffers: self._receive(content))
 
-    def _told(self, content: dict) -> None:
+    def _receive(self, content: dict) -> None:
         if content["kind"] == "move":
             self._move(content["by"])
-            self.send({"kind": "answered"})
+            self.send({"kind": "moved"})
         elif content["kind"] == "play":
             self._play(content["second"], content["end"])
 
-    def show_clip(self, video: Path, start: float, end: float | None) -> None:
-        """Play a video's stretch of seconds. Raises VideoError for one that browsers cannot play."""
+    def play_clip(self, video: Path | None, start: float, end: float | None) -> str:
+        """Play a video's seconds from `start` to `end`, by default 30; returns why that is impossible, else ""."""
         end = start + PLAYED if end is None else end
-        content, begin, kind = cut(video, start, end)
+        try:
+            if video is None:
+                raise VideoError("there is no video file to play")
+            content, begin, kind = cut(video, start, end)
+        except VideoError as error:
+            self.send({"kind": "no clip"})
+            return str(error)
         self.send({"kind": "clip", "type": kind, "begin": begin, "start": start, "end": end}, [content])
+        return ""
 
 
 def cut(video: Path, start: float, end: float) -> tuple[bytes, float, str]:
-    """A stretch of a video, with its sound, as a file of its own: content, the second it begins at, media type.
+    """A stretch of a video (seconds), with its sound, as a file of its own: content, its first second, media type.
 
     It begins with the last key frame up to `start`, because the packets are copied as they are. Raises VideoError for
     a file that is no video or that browsers cannot play.
@@ -65,28 +75,29 @@ def cut(video: Path, start: float, end: float) -> tuple[bytes, float, str]:
         raise VideoError(f"{video}: cannot be played ({error})") from error
 
 
-def _copied(video: Path, source: av.container.InputContainer, start: float, end: float) -> tuple[bytes, float, str]:
+def _copied(video: Path, source: InputContainer, start: float, end: float) -> tuple[bytes, float, str]:
     picture = source.streams.video[0]
     codec = picture.codec_context.codec.canonical_name
     if codec not in CONTAINERS:
         raise VideoError(f"{video}: browsers cannot play {codec} video; convert it to H.264")
     form = CONTAINERS[codec]
-    sound = [one for one in source.streams.audio if one.codec_context.codec.canonical_name in SOUND[form]][:1]
-    zero = (picture.start_time or 0) * picture.time_base
-    source.seek(int((start + zero) / picture.time_base), stream=picture)
+    sound = [stream for stream in source.streams.audio if stream.codec_context.codec.canonical_name in SOUND[form]][:1]
+    base = picture.time_base or Fraction(1)  # seconds per unit; every stream of an opened file has it
+    zero = (picture.start_time or 0) * base
+    source.seek(int((start + zero) / base), stream=picture)
     content, begin = io.BytesIO(), None
     with av.open(content, "w", format=form) as target:
         copies = {stream.index: target.add_stream_from_template(stream, opaque=True) for stream in (picture, *sound)}
-        for packet in _timed(source.demux(picture, *sound)):
-            second = float(packet.pts * packet.time_base - zero)
+        for packet, pts, dts, base in _timed(source.demux(picture, *sound)):
+            second = float(pts * base - zero)
             if begin is None and packet.stream is picture:
                 begin = second
             if begin is None or second < begin and packet.stream is not picture:
                 continue  # sound before the first frame
-            if content.tell() > MOST or packet.stream is picture and packet.dts * packet.time_base - zero > end:
+            if content.tell() > MOST or packet.stream is picture and dts * base - zero > end:
                 break
-            shift = round((begin + float(zero)) / packet.time_base)
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            shift = round((begin + float(zero)) / base)
+            packet.pts, packet.dts = pts - shift, dts - shift
             packet.stream = copies[packet.stream.index]
             target.mux(packet)
     if begin is None:
@@ -94,17 +105,19 @@ def _copied(video: Path, source: av.container.InputContainer, start: float, end:
     return content.getvalue(), begin, f"video/{form}"
 
 
-def _timed(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
-    """Packets with decoding times, which MP4 needs, also where Matroska has none for the first ones after a jump."""
-    early: list[av.Packet] = []
+def _timed(packets: Iterable[av.Packet]) -> Iterator[tuple[av.Packet, int, int, Fraction]]:
+    """Packets with presentation time, decoding time, and seconds per unit of both.
+
+    MP4 needs decoding times. Matroska has none for the first packets after a jump; they are counted back from the
+    stream's next packet.
+    """
+    waiting: dict[int, list[tuple[av.Packet, int]]] = defaultdict(list)  # by stream
     for packet in packets:
-        if packet.pts is None:
+        pts, dts, base = packet.pts, packet.dts, packet.time_base
+        if pts is None or base is None:
             continue  # the mark of a stream's end
-        if packet.dts is None:
-            early.append(packet)
-            continue
-        mine = [one for one in early if one.stream_index == packet.stream_index]
-        early = [one for one in early if one.stream_index != packet.stream_index]
-        for back, one in enumerate(reversed(mine), start=1):
-            one.dts = packet.dts - back * (packet.duration or 1)
-        yield from (*mine, packet)
+        waiting[packet.stream_index].append((packet, pts))
+        if dts is not None:
+            ready = waiting.pop(packet.stream_index)
+            for back, (earlier, time) in zip(range(len(ready) - 1, -1, -1), ready, strict=True):
+                yield earlier, time, dts - back * (packet.duration or 1), base

@@ -1,22 +1,22 @@
-// The page's side of ask.Upload: sends a file in pieces, each when the one before has arrived.
+// The page's side of ask_form.Upload: sends a file in pieces, each after the one before has been stored.
 const PIECE = 2 << 20;  // bytes
 
 function render({ model, el }) {
   const add = (name) => el.appendChild(document.createElement(name));
-  const input = add("input"), said = add("span");
+  const input = add("input"), status = add("span");
   input.type = "file";
   input.accept = "video/*,.mkv,.avi,.flv";
   input.setAttribute("aria-label", "video to upload");
   let file = null, id = 0;
   const send = async (begin) => {
-    const sent = file, piece = await sent.slice(begin, begin + PIECE).arrayBuffer();
-    if (file === sent)
-      model.send({ id, name: sent.name, begin, last: begin + PIECE >= sent.size }, undefined, [piece]);
+    const chosen = file, piece = await chosen.slice(begin, begin + PIECE).arrayBuffer();
+    if (file === chosen)  // and not another by now
+      model.send({ id, name: chosen.name, begin, last: begin + PIECE >= chosen.size }, undefined, [piece]);
   };
-  const heard = ({ id: of, received, error }) => {
-    if (!file || of !== id) return;  // of a file that another has taken the place of
+  const onMessage = ({ id: uploaded, received, error }) => {
+    if (!file || uploaded !== id) return;  // about a file that was chosen before this one
     const whole = received >= file.size;
-    said.textContent = error ?? ` ${whole ? "uploaded" : `${Math.floor((100 * received) / file.size)} % of`} ${file.name}`;
+    status.textContent = error ?? ` ${whole ? "uploaded" : `${Math.floor((100 * received) / file.size)} % of`} ${file.name}`;
     if (error || whole) file = null;
     else send(received);
   };
@@ -25,7 +25,7 @@ function render({ model, el }) {
     id += 1;
     if (file) send(0);
   });
-  model.on("msg:custom", heard);
-  return () => model.off("msg:custom", heard);
+  model.on("msg:custom", onMessage);
+  return () => model.off("msg:custom", onMessage);
 }
 export default { render };

@@ -39,11 +39,11 @@ print("re" + "ady")
 store = frames.Store({folder!r} + "/store", 384, 25, 0, 0.1, 90)
 """
 MOVE = """button => new Promise(done => {
-    const stage = button.closest(".framseg").querySelector(".framseg-stage > div"), began = performance.now();
+    const player = button.closest(".framseg").querySelector(".framseg-player > div"), began = performance.now();
     new MutationObserver((_, seen) => {
         seen.disconnect();
         requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - began)));
-    }).observe(stage, { childList: true });
+    }).observe(player, { childList: true });
     button.click();
 })"""
 
@@ -140,7 +140,7 @@ def in_page(folder: Path, counts: list[int]) -> dict:
             began = time.perf_counter()
             page.keyboard.press("Shift+Enter")
             cell = page.locator(".jp-Notebook .jp-Cell").nth(place)
-            cell.locator(".framseg-stage svg").first.wait_for()
+            cell.locator(".framseg-player svg").first.wait_for()
             opening = time.perf_counter() - began
             button = cell.get_by_role("button", name="next ▶")
             moves = [button.evaluate(MOVE) / 1000 for _ in range(MOVES)]
