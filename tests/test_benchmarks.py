@@ -1,11 +1,15 @@
-"""The benchmarks run, small, and the README shows what their records say."""
+"""The benchmarks run, small, and the README files show what their records say."""
 
 import json
 import os
 import subprocess
 import sys
 
+import pytest
+from benchmarks import ranked_policy
+
 from framseg import config
+from framseg.predictions import WINDOWS, read_released
 
 FOLDER = config.REPOSITORY / "tests" / "benchmarks"
 
@@ -17,11 +21,64 @@ def start(script: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_the_readme_shows_the_records():
+def test_the_readme_files_show_the_records():
     start("tables.py", "--check")
 
 
-def test_decoding_beside_the_librarys(tmp_path):
+@pytest.fixture
+def fetched(shared, tmp_path):
+    """A folder as `framseg download --reference` fills it, with the authors' JSON made from the CSV."""
+    (tmp_path / "qvhighlights").symlink_to(shared / "qvhighlights")
+    (tmp_path / "released").mkdir()
+    for split in ("val", "test"):
+        rows = []
+        for record in read_released(shared / f"golden/released_{split}_scores.csv"):
+            digits = "".join(map(str, ranked_policy.listed_mask(record)))
+            windows = [window for window in record[WINDOWS] if window[2]]
+            about = {"qid": record["qid"], "duration": record["duration"], "score": record["probability"]}
+            rows.append(about | {"preds": digits, WINDOWS: windows})
+        (tmp_path / f"released/hl_{split}_predictions.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_authors_predictions_are_the_same_from_csv_and_from_json(shared, fetched, split):
+    csv, listed = ranked_policy.read(shared, split), ranked_policy.read(fetched, split)
+    assert csv.rows == listed.rows
+    for name in ("masks", "probabilities", "recording"):
+        assert (getattr(csv, name) == getattr(listed, name)).all()
+
+
+def test_the_test_split_scores_what_the_record_says(fetched):
+    assert ranked_policy.test_scores(fetched) == json.loads(ranked_policy.RECORD.read_text())["test"]
+
+
+@pytest.mark.slow
+def test_rescoring_from_what_was_fetched_gives_the_readmes_numbers(fetched):
+    done = subprocess.run(
+        [sys.executable, FOLDER / "ranked_policy.py", "--score", "--reference", fetched],
+        env=os.environ | {"PYTHONPATH": str(config.REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads(ranked_policy.RECORD.read_text())
+    shown = [line.split()[-5:] for line in done.stdout.splitlines() if not line.startswith(("val ", "test "))]
+    systems = [*(system["scores"] for system in record["systems"].values()), *record["test"]["systems"].values()]
+    assert shown == [[f"{value:.2f}" for value in scores.values()] for scores in systems]
+
+
+def test_the_submission_scores_what_the_paper_reports(shared):
+    reported = json.loads((shared / "golden/reported_scores.json").read_text())
+    record = json.loads(ranked_policy.RECORD.read_text())
+    val, test = record["systems"]["as submitted"]["scores"], record["test"]["systems"]["as submitted"]
+    for scores, official in ((val, reported["val_as_submitted"]), (test, reported["test"])):
+        for short, name in ranked_policy.SHOWN.items():
+            assert scores[short] == pytest.approx(official[name], abs=0.0101)
+
+
+def test_decoding_next_to_the_librarys(tmp_path):
     start("decoding.py", "--videos", "4", "--repeats", "1", "--random", "--out", str(tmp_path))
     found = json.loads((tmp_path / "decoding_demo.json").read_text())
     assert found["same masks"] == found["queries"] == 4

@@ -99,6 +99,7 @@ def example(predictions: list[dict], rows: list[annotations.Row], store: frames.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    seeds = parser.parse_args().seeds
     profile = config.load("demo")
     synthetic.prepare(profile)
     dataset.extract(profile)
@@ -111,7 +112,7 @@ def main() -> None:
         },
         "seeds": {},
     }
-    for seed in parser.parse_args().seeds:
+    for seed in seeds:
         profile = config.load("demo", {"seed": seed})
         with tempfile.TemporaryDirectory() as folder:
             run = Run(profile, folder)

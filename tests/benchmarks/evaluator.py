@@ -6,6 +6,7 @@ FOLDER holds the golden files of the tests. Writes records/evaluator.json: secon
 predictions, reading them not included, and whether every metric equals that of the dataset's own evaluator.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ REPEATS = 9
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shared = Path(os.environ["FRAMSEG_SHARED"])
     rows = annotations.read(shared / "qvhighlights" / "highlight_val_release.jsonl")
     predictions = read_predictions(shared / "golden" / "official_val_predictions.jsonl")

@@ -1,243 +1,364 @@
-"""The README's tables of measurements, made from the records beside this file, and the plot of how the cost grows.
+"""The measured tables in the README files, made from the records in this folder, and the plot of how the cost grows.
 
-python tests/benchmarks/tables.py           writes them into README.md, between the markers with their names, and
-                                            records/growth.png
-python tests/benchmarks/tables.py --check   exits with 1 if README.md holds others
+python tests/benchmarks/tables.py           writes every table between the markers with its name, in all README files,
+                                            and records/growth.png
+python tests/benchmarks/tables.py --check   exits with 1 if a README file shows other values
 """
 
 import argparse
 import json
 import re
-import statistics
 import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 
 import common
 from matplotlib.figure import Figure
 
 from framseg import config
 from framseg.evaluate import METRICS
+from framseg.run import cost
 from framseg.viz import figures
 
-README = config.REPOSITORY / "README.md"
+FOLDERS = ("", "framseg", "framseg/demo", "notebooks", "tests/benchmarks")
+READMES = [path for folder in FOLDERS if (path := config.REPOSITORY / folder / "README.md").is_file()]
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+POSITIONS = 3621  # of a sample with the published sizes (tests/test_prompt.py)
 UNMEASURED = "unmeasured"
 
 
-def record(name: str) -> dict | None:
-    """A record, or None where nobody has measured it yet."""
-    path = common.RECORDS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def record(name: str) -> dict:
+    """A record; raises FileNotFoundError where nobody has measured it yet."""
+    return json.loads((common.RECORDS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def measured(name: str) -> bool:
+    """True if the record exists."""
+    return (common.RECORDS / f"{name}.json").is_file()
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown of a table."""
+    head = list(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def percentages(scores: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """Scores with two decimals, in the order of `names`."""
+    return [f"{scores[name]:.2f}" for name in names]
+
+
+def mean(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric."""
+    listed = list(scores)
+    return {name: sum(each[name] for each in listed) / len(listed) for name in METRICS}
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def demo_results() -> str:
+    """The trained demo model (mean of the seeds) next to the base model and the best trivial answer."""
+    demo = record("demo_seeds")
+    seeds, trivial = demo["seeds"].values(), demo["trivial"]
+    best = max(trivial, key=lambda name: trivial[name]["MR-full-R1@0.7"])
+    answers = {
+        f"trained, mean of {len(seeds)} seeds": mean(seed["epochs"][-1] for seed in seeds),
+        "base model before training": next(iter(seeds))["base"],
+        f"best trivial answer: {best}": trivial[best],
+    }
+    rows = [[name, *percentages(scores, METRICS)] for name, scores in answers.items()]
+    return table((f"demo, {demo['val queries']} val queries", *METRICS.values()), rows)
 
 
 def demo() -> str:
-    found = record("demo_seeds")
-    first = next(iter(found["seeds"].values()))
+    """Every answer to the demo's val queries that was scored."""
+    demo = record("demo_seeds")
+    seeds = demo["seeds"]
+    first = next(iter(seeds.values()))
     answers = {
-        f"trained, seed {seed} ({one['training seconds']:.0f} s)": one["epochs"][-1]
-        for seed, one in found["seeds"].items()
+        f"trained, seed {seed} ({run['training seconds']:.0f} s)": run["epochs"][-1] for seed, run in seeds.items()
     }
     answers |= {
-        f"seed {seed}, read as the authors do": one["read as"]["2 beams: mask, overlap"]
-        for seed, one in found["seeds"].items()
+        f"seed {seed}, read by the authors' policies": run["read as"]["2 beams: mask, overlap"]
+        for seed, run in seeds.items()
     }
-    answers |= {"untouched base": first["base"], **found["trivial"]}
+    answers |= {"base model before training": first["base"], **demo["trivial"]}
     answers["query ignored (seed 1's answers shuffled among videos)"] = first["query ignored"]
-    rows = [[name, *(f"{scores[column]:.2f}" for column in METRICS)] for name, scores in answers.items()]
-    return f"{table(('', *METRICS.values()), rows)}\n\nDevice: {about(found)}."
+    rows = [[name, *percentages(scores, METRICS)] for name, scores in answers.items()]
+    return f"{table(('', *METRICS.values()), rows)}\n\nDevice: {device(demo)}."
 
 
 def readings() -> str:
     """The demo's answers by policy and beams, mean over the seeds."""
     seeds = record("demo_seeds")["seeds"].values()
-    rows = []
-    for name in next(iter(seeds))["read as"]:
-        means = [sum(one["read as"][name][metric] for one in seeds) / len(seeds) for metric in METRICS]
-        rows.append([name, *(f"{mean:.2f}" for mean in means)])
+    rows = [
+        [name, *percentages(mean(seed["read as"][name] for seed in seeds), METRICS)]
+        for name in next(iter(seeds))["read as"]
+    ]
     return table((f"mean of {len(seeds)} seeds", *METRICS.values()), rows)
 
 
-def val() -> str:
-    """The released val predictions, read in three ways."""
-    found = record("ranked_policy")
-    first = found["trials"]["mask first, then cuts .95 to .05 by mean probability"]
-    tried = first | found["trials"]["saliency: interpolation of (.1 .8 .1)-smoothed"]
-    best, more = found["systems"]["ranked, out of fold"], found["difference of ranked, out of fold, to"]["as submitted"]
-    answers = {
-        "as the authors submitted it (`thresholds`, `overlap`)": found["systems"]["as submitted"]["scores"],
-        "the mask's own windows, padded (`mask`, `overlap`)": found["systems"]["mask"]["scores"],
-        "mask first, then windows at cuts .95 to .05 by mean probability; linear interpolation of (.1 .8 .1)-smoothed "
-        "probabilities": tried,
-        "**`ranked`, `gaussian`, out of fold**": best["scores"],
-        "more than as submitted": more["scores"],
+def run_time() -> str:
+    """How long the first command takes."""
+    seconds = record("seconds")
+    minutes = sum(seconds["demo, seconds"].values()) / 60
+    return (
+        f"It takes about {minutes:.0f} minutes on two CPU cores once the packages are installed and the videos drawn."
+    )
+
+
+def seconds() -> str:
+    """Where the seconds of the demo go."""
+    taken = record("seconds")["demo, seconds"]
+    return table(("notebook", "seconds"), [[f"`{name}`", str(count)] for name, count in taken.items()])
+
+
+# ---- the paper's predictions -----------------------------------------------------------------------------------------
+
+SYSTEMS = {
+    "as submitted": "as the authors submitted them (`thresholds`, `overlap`)",
+    "mask": "windows of the mask (`mask`, `overlap`)",
+    "ranked": "**`ranked`, `gaussian`**, constants of val",
+    "ranked, out of fold": "**`ranked`, `gaussian`**, out of fold",
+}
+
+
+def released() -> str:
+    """The paper's val and test predictions by how they are read."""
+    policy = record("ranked_policy")
+    splits = {
+        f"val ({policy['queries']:,} queries)": {name: each["scores"] for name, each in policy["systems"].items()},
+        f"test ({policy['test']['queries']:,} queries)": policy["test"]["systems"],
     }
-    rows = [[name, *(f"{scores[metric]:.2f}" for metric in METRICS.values())] for name, scores in answers.items()]
-    for place, one in ((4, best), (6, more)):
-        ends = [one["interval"][metric] for metric in METRICS.values()]
-        rows.insert(place, ["95 % interval", *(f"{low:.1f} to {high:.1f}" for low, high in ends)])
+    rows = [
+        [f"{split}, {SYSTEMS[name]}", *percentages(scores, METRICS.values())]
+        for split, systems in splits.items()
+        for name, scores in systems.items()
+    ]
+    return table(("the paper's predictions", *METRICS.values()), rows)
+
+
+def val() -> str:
+    """The paper's val predictions with intervals, and a simple way to read them in between."""
+    policy = record("ranked_policy")
+    tried = policy["trials"]["mask first, then cuts .95 to .05 by mean probability"]
+    tried |= policy["trials"]["saliency: interpolation of (.1 .8 .1)-smoothed"]
+    rows = []
+    for name, system in policy["systems"].items():
+        if name == "ranked, out of fold":
+            text = (
+                "mask first, then windows at cuts .95 to .05 by mean probability; smoothed probabilities, interpolated"
+            )
+            rows.append([text, *percentages(tried, METRICS.values())])
+        rows += with_interval(SYSTEMS[name], system)
+    rows += with_interval("difference to as submitted", policy["difference of ranked, out of fold, to"]["as submitted"])
     return table(("val", *METRICS.values()), rows)
 
 
+def with_interval(name: str, system: Mapping[str, dict]) -> list[list[str]]:
+    """Two lines: scores, and their interval."""
+    ends = [system["interval"][metric] for metric in METRICS.values()]
+    interval = ["95 % interval", *(f"{low:.1f} to {high:.1f}" for low, high in ends)]
+    return [[name, *percentages(system["scores"], METRICS.values())], interval]
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+def operations() -> str:
+    """What a sample with the published sizes costs, counted."""
+    paper, h100 = (cost.operations(config.load(name), POSITIONS) for name in ("paper", "h100"))
+    parts = {
+        "SigLIP, forward (frozen)": paper.encoder,
+        "resampler, forward and backward": paper.resampler + paper.resampler_backward,
+        "Phi-3 with its adapter, forward and backward": paper.language + paper.language_backward,
+        "Phi-3, layers recomputed (`training.gradient_checkpointing`)": paper.recomputation,
+        "a training sample, layers not recomputed (`h100`)": h100.training,
+        "a training sample, layers recomputed (`paper`)": paper.training,
+        "a query answered": paper.inference,
+    }
+    return table(("work", "TFLOP"), [[name, f"{count / cost.TERA:.0f}"] for name, count in parts.items()])
+
+
+def features() -> str:
+    """What keeping the encoder's output saves and takes."""
+    profile = config.load("paper")
+    counted = cost.operations(config.load("h100"), POSITIONS)
+    vision, pictures = profile.model.vision, profile.frames.count * (2 * profile.frames.neighbours + 1)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    video = pictures * patches * vision.hidden_size * 2
+    text = (
+        f"`training.cache_features=true` keeps the frozen encoder's output on disk: it then runs once per picture, not "
+        f"once per epoch. That saves {counted.encoder / counted.training:.0%} of a training sample's operations if its "
+        f"layers are not recomputed. With the published sizes it takes {video / 1e6:.0f} MB per video "
+        f"({profile.frames.count} x {pictures // profile.frames.count} pictures of {patches} x {vision.hidden_size} "
+        f"bfloat16 numbers); {video / 3e6:.0f} MB are read for each sample."
+    )
+    return textwrap.fill(text, 120)
+
+
 def store() -> str:
-    found = record("frame_store")
+    """What the frame store takes."""
+    content = record("frame_store")
     video, sample = (
-        {key: f"{value / 1e6:.2f}" for key, value in found[f"stored bytes a {what}"].items()}
+        {key: f"{value / 1e6:.2f}" for key, value in content[f"stored bytes a {what}"].items()}
         for what in ("video", "sample")
     )
-    extraction = next(value for key, value in found.items() if key.startswith("extraction"))
-    cpu = {name: one["CPU seconds a video"] for name, one in found["decoding in one process"].items()}
-    read = found["reading a sample in one process"]
-    total = next(value for key, value in found.items() if key.startswith("GB for"))
+    extraction = next(value for key, value in content.items() if key.startswith("extraction"))
+    cpu = {name: ways["CPU seconds a video"] for name, ways in content["decoding in one process"].items()}
+    read = content["reading a sample in one process"]
+    total = next(value for key, value in content.items() if key.startswith("GB for"))
     rows = [
-        [
-            "a video in the store (75 pictures)",
-            f"{video['mean']} MB ({video['min']} to {video['max']}); {total} GB for all",
-        ],
+        ["a video in the store (75 pictures)", f"{video['mean']} MB ({video['min']} to {video['max']})"],
+        ["all 10,148 videos", f"{total} GB"],
         ["a sample (25 pictures)", f"{sample['mean']} MB ({sample['min']} to {sample['max']})"],
         *(
-            [f"extraction, {name.replace(': ', ' ')}", f"{one['videos/s']:.2f} videos/s, {one['frames/s']:,} frames/s"]
-            for name, one in extraction.items()
+            [
+                f"extraction, {name.replace(': ', ' ')}",
+                f"{rate['videos/s']:.2f} videos/s, {rate['frames/s']:,} frames/s",
+            ]
+            for name, rate in extraction.items()
         ),
-        ["decoding, CPU seconds a video", "; ".join(f"{name} {seconds:.1f}" for name, seconds in cpu.items())],
+        ["decoding, CPU seconds per video", "; ".join(f"{name} {seconds:.1f}" for name, seconds in cpu.items())],
         ["reading a sample, one core", f"{read['ms, median']} ms, {read['samples/s']:.0f} samples/s"],
     ]
-    return table(("", ""), rows)
+    return table(("what", "measured"), rows)
 
 
 def performance() -> str:
-    """One line a measurement: what, how fast, beside what, share of what the device's matrix products reach."""
+    """A line per measurement: what, how fast, next to what, share of what the device's matrix products reach."""
     rows = []
-    for name, where in (("demo", "demo model"), ("h100", "full size, random weights")):
-        found = record(f"training_{name}")
-        rows.append([f"training, {where}", *_training(found)] if found else _missing(f"training, {where}", name))
-    for name, where in (("demo", "demo model"), ("h100", "full size, random weights")):
-        found = record(f"decoding_{name}")
-        rows.append([f"decoding, {where}", *_decoding(found)] if found else _missing(f"decoding, {where}", name))
-    if found := record("evaluator"):
-        evaluated = f"{found['median']:.2f} s for {found['queries']:,} queries"
-        rows.append(["scoring val", evaluated, "every metric as the dataset's own evaluator", "–", found["device"]])
-    return table(("what", "here", "beside", "share of the matrix rate", "device"), rows)
+    for name, model in (("demo", "demo model"), ("h100", "full size, random weights")):
+        for what, columns in (("training", _training), ("decoding", _decoding)):
+            missing = [UNMEASURED, "–", "–", f"needs a GPU (profile `{name}`)"]
+            cells = columns(record(f"{what}_{name}")) if measured(f"{what}_{name}") else missing
+            rows.append([f"{what}, {model}", *cells])
+    scoring = record("evaluator")
+    speed = f"{scoring['median']:.2f} s for {scoring['queries']:,} queries"
+    rows.append(["scoring val", speed, "every metric as the dataset's own evaluator", "–", scoring["device"]])
+    return table(("what", "measured", "compared with", "share of the matrix rate", "device"), rows)
+
+
+def _training(run: dict) -> list[str]:
+    compared = "2.49 samples/s reported per GPU of 2 x H100" if run["profile"] != "demo" else "–"
+    speed = f"{run['samples a second']['median']:.2f} samples/s"
+    return [speed, compared, f"{run['share of the matrix rate']:.1%}", run["device"]]
+
+
+def _decoding(run: dict) -> list[str]:
+    speed = run["queries a second"]
+    compared = f"{speed['generate']:.2f} with the library's `generate` ({run['ratio']:.1f} x)"
+    if run["profile"] != "demo":
+        compared += "; 0.98 reported for one H100"
+    return [f"{speed['ours']:.2f} queries/s", compared, f"{run['share of the matrix rate']:.1%}", run["device"]]
 
 
 def memory() -> str:
     """What a training sample keeps on the GPU at full size."""
-    found = record("activations")
     rows = [
         [
-            f"`{name}`, layers {'' if one['recomputes layers'] else 'not '}recomputed",
-            f"{one['MB a layer']:.0f} MB",
-            f"{one['MB resampler'] / 1e3:.1f} GB",
-            f"{one['GiB a sample']:.1f} GiB",
-            f"{one['GiB weights and trained state']:.1f} GiB",
-            str(one["samples that fit"]),
-            str(one["micro_batch"]),
+            f"`{name}`, layers {'' if kept['recomputes layers'] else 'not '}recomputed",
+            f"{kept['MB a layer']:.0f} MB",
+            f"{kept['MB resampler'] / 1e3:.1f} GB",
+            f"{kept['GiB a sample']:.1f} GiB",
+            f"{kept['GiB weights and trained state']:.1f} GiB",
+            str(kept["samples that fit"]),
+            str(kept["micro_batch"]),
         ]
-        for name, one in found.items()
-        if isinstance(one, dict) and "MB a layer" in one
+        for name, kept in record("activations").items()
+        if isinstance(kept, dict) and "MB a layer" in kept
     ]
-    head = ("a sample keeps", "a layer", "resampler", "in all", "beside weights and state", "80 GB hold", "micro_batch")
-    return table(head, rows)
+    kept = ("a sample keeps", "per layer", "resampler", "in all")
+    return table((*kept, "weights and trained state", "samples that fit 80 GB", "`micro_batch`"), rows)
 
 
 def growth() -> str:
-    found = record("decoding_demo")["milliseconds a query by"]
-    lines = []
-    for name, values in found.items():
+    """How the cost of a query grows."""
+    rows = []
+    for name, values in record("decoding_demo")["milliseconds a query by"].items():
         cells = " · ".join(f"{value}: {float(milliseconds):.1f} ms" for value, milliseconds in values.items())
-        lines.append([name, cells])
-    return table(("a query's cost by", "milliseconds"), lines)
+        rows.append([name.replace("queries a video", "queries per video"), cells])
+    return table(("a query's cost by", "milliseconds"), rows)
 
 
-def seconds() -> str:
-    """Where the seconds of a demo run go, and what was made faster: medians of measurements taken in turns."""
-    found = record("seconds")
-    steps = " · ".join(f"{name.split('_')[0]}: {taken} s" for name, taken in found["demo, seconds"].items())
-    tests = list(found["slowest tests, seconds"].items())[:5]
-    slow = " · ".join(f"`{name.split('::')[-1].split('[')[0].split()[0]}` {taken} s" for name, taken in tests)
+def browser() -> str:
+    """How long the prediction browser takes."""
+    run = record("browser")
+    opening = run["seconds in the page"]
+    few, many = opening
+    steps = {count: opening[count]["next, with frames"] for count in opening}
     rows = [
-        ["`./run_all.sh`, by notebook", steps, ""],
-        ["`./run_all.sh test --all`, the slowest", slow, ""],
+        [
+            f"{int(count):,}",
+            f"{opening[count]['open']:.1f} s",
+            f"{steps[count]['median']:.2f} s",
+            f"{steps[count]['slowest']:.2f} s",
+        ]
+        for count in (few, many)
     ]
-    for what, sides in found["rounds"].items():
-        name, unit = what.rsplit(", ", 1)
-        before, now = (f"{statistics.median(sides[side]):.1f} {unit}" for side in ("before", "after"))
-        rows.append([name, f"before: {before}", f"now: {now}"])
-    return table(("what", "", ""), rows)
+    return (
+        table(("predictions", "opening", "next query, with frames", "slowest"), rows) + f"\n\nDevice: {run['device']}."
+    )
 
 
 def plot() -> Figure:
-    """A query's milliseconds over frames, beams and queries a video, and what growth in proportion would be."""
-    found = record("decoding_demo")["milliseconds a query by"]
+    """A query's milliseconds over frames, beams and queries per video, and what growth in proportion would be."""
+    cost_by = record("decoding_demo")["milliseconds a query by"]
     figure = Figure(figsize=(7.2, 2.4), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+    for axes, (name, values) in zip(figure.subplots(1, len(cost_by)), cost_by.items(), strict=True):
         at = [int(value) for value in values]
-        measured = list(values.values())
-        axes.plot(at, measured, marker="o", color=figures.BLUE)
+        milliseconds = list(values.values())
+        axes.plot(at, milliseconds, marker="o", color=figures.BLUE)
         if name == "frames":
-            axes.plot(at, [measured[0] * x / at[0] for x in at], linestyle=":", color=figures.GREY)
-        axes.set(xlabel=name, xticks=at, ylim=(0, 1.1 * max(measured)))
-    figure.axes[0].set(ylabel="milliseconds a query", title="dotted: in proportion")
+            axes.plot(at, [milliseconds[0] * x / at[0] for x in at], linestyle=":", color=figures.GREY)
+        label = name.replace("queries a video", "queries per video")
+        axes.set(xlabel=label, xticks=at, ylim=(0, 1.1 * max(milliseconds)))
+    figure.axes[0].set(ylabel="milliseconds per query", title="dotted: in proportion")
     return figure
 
 
-def about(found: dict) -> str:
-    versions = found["versions"]
-    return f"{found['device']}, torch {versions['torch']}"
+def device(run: dict) -> str:
+    """What a record was measured on."""
+    return f"{run['device']}, torch {run['versions']['torch']}"
 
 
-def _training(found: dict) -> list[str]:
-    beside = "2.49 samples/s reported for a GPU of 2 x H100" if found["profile"] != "demo" else "–"
-    speed = f"{found['samples a second']['median']:.2f} samples/s"
-    return [speed, beside, f"{found['share of the matrix rate']:.1%}", found["device"]]
-
-
-def _decoding(found: dict) -> list[str]:
-    speed = found["queries a second"]
-    beside = f"{speed['generate']:.2f} with the library's `generate` ({found['ratio']:.1f} x)"
-    if found["profile"] != "demo":
-        beside += "; 0.98 reported for one H100"
-    return [f"{speed['ours']:.2f} queries/s", beside, f"{found['share of the matrix rate']:.1%}", found["device"]]
-
-
-def _missing(what: str, profile: str) -> list[str]:
-    return [what, UNMEASURED, "–", "–", f"needs a GPU (profile `{profile}`)"]
-
-
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
+    "demo-results": demo_results,
     "demo": demo,
     "readings": readings,
+    "run-time": run_time,
+    "seconds": seconds,
+    "released": released,
     "val": val,
+    "operations": operations,
+    "features": features,
     "store": store,
     "performance": performance,
     "memory": memory,
     "growth": growth,
-    "seconds": seconds,
+    "browser": browser,
 }
 
 
 def filled(text: str) -> str:
-    """The README's text with every table made anew."""
-    for name, make in TABLES.items():
-        marked = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not marked.search(text):
-            raise ValueError(f"{README}: has no place for the table {name!r}")
-        content = make()
-        text = marked.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)  # noqa: B023
-    return text
+    """A README's text with every marked table made anew; raises KeyError for a name that is not in TABLES."""
+    return MARKED.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[3]}", text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if options.check and before != after:
-        sys.exit("README.md does not show what the records say: run python tests/benchmarks/tables.py")
-    README.write_text(after, encoding="utf-8")
+    texts = {path: path.read_text(encoding="utf-8") for path in READMES}
+    if absent := TABLES.keys() - {place[2] for text in texts.values() for place in MARKED.finditer(text)}:
+        sys.exit(f"no README file has a place for: {', '.join(sorted(absent))}")
+    changed = {path: new for path, text in texts.items() if (new := filled(text)) != text}
+    if options.check:
+        names = ", ".join(str(path.relative_to(config.REPOSITORY)) for path in changed)
+        sys.exit(f"{names}: not what the records say: run python tests/benchmarks/tables.py" if changed else 0)
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
     plot().savefig(common.RECORDS / "growth.png", dpi=160)
 
 
