@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from framseg import annotations, config, dataset, decode, evaluate, frames, moments, prompt, train
-from framseg.checkpoint import load_trained
+from framseg.checkpoint import loaded
 from framseg.demo import synthetic
 from framseg.predictions import SALIENCY, WINDOWS, read_predictions
 from framseg.run.paths import Run
@@ -36,9 +36,8 @@ def short(metrics: dict) -> dict[str, float]:
 
 def beams_of(run: Run, rows: list[annotations.Row], beams: int) -> list[tuple[np.ndarray, ...]]:
     """Each row's masks [k, f], scores [k] and probabilities [k, f], best beam first."""
-    model, profile = load_trained(run.checkpoint)
-    model, tokenizer, store = model.eval(), prompt.load(run.checkpoint), dataset.store(profile)
-    count, tokens, by_qid = profile.frames.count, profile.model.tokens, {}
+    model, profile, tokenizer = loaded(run.checkpoint)
+    store, count, tokens, by_qid = dataset.store(profile), profile.frames.count, profile.model.tokens, {}
     for vid in dict.fromkeys(row.vid for row in rows):
         asked = [row for row in rows if row.vid == vid]
         ids = [prompt.prompt_ids(tokenizer, tokens, row.query, count) for row in asked]
