@@ -10,9 +10,9 @@ from hypothesis import settings
 
 from framseg.run.paths import Run
 
-# Small models on small machines: a second thread costs more than it gives, most of all beside other processes.
+# Small models on small machines: a second thread takes more time than it saves, most of all with others at work.
 torch.set_num_threads(1)
-# Tests started in the background would ignore Ctrl-C, and so would all that they start.
+# A shell starts background processes with Ctrl-C ignored, and all that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHORT = {  # a training of seconds, on a folder of data
@@ -47,10 +47,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference material: real annotations, golden files, the published vocabulary."""
-    folder = os.environ.get("FRAMSEG_SHARED")
-    if not folder:
-        pytest.skip("FRAMSEG_SHARED is not set: it names the folder with the real annotations and golden files")
-    return Path(folder).resolve()
+    name = os.environ.get("FRAMSEG_SHARED")
+    if not name:
+        pytest.skip("FRAMSEG_SHARED is not set: it runs with the folder of real annotations and golden files")
+    folder = Path(name).resolve()
+    if not (folder / "golden").is_dir():  # as `framseg download --reference` leaves it
+        pytest.skip(f"{folder} has no golden files: it runs with those, which are not public")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -96,12 +99,12 @@ def trained(small_set, tmp_path_factory):
 
 
 def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProcess:
-    """As run_all.sh starts the notebooks, for the profile demo; it fails by its exit code, not here."""
+    """Run the notebooks for the profile demo as run_all.sh does; a failure is in the result's exit code."""
     from framseg import config
 
     changes = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
     command = [sys.executable, "-P", "-m", "framseg.run", "demo", "--run-dir", str(folder), *options, *changes]
-    # So little work is done sooner by one thread than by several that wait for each other.
+    # One thread does so little work sooner than several that wait for each other.
     environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
 
