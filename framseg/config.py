@@ -269,7 +269,10 @@ def load(name: str | Path, overrides: dict[str, Any] | None = None) -> Profile:
     path = _path(name)
     merged = _merged(path, ())
     for key, value in (overrides or {}).items():
-        merged = _merge(merged, _nest(key, _yaml(value, key) if isinstance(value, str) else value))
+        value = _yaml(value, key) if isinstance(value, str) else value
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _merge(merged, value)
     try:
         return Profile.model_validate(merged)
     except ValidationError as error:
@@ -340,12 +343,6 @@ def _merge(base: dict, change: dict) -> dict:
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = _merge(out[key], value) if both else value
     return out
-
-
-def _nest(key: str, value: Any) -> dict:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def _explain(path: Path, item: ErrorDetails) -> str:

@@ -40,14 +40,8 @@ def store(profile: config.Profile) -> frames.Store:
     """The profile's frame store; profiles with the same data, frames and image size share one."""
     section, size = profile.frames, profile.model.vision.image_size
     name = f"frames_{section.count}x{2 * section.neighbours + 1}_{size}px_q{section.jpeg_quality}"
-    return frames.Store(
-        config.data_folder(profile) / name,
-        size,
-        section.count,
-        section.neighbours,
-        section.neighbour_distance,
-        section.jpeg_quality,
-    )
+    sampling = section.count, section.neighbours, section.neighbour_distance
+    return frames.Store(config.data_folder(profile) / name, size, *sampling, section.jpeg_quality)
 
 
 def extract(
@@ -142,12 +136,8 @@ class Samples(Dataset):
         draw = np.random.default_rng([self.profile.seed, epoch, row.qid])
         choice = draw.integers(2 * section.neighbours + 1, size=section.count)
         mask = "".join(map(str, annotations.frame_labels(row, section.count)))
-        sample = {
-            "qid": row.qid,
-            "ids": prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count)
-            + prompt.answer_ids(tokens, mask),
-            "soft_targets": annotations.soft_targets(row, section.count),
-        }
+        ids = prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count) + prompt.answer_ids(tokens, mask)
+        sample = {"qid": row.qid, "ids": ids, "soft_targets": annotations.soft_targets(row, section.count)}
         if self.features is None:
             return sample | {"frames": self.store.read(row.vid, choice)}
         return sample | {"features": self.features.read(row.vid, choice)}
@@ -200,8 +190,8 @@ class MicroBatches:
     Every epoch is a new permutation from the seed. Its remainder, which does not fill a micro-batch on every process,
     goes into the next epoch's first one (`training.remainder: carry`), or is left out as in the paper's run (`drop`:
     225 micro-batches of 2 x 16 out of 7,218 samples). Within an optimizer step, samples of similar length share a
-    micro-batch, which saves padding and changes no gradient: a step sums over all of its samples. `lengths` are the
-    samples' (`Samples.lengths`); the first `first` micro-batches, already trained on, are left out.
+    micro-batch, which saves padding and changes no gradient. `lengths` are `Samples.lengths`; the first `first`
+    micro-batches, on which a resumed run has trained already, are left out.
     """
 
     def __init__(self, lengths: Sequence[int], profile: config.Profile, rank: int, first: int = 0):

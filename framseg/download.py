@@ -1,15 +1,12 @@
-"""Get the real data: QVHighlights' annotation files and videos, fetched or from a folder that has them already.
+"""Get the real data: QVHighlights' annotations and videos, and the predictions that the paper's authors published.
 
-python -m framseg.download [FOLDER] [--annotations-only]   fetch into FOLDER, by default the paper profile's data folder
-python -m framseg.download [FOLDER] --from HAVE            fetch nothing: link what the folder HAVE holds into FOLDER
+framseg download [FOLDER] [--annotations-only]   fetch QVHighlights into FOLDER (data/qvhighlights)
+framseg download [FOLDER] --from HAVE            fetch nothing: link what the folder HAVE holds into FOLDER
+framseg download --reference [FOLDER]            fetch annotations and the authors' predictions (data/reference), 15 MB
 
-Whatever ends a run (a cut connection, Ctrl-C, a full disk, a kill), the same command goes on where it stopped.
-
-The annotation files come from one commit of the dataset authors' repository and must have the SHA-256 below. For the
-videos' archive no checksum was found: it must have the length that the server names, the checksum inside the gzip file
-must be right, and every video is decoded whole when its frames are extracted. None of the addresses could be reached
-where this was written. The checksums are those of copies of the files; other public projects name the same ones for
-train, val and test_with_gt at this commit.
+However a run ends (a cut connection, Ctrl-C, a full disk), the same command continues where it stopped. The annotation
+files must have the SHA-256 below. The others have none: the videos' archive must have the length that the server names
+and the checksum inside the gzip file; the predictions must belong to the annotations, query by query.
 """
 
 import argparse
@@ -19,13 +16,16 @@ import gzip
 import hashlib
 import json
 import os
-import queue
+import shlex
 import shutil
 import sys
 import tarfile
 import threading
 import time
 import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
@@ -33,10 +33,12 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
-from framseg import FramsegError, annotations, config
-from framseg.jsonl import write_lines
+from framseg import FramsegError, annotations, config, predictions
+from framseg.jsonl import shortlist, write_lines
 
-ANNOTATIONS = "https://raw.githubusercontent.com/jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
+RAW = "https://raw.githubusercontent.com/"
+ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
+RELEASED = f"{RAW}bagasjiwanta/llm-frame-segmentation/5e69f3707286acb25d0338d74d2c7044a72b6e3f/run/val_and_test_all/"
 SHA256 = {
     "highlight_train_release.jsonl": "fd28404187468f57cf99242be2963127dc9b4aef26c7de3cb9469569801f2625",
     "highlight_val_release.jsonl": "f668a1eaea156ec5315e14718999cea043a8cf948d3cafbd8e8d655318c3cd02",
@@ -45,97 +47,103 @@ SHA256 = {
 }
 ARCHIVE = "https://nlp.cs.unc.edu/data/jielei/qvh/qvhilights_videos.tar.gz"
 VIDEOS = "videos"
-ABSENT = "not_in_archive.txt"  # vids that the whole archive did not hold, so that it is not fetched for them again
+REFERENCE = config.WORKSPACE / "data" / "reference"
+ABSENT = "not_in_archive.txt"  # vids that the archive does not hold: it is not fetched again for them
 CHUNK = 1 << 20
 ANSWER = 9.0  # seconds until the server must have answered
-STALL = 60.0  # seconds without a byte that count as a cut
-TRIES = 5  # in a row that bring nothing
+STALL = 60.0  # seconds without a byte after which a connection counts as cut
+TRIES = 5  # connections in a row that bring nothing
 PAUSE = 1.0  # seconds before the next try, doubled each time
 
 
 class DownloadError(FramsegError, ValueError):
-    """Data that cannot be had; the message names the address or file and says what to do."""
+    """Data that cannot be fetched; the message names the address or file and says what to do."""
 
 
 class _Cut(Exception):
-    """A transfer that ended early and may be tried again; `reached`: the server was there."""
+    """A transfer that ended early and may be tried again; says why."""
 
-    def __init__(self, reason: str, reached: bool = True):
-        super().__init__(reason)
-        self.reached = reached
+
+class _Unreachable(_Cut):
+    """The server did not answer."""
 
 
 def fetch(address: str, path: Path, sha256: str | None = None) -> None:
-    """Bring the file at `address` to `path`, which is there only when it is whole.
+    """Fetch the file at `address` to `path`, which appears when it is complete.
 
-    What has come so far is kept in {path}.part, and {path}.part.json says of which version it is; both survive any end
-    of the process. A file that has changed at the server is fetched anew, never glued. Raises DownloadError.
+    Until then its bytes are in {path}.part, and {path}.part.json says of which version they are; the next call goes on
+    with them, unless the file has changed at the server. Raises DownloadError.
     """
-    part, about = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
-    most, vain, first = _size(part), 0, True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
+    most, failures, first = _size(part), 0, True
     while True:
         try:
-            _transfer(address, part, about)
+            _transfer(address, part, note)
             break
         except _Cut as cut:
             size = _size(part)
-            # A server that knows no ranges may cut at the same place for ever: only more than ever before is progress.
-            most, vain = (size, 0) if size > most else (most, vain + 1)
-            if vain == TRIES or (first and not cut.reached):
+            # A server that ignores ranges may cut at the same byte every time: only more bytes than ever are progress.
+            most, failures = (size, 0) if size > most else (most, failures + 1)
+            if failures == TRIES or (first and isinstance(cut, _Unreachable)):
                 raise DownloadError(
                     f"{address}: {cut}; {f'{_words(size)} are kept: ' if size else ''}give the same command again to "
                     f"go on, or take a folder that has the data with --from"
                 ) from None
             first = False
-            time.sleep(PAUSE * 2**vain)
-    if sha256 and (found := _sha256(part)) != sha256:
+            time.sleep(PAUSE * 2**failures)
+    if sha256 and (actual := _sha256(part)) != sha256:
         part.unlink()
-        about.unlink()
+        note.unlink()
         raise DownloadError(
-            f"{path}: what {address} sends has SHA-256 {found}, expected is {sha256}; it was not kept: give the same "
+            f"{path}: what {address} sends has SHA-256 {actual}, expected is {sha256}; it was not kept: give the same "
             f"command again, or take a folder that has the file with --from"
         )
     part.replace(path)
-    about.unlink()
+    note.unlink()
 
 
-def _transfer(address: str, part: Path, about: Path) -> None:
-    """One connection: add to `part` until it is whole, or raise _Cut."""
-    known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {"version": None}
-    size = _size(part) if known["version"] else 0
-    if size and size == known["length"]:
+def _transfer(address: str, part: Path, note: Path) -> None:
+    """One connection: add to `part` until it is complete, or raise _Cut."""
+    known: dict = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    version: str = known.get("version") or ""
+    length: int = known.get("length", 0)
+    size = _size(part) if version else 0
+    if size and size == length:
         return
     headers = {"User-Agent": "framseg", "Accept-Encoding": "identity"}
-    with _answer(
-        address, headers | ({"Range": f"bytes={size}-", "If-Range": known["version"]} if size else {})
-    ) as answer:
-        said, status = answer.headers, f"the server answers {answer.status} {answer.reason}"
+    if size:
+        headers |= {"Range": f"bytes={size}-", "If-Range": version}
+    with _answer(address, headers) as answer:
+        status = f"the server answers {answer.status} {answer.reason}"
         if answer.status == 200:  # the whole file: the first time, where it has changed, or without ranges
-            if "Content-Length" not in said:
+            if "Content-Length" not in answer.headers:
                 raise DownloadError(f"{address}: the server does not say how long the file is; get it by another way")
             part.unlink(missing_ok=True)  # before the note changes: old bytes must never pass for the new version's
-            # A weak ETag does not say that two answers are parts of the same bytes.
-            version = said["ETag"] or said["Last-Modified"] or "W/"
-            version = None if version.startswith("W/") else version
-            size, known = 0, {"version": version, "length": int(said["Content-Length"])}
-            write_lines(about, [known])
+            # A weak ETag, unlike a strong one, may be the same for files of different bytes.
+            version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
+            version = "" if version.startswith("W/") else version
+            size, length = 0, int(answer.headers["Content-Length"])
+            write_lines(note, [{"version": version, "length": length}])
         elif answer.status in (206, 416):
-            right = (said["Content-Range"] or "").startswith(f"bytes {size}-")
-            if not right or said.get("ETag", known["version"]) != known["version"]:
-                part.unlink()
+            continues = (answer.headers["Content-Range"] or "").startswith(f"bytes {size}-")
+            if not continues or answer.headers.get("ETag", version) != version:
+                part.unlink(missing_ok=True)
                 raise _Cut(f"{status}, which is not the rest of the file")
-        elif answer.status >= 500 or answer.status in (408, 429):
+        elif answer.status in (408, 429, *range(500, 600)):
             raise _Cut(status)
         else:
             raise DownloadError(f"{address}: {status}; get the file by another way and take its folder with --from")
-        length = known["length"]
         bar = tqdm(desc=part.stem, total=length, initial=size, unit="B", unit_scale=True)
         try:
             with bar, part.open("ab") as file:
                 if length - size > shutil.disk_usage(part.parent).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 while size < length:
-                    chunk = _read(answer, min(CHUNK, length - size))
+                    try:
+                        chunk = answer.read1(min(CHUNK, length - size))
+                    except (OSError, HTTPException) as error:
+                        raise _Cut(f"the connection broke ({error})") from None
                     if not chunk:
                         raise _Cut(f"the connection was cut after {size} of {length} bytes")
                     size += file.write(chunk)
@@ -145,58 +153,54 @@ def _transfer(address: str, part: Path, about: Path) -> None:
 
 
 def _answer(address: str, headers: dict[str, str]) -> HTTPResponse | HTTPError:
-    """The server's answer of whatever status, its body still to be read. Raises _Cut if there is none."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
+    """The server's answer of whatever status, its body still to be read. Raises _Unreachable if there is none."""
+    answer: Future[HTTPResponse] = Future()
 
     def ask() -> None:
         try:
-            answers.put(urlopen(Request(address, headers=headers), timeout=STALL))
+            answer.set_result(urlopen(Request(address, headers=headers), timeout=STALL))
         except (OSError, HTTPException) as error:
-            answers.put(error)
+            answer.set_exception(error)
 
-    # In a thread of its own: looking a name up and trying its addresses one by one share no time limit.
+    # In a thread, because no time limit covers looking up a name and trying each of its addresses.
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=ANSWER)
-    except queue.Empty:
-        raise _Cut(f"no answer within {ANSWER:g} s", reached=False) from None
-    if isinstance(answer, Exception) and not isinstance(answer, HTTPError):
-        raise _Cut(f"cannot be reached ({getattr(answer, 'reason', answer)})", reached=False)
-    return answer
-
-
-def _read(answer: HTTPResponse, count: int) -> bytes:
-    try:
-        return answer.read1(count)
+        return answer.result(timeout=ANSWER)
+    except HTTPError as error:
+        return error
+    except TimeoutError:
+        raise _Unreachable(f"no answer within {ANSWER:g} s") from None
     except (OSError, HTTPException) as error:
-        raise _Cut(f"the connection broke ({error})") from None
+        raise _Unreachable(f"cannot be reached ({getattr(error, 'reason', error)})") from None
 
 
 def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
-    """Take {vid}.mp4 of these vids out of the archive, from whatever folder in it, into `folder`.
+    """Extract {vid}.mp4 of these vids, from whatever folder in the archive, into `folder`.
 
     A video that is there with its full size is skipped, so the call may be repeated. Returns the names of members that
-    were left alone: links, devices, other names, a name for the second time. Raises DownloadError.
+    were not extracted: links, devices, other names, a name for the second time. Raises DownloadError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    total, names, taken, ignored = _size(archive), {f"{vid}.mp4" for vid in vids}, set(), []
+    names, taken, ignored = {f"{vid}.mp4" for vid in vids}, set(), []
     with archive.open("rb") as raw:
         try:
             with (
-                tqdm.wrapattr(raw, "read", total, desc=f"unpacking {archive.name}") as read,
-                gzip.open(read) as stream,
+                tqdm(desc=f"unpacking {archive.name}", total=_size(archive), unit="B", unit_scale=True) as bar,
+                gzip.open(raw) as stream,
                 tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as members,
             ):
                 for member in members:
+                    bar.update(raw.tell() - bar.n)
                     name = PurePosixPath(member.name).name
-                    if not member.isfile() or name in taken or name not in names:
+                    source = members.extractfile(member) if member.isfile() else None
+                    if source is None or name in taken or name not in names:
                         ignored += [] if member.isdir() else [member.name]
                         continue
                     taken.add(name)
                     if _size(folder / name) != member.size:
                         part = folder / f"{name}.part"
                         with part.open("wb") as file:
-                            shutil.copyfileobj(members.extractfile(member), file, CHUNK)
+                            shutil.copyfileobj(source, file, CHUNK)
                         part.replace(folder / name)
                 while stream.read(CHUNK):  # on to the end, where gzip keeps its checksum
                     pass
@@ -206,7 +210,7 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
                 f"command again"
             ) from None
         except OSError as error:
-            raise _unwritable(folder, total - raw.tell(), error) from None
+            raise _unwritable(folder, _size(archive) - raw.tell(), error) from None
     return ignored
 
 
@@ -218,13 +222,14 @@ def get_videos(folder: Path, vids: set[str]) -> None:
         return
     if not archive.is_file():
         free = _words(shutil.disk_usage(folder).free)
-        print(f"videos: an archive of about 144 GB, and as much again when it is unpacked; {free} are free")
+        print(f"videos: an archive of about 144 GB, and as much again for the unpacked videos; {free} are free")
         fetch(ARCHIVE, archive)
     ignored = unpack(archive, folder / VIDEOS, vids)
     if ignored:
-        print(f"{archive}: {len(ignored)} members are none of the annotated videos, left alone: {_few(ignored)}")
+        few = shortlist(ignored, most=5)
+        print(f"{archive}: {len(ignored)} members that are no annotated videos were left out: {few}")
     absent.write_text("".join(f"{vid}\n" for vid in sorted(missing(folder, vids))), encoding="utf-8")
-    print(f"{archive}: everything is unpacked; delete it to have its {_words(_size(archive))} back")
+    print(f"{archive}: everything is unpacked; delete it to free its {_words(_size(archive))}")
 
 
 def missing(folder: Path, vids: set[str]) -> set[str]:
@@ -233,7 +238,7 @@ def missing(folder: Path, vids: set[str]) -> set[str]:
 
 
 def link(have: Path, folder: Path) -> None:
-    """Link into `folder` what the folder `have` holds: annotation files, and videos in have/videos or in itself."""
+    """Link into `folder` the annotation files of the folder `have`, and its videos (have/videos, or `have` itself)."""
     sources = {folder / name: have / name for name in SHA256 if (have / name).is_file()}
     videos = have / VIDEOS if (have / VIDEOS).is_dir() else have
     if any(videos.glob("*.mp4")):
@@ -253,8 +258,8 @@ def _unwritable(path: Path, needed: int, error: OSError) -> DownloadError:
         return DownloadError(f"{path}: {error.strerror or error}")
     free = shutil.disk_usage(path if path.is_dir() else path.parent).free
     return DownloadError(
-        f"{path}: no room ({error.strerror}): {_words(needed)} more are needed, {_words(free)} are free; what has come "
-        f"is kept: make room and give the same command again"
+        f"{path}: no room ({error.strerror}): {_words(needed)} more are needed, {_words(free)} are free; what has "
+        f"arrived is kept: make room and give the same command again"
     )
 
 
@@ -271,61 +276,100 @@ def _words(size: int) -> str:
     return tqdm.format_sizeof(size, "B")
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def get(folder: Path, have: Path | None = None, with_videos: bool = True) -> None:
-    """Fill the data folder, from the folder `have` or from the public addresses, and print what is there.
-
-    Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
-    """
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second download, which would write into the same files, out of `folder`. Raises DownloadError."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".download.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # two would write into one file
+        except BlockingIOError:
             raise DownloadError(f"{folder}: another download is at work here; wait for it or end it") from None
-        if have:
-            link(have, folder)
-        vids = set()
-        for name, published in SHA256.items():
-            path = folder / name
-            if have and not path.is_file():
+        yield
+
+
+def get_annotations(folder: Path, may_fetch: bool = True) -> dict[str, list[annotations.Row]]:
+    """The rows of each annotation file in `folder`, fetched where one is missing, unless `may_fetch` is False.
+
+    Prints for each file whether it is the published one. Raises DownloadError and AnnotationError.
+    """
+    rows = {}
+    for name, published in SHA256.items():
+        path = folder / name
+        if not path.is_file():
+            if not may_fetch:
                 print(f"{path}: is not there; --annotations-only fetches it")
                 continue
-            if not path.is_file():
-                fetch(ANNOTATIONS + name, path, published)
-            rows, found = annotations.read(path), _sha256(path)
-            vids |= {row.vid for row in rows}
-            same = "as published" if found == published else f"usable, but NOT the published file (SHA-256 {found})"
-            print(f"{path}: {len(rows)} rows, {same}")
+            fetch(ANNOTATIONS + name, path, published)
+        rows[name], actual = annotations.read(path), _sha256(path)
+        same = "as published" if actual == published else f"usable, but NOT the published file (SHA-256 {actual})"
+        print(f"{path}: {len(rows[name])} rows, {same}")
+    return rows
+
+
+def get(folder: Path, have: Path | None = None, with_videos: bool = True) -> None:
+    """Fill the data folder, from the folder `have` or from the public addresses, and print what it holds.
+
+    Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
+    """
+    with _locked(folder):
+        if have:
+            link(have, folder)
+        vids = {row.vid for rows in get_annotations(folder, may_fetch=not have).values() for row in rows}
         if with_videos and not have:
             get_videos(folder, vids)
     lacking = sorted(missing(folder, vids))
     print(f"{folder / VIDEOS}: {len(vids) - len(lacking)} of {len(vids)} videos are there")
     if lacking:
-        print(f"without a video: {_few(lacking)}")
+        print(f"without a video: {shortlist(lacking, most=5)}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def get_reference(folder: Path) -> None:
+    """Fetch the annotations into `folder`/qvhighlights and the authors' predictions into `folder`/released; check both.
+
+    Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
+    """
+    with _locked(folder):
+        rows = get_annotations(folder / "qvhighlights")
+        for split, name in (("val", "highlight_val_release.jsonl"), ("test", "highlight_test_with_gt.jsonl")):
+            path = folder / "released" / f"hl_{split}_predictions.json"
+            if not path.is_file():
+                fetch(RELEASED + path.name, path)
+            try:
+                durations = {record["qid"]: record["duration"] for record in predictions.read_released(path)}
+                if durations != {row.qid: row.duration for row in rows[name]}:
+                    raise DownloadError(f"{path}: has other queries or durations than {name}")
+            except ValueError as error:
+                raise DownloadError(f"{error}\ndelete {path} and give the same command again") from None
+            print(f"{path}: {len(durations)} predictions, one for each query of {name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `framseg download`."""
     usual = config.data_folder(config.load("paper"))
-    parser = argparse.ArgumentParser(prog="python -m framseg.download", description="Get QVHighlights.")
-    parser.add_argument("folder", type=Path, nargs="?", default=usual, help="data folder to fill (%(default)s)")
+    parser = argparse.ArgumentParser(prog="framseg download", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", help=f"folder to fill ({usual}; for --reference, {REFERENCE})")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--annotations-only", action="store_true", help="do not fetch the videos (144 GB)")
     which.add_argument("--from", dest="have", type=Path, metavar="HAVE", help="fetch nothing: link what HAVE holds")
+    which.add_argument("--reference", action="store_true", help="annotations and the authors' predictions")
     options = parser.parse_args(arguments)
-    folder = options.folder.resolve()
+    folder = (options.folder or (REFERENCE if options.reference else usual)).resolve()
     try:
-        get(folder, options.have, not options.annotations_only)
+        get_reference(folder) if options.reference else get(folder, options.have, not options.annotations_only)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or folder}: {error.strerror or error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: what has come is kept, the same command goes on")
-    print(f"the profile finds it with ./run_all.sh paper{'' if folder == usual else f' --set data.folder={folder}'}")
+        sys.exit("interrupted: what has arrived is kept, the same command goes on")
+    print("QVHighlights' annotations are licensed CC BY-NC-SA 4.0, which rules out commercial use.")
+    if options.reference:
+        print("With this line, notebooks 01, 04 and 05 and tests/benchmarks/ranked_policy.py use the real data:")
+        print(f"export FRAMSEG_SHARED={shlex.quote(str(folder))}")
+    else:
+        setting = "" if folder == usual else f" --set data.folder={folder}"
+        print(f"the profile finds it with ./run_all.sh paper{setting}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from framseg import FramsegError
 decord.logging.set_level(decord.logging.QUIET)
 
 ABOUT = "frames.json"  # member of a store file that says what made it
+MEMBER = "{:03d}_{}.jpg"  # member of a store file: a frame's number in 0..f-1 and the number of its variation
 FAILURES = "failures.jsonl"
 DECODER_ERRORS = (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
 # decord shows the frame before in place of a lost one, unless the share of such repeats is limited; 0 means no limit.
@@ -188,13 +189,9 @@ def read_apart(
     # multiprocessing would run the caller's script again where that has no `if __name__ == "__main__"`.
     command = [sys.executable, "-P", "-m", "framseg.frames", json.dumps(request)]
     import_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": import_path},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        pass_fds=[file.fileno()],
-    )
+    environment = os.environ | {"PYTHONPATH": import_path}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    done = subprocess.run(command, env=environment, stdin=null, stdout=pipe, pass_fds=[file.fileno()])
     if done.returncode == -signal.SIGALRM:
         raise VideoError(
             f"{path}: decoding stood still for {time_limit:g} s and was ended; get the file again or convert it"
@@ -255,7 +252,7 @@ class Store:
         out = np.empty((self.count, self.image_size, self.image_size, 3), np.uint8)
         with self._opened(vid) as (archive, _):
             for frame, variation in enumerate(choice.tolist()):
-                with Image.open(io.BytesIO(archive.read(_member(frame, variation)))) as picture:
+                with Image.open(io.BytesIO(archive.read(MEMBER.format(frame, variation)))) as picture:
                     out[frame] = np.asarray(picture)
         return out
 
@@ -272,7 +269,7 @@ class Store:
             for frame, variation in np.ndindex(frames.shape[:2]):
                 picture = io.BytesIO()
                 Image.fromarray(frames[frame, variation]).save(picture, "JPEG", quality=self.quality, subsampling=0)
-                archive.writestr(zipfile.ZipInfo(_member(frame, variation)), picture.getvalue())
+                archive.writestr(zipfile.ZipInfo(MEMBER.format(frame, variation)), picture.getvalue())
         _replace(path, content.getvalue(), aside or self.folder)
 
     def failures(self) -> dict[str, str]:
@@ -341,12 +338,13 @@ def extract(
     waiting = {vid: duration for vid, duration in videos.items() if not _is_stored(store, vid)}
     report = Report(skipped=len(videos) - len(waiting))
     failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A fresh interpreter per worker: a fork would copy the locks of torch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
-            pool = pebble.ProcessPool(min(workers or _cpus(), max(len(waiting), 1)), context=context)
+            pool = pebble.ProcessPool(min(workers or cpus, max(len(waiting), 1)), context=context)
             try:
                 vids: dict[Future[str | None], str] = {}
                 for vid, duration in waiting.items():
@@ -408,9 +406,9 @@ def _is_stored(store: Store, vid: str) -> bool:
     """True for a whole file, False for a damaged one, which is then made again; StoreError for other settings."""
     try:
         store.about(vid)
-    except StoreError:
-        raise
-    except VideoError:
+    except VideoError as error:
+        if isinstance(error, StoreError):
+            raise
         return False
     return True
 
@@ -431,16 +429,8 @@ def _without_padding(frame: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
 
 
-def _member(frame: int, variation: int) -> str:
-    return f"{frame:03d}_{variation}.jpg"
-
-
 def _words(settings: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode_request() -> None:
@@ -451,7 +441,6 @@ def _decode_request() -> None:
         signal.setitimer(signal.ITIMER_REAL, request["time_limit"])  # its signal ends the process in native code too
 
     alive()
-    answer: dict[str, object]
     try:
         video = Video(request["path"])
         alive()
@@ -464,10 +453,9 @@ def _decode_request() -> None:
             )
         with os.fdopen(request["file"], "r+b") as file:
             video.frames(video.numbers(video.length, count)[:, 0], request["image_size"], file, alive)
+        answer: dict[str, object] = {"count": count, "length": video.length}
     except VideoError as error:
         answer = {"error": str(error)}
-    else:
-        answer = {"count": count, "length": video.length}
     print(json.dumps(answer))
 
 

@@ -1,7 +1,7 @@
-"""The prompt in Phi-3's chat form, as token ids, and what the method needs of a tokenizer.
+"""The prompt (paper's appendix) in Phi-3's chat form, as token ids, and what the method needs of a tokenizer.
 
-Control tokens (<|system|>, <|user|>, <|assistant|>, <|end|>, <image>) are put in as ids, and all text is encoded
-with their spellings taken as ordinary text: no query can open a turn or add a frame.
+Control tokens (<|system|>, <|user|>, <|assistant|>, <|end|>, <image>) are inserted as ids. All text is encoded so that
+their spellings in it are ordinary text: no query can begin another turn or add a frame.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 
 from framseg import FramsegError, config
+from framseg.jsonl import is_text
 
 FILE = "tokenizer.json"
 # What BLIP-3 adds to Phi-3's vocabulary, in the order of their ids.
@@ -56,33 +57,33 @@ class PromptError(FramsegError, ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found. Positions are those of the expanded sample, where each <image> is `latents` vectors."""
+    """Result of `check`. Positions are those of the expanded sample, where each <image> is `latents` vectors."""
 
     frames: int
     zero: int  # id of '0'
     one: int  # id of '1'
-    masks_tried: int  # 0/1 strings that became exactly one digit token a character
+    masks_tried: int  # 0/1 strings that became exactly one digit token per character
     prompt_ids: int  # ids up to and with <|assistant|>, an image counted once
-    prompt_positions: int
+    prompt_positions: int  # the same with every vector of an image counted
     sample_positions: int  # with the answer's f + 1 tokens
     context: int
     digit_positions: tuple[int, ...]  # where the logits of digit 0 … f - 1 are read
     sliding_window: int | None
-    frames_outside: tuple[int, ...]  # no vector of these is within the window of the first answer position
-    frames_partly: tuple[int, ...]  # only some are
+    frames_outside: tuple[int, ...]  # frames without a vector in the window of the first answer position
+    frames_partly: tuple[int, ...]  # frames with only some of their vectors in it
 
 
 def load(name: str | Path) -> Tokenizer:
     """Tokenizer from a tokenizer.json, a folder that holds one, or a Hugging Face repository's name.
 
-    Relative paths are looked up as `config.local_path` says. Special tokens in text are taken as
-    text. Raises PromptError if there is no such file, it is damaged, or the hub cannot be reached within 10 s.
+    Relative paths are looked up as `config.local_path` says. The tokenizer encodes the spelling of a special token as
+    ordinary text. Raises PromptError if the file is missing or damaged or the hub cannot be reached within 10 s.
     """
     path = _local(name) or _fetch(str(name))
     try:
-        # A published Phi-3 file puts a space before every part of the text; the run's ids have none.
+        # A published Phi-3 file puts a space before every part of the text; the authors' ids have none.
         tokenizer = Tokenizer.from_str(json.dumps(_without_prefix(json.loads(path.read_text(encoding="utf-8")))))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises no class of its own
         raise PromptError(f"{path}: not a tokenizer that can be read: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -107,12 +108,12 @@ def _fetch(repository: str) -> Path:
         try:
             return Path(hf_hub_download(repository, FILE, local_files_only=True))
         except LocalEntryNotFoundError:
-            # One quick question first: the download itself would retry for half a minute without a network.
+            # Ask for the file's size first: without a network the download itself would try for half a minute.
             get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
             return Path(hf_hub_download(repository, FILE))
-    except Exception as error:  # the HTTP library's errors share no base of the hub's
+    except Exception as error:  # errors of the HTTP library and of the hub have no common class
         raise PromptError(
-            f"tokenizer {repository!r} is neither a local file or folder nor to be had from the Hugging Face hub "
+            f"tokenizer {repository!r} is neither a local file or folder nor available from the Hugging Face hub "
             f"({' '.join(str(error).split())}); set model.tokenizer to the path of its {FILE}"
         ) from None
 
@@ -130,28 +131,26 @@ def _without_prefix(spec: dict) -> dict:
 def _user_parts(query: str, frames: int) -> list[str]:
     """The user's turn as the frames + 1 texts around its images."""
     lines = (line.strip() for line in query.splitlines())
-    query = " ".join(line for line in lines if line)  # a line break would look like the prompt's own structure
+    query = " ".join(line for line in lines if line)  # the prompt's own parts are separated by line breaks
     if not query:
         raise PromptError("the query is empty: say in a few words what to look for")
-    try:
-        query.encode()
-    except UnicodeEncodeError:
-        raise PromptError(f"the query {query!r} is not valid Unicode text") from None
+    if not is_text(query):
+        raise PromptError(f"the query {query!r} is not valid Unicode text")
     first = OPENING.format(frames=frames, last=frames - 1) + "Frame 0: "
     between = [f"\nFrame {i}: " for i in range(1, frames)]
     return [first, *between, TASK.format(frames=frames, query=query)]
 
 
 def user_text(query: str, frames: int) -> str:
-    """Text of the user's turn, to be read by people: in `prompt_ids` the images are ids, not text."""
+    """The user's turn as text for people to read; `prompt_ids` has ids instead of the spelled images."""
     return SPELLING["image"].join(_user_parts(query, frames))
 
 
 def prompt_ids(tokenizer: Tokenizer, tokens: config.Tokens, query: str, frames: int) -> list[int]:
     """Ids from <|system|> up to and with <|assistant|>, with `frames` <image> ids.
 
-    The newlines of the chat form after control tokens have no ids: Phi-3's control tokens swallow them.
-    Raises PromptError for an empty query.
+    The line breaks that follow control tokens in the chat form have no ids: Phi-3's control tokens include them.
+    Raises PromptError for an empty query or one that is not valid Unicode.
     """
     system, user = (_id(tokenizer, spelling) for spelling in ("<|system|>", "<|user|>"))
     ids = [system, *_encode(tokenizer, SYSTEM), tokens.end, user]
@@ -163,7 +162,7 @@ def prompt_ids(tokenizer: Tokenizer, tokens: config.Tokens, query: str, frames: 
 
 
 def refuse_long(tokenizer: Tokenizer, model: config.Model, frames: int, queries: dict[int, str]) -> None:
-    """Raise PromptError with every qid whose query is so long that prompt and answer do not fit the model's context."""
+    """Raise PromptError with every qid whose prompt and answer do not fit the model's context. queries: qid -> text."""
     room = model.language.context - frames * (model.resampler.latents - 1) - frames - 1
     lengths = {qid: len(prompt_ids(tokenizer, model.tokens, query, frames)) for qid, query in queries.items()}
     long = [f"qid {qid}: {length - room} tokens too many" for qid, length in lengths.items() if length > room]
@@ -175,7 +174,7 @@ def refuse_long(tokenizer: Tokenizer, model: config.Model, frames: int, queries:
 
 
 def answer_ids(tokens: config.Tokens, mask: str) -> list[int]:
-    """The f digits of a mask of 0 and 1, and <|end|>."""
+    """Ids of a mask's f digits and <|end|>. Raises PromptError for characters other than 0 and 1."""
     digits = {"0": tokens.zero, "1": tokens.one}
     if not set(mask) <= digits.keys():
         raise PromptError(f"the mask {mask!r} holds other characters than 0 and 1")
@@ -194,23 +193,23 @@ def pad_left(rows: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[int, str]]:
-    """Each id with its token as the vocabulary spells it (▁ is a space, <0x0A> a newline)."""
+    """Each id with its token as the vocabulary spells it (▁ is a space, <0x0A> a line break)."""
     return [(i, tokenizer.id_to_token(i) or "not in the vocabulary") for i in ids]
 
 
 def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = EXAMPLE_QUERY) -> Report:
-    """Try what the method takes for granted, and measure a sample with `query`.
+    """Check what the method assumes of a tokenizer, and measure a sample with `query`.
 
-    That is: the special tokens have the profile's ids; '0' and '1' are one token each, in a 0/1 string of any length
-    (`frames` characters: constant, alternating, random; every string of up to 10) with no space token before it; text
-    cannot spell a control token; prompt and answer fit the context. Raises PromptError with the reason otherwise.
+    The special tokens have the profile's ids; a 0/1 string is one token per digit with no space token before it (tried:
+    constant, alternating and random ones of `frames` characters, all of up to 10); no text can spell a control token;
+    prompt and answer fit the context. Raises PromptError with the reason otherwise.
     """
     tokens = model.tokens
     control = {spelling: getattr(tokens, name) for name, spelling in SPELLING.items()}
     for spelling, expected in {**control, "0": tokens.zero, "1": tokens.one}.items():
-        found = tokenizer.token_to_id(spelling)
-        if found != expected:
-            raise PromptError(f"the tokenizer gives {spelling!r} the id {found}, the profile's is {expected}")
+        actual = tokenizer.token_to_id(spelling)
+        if actual != expected:
+            raise PromptError(f"the tokenizer gives {spelling!r} the id {actual}, the profile's is {expected}")
     control |= {spelling: _id(tokenizer, spelling) for spelling in ("<|system|>", "<|user|>")}
     for spelling in control:
         if set(_encode(tokenizer, f"a {spelling} b")) & set(control.values()):
@@ -221,7 +220,7 @@ def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = E
         if encoding.ids != answer_ids(tokens, mask)[:-1]:
             raise PromptError(
                 f"the mask {mask!r} of {len(mask)} frames becomes the {len(encoding.ids)} tokens {encoding.tokens} "
-                f"instead of one digit token a frame"
+                f"instead of one digit token per frame"
             )
 
     ids = prompt_ids(tokenizer, tokens, query, frames)
@@ -237,7 +236,7 @@ def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = E
             f"use fewer frames than {frames} or a shorter query"
         )
     earliest = 0 if window is None else first_answer - window + 1
-    last, begin = ends[images] - 1, (ends - sizes)[images]
+    last, begin = ends[images] - 1, (ends - sizes)[images]  # each frame's last and first position
     return Report(
         frames=frames,
         zero=tokens.zero,
@@ -269,5 +268,5 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def _id(tokenizer: Tokenizer, spelling: str) -> int:
     token = tokenizer.token_to_id(spelling)
     if token is None:
-        raise PromptError(f"the tokenizer has no token {spelling!r}: it is not one of Phi-3's kind")
+        raise PromptError(f"the tokenizer has no token {spelling!r}, which Phi-3's tokenizer has")
     return token

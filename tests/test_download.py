@@ -1,8 +1,10 @@
 import errno
+import fcntl
 import gzip
 import hashlib
 import http.server
 import io
+import json
 import os
 import random
 import resource
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from framseg import annotations, config, download
+from framseg import annotations, config, download, predictions
 from framseg.download import DownloadError
 
 VIDS = [f"video{i:06d}_60.0_210.0" for i in range(6)]
@@ -132,6 +134,22 @@ def data(site, monkeypatch, tmp_path):
     return tmp_path / "data"
 
 
+def released(qid: int, duration: float = 150) -> dict:
+    """A row as the paper's authors published it."""
+    scores = {"score": [0.25] * 25, "preds": "0" * 24 + "1", "pred_saliency_scores": [0.25] * 75}
+    return {"qid": qid, "duration": duration, "pred_relevant_windows": [[144, 150, 0.25]]} | scores
+
+
+@pytest.fixture
+def reference(site, data, monkeypatch):
+    """The authors' predictions for the small data set, at the site too; returns the folder to fill."""
+    for split, number in (("val", 1), ("test", 3)):
+        content = json.dumps([released(number), released(10 + number)], indent=2)
+        site.files[f"hl_{split}_predictions.json"] = content.encode()
+    monkeypatch.setattr(download, "RELEASED", site.address)
+    return data.parent / "a reference"
+
+
 def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != ".download.lock")
 
@@ -157,7 +175,7 @@ def test_one_command_brings_everything_and_a_second_one_asks_for_nothing(site, d
     wanted = VIDS[:5]  # the sixth is in the archive, but in no annotation file
     assert listing(data / "videos") == [f"{vid}.mp4" for vid in wanted]
     assert all((data / "videos" / f"{vid}.mp4").read_bytes() == content(vid) for vid in wanted)
-    assert f"1 members are none of the annotated videos, left alone: some/videos/{VIDS[5]}.mp4" in said
+    assert f"1 members that are no annotated videos were left out: some/videos/{VIDS[5]}.mp4" in said
     assert "5 of 5 videos are there" in said and f"--set data.folder={data}" in said
     assert listing(data) == sorted([*download.SHA256, "not_in_archive.txt", "videos", "videos.tar.gz"])
     assert len(site.asked) == 5
@@ -322,7 +340,7 @@ def test_a_run_that_was_ended_goes_on(site, data, how):
     kept = part.stat().st_size
     assert 3_000_000 < kept < size
     if how == signal.SIGINT:
-        assert said.splitlines()[-1] == "interrupted: what has come is kept, the same command goes on"
+        assert said.splitlines()[-1] == "interrupted: what has arrived is kept, the same command goes on"
     site.pause = 0.0
     download.main([str(data)])
     assert site.ranges_of("videos.tar.gz") == [None, f"bytes={kept}-"]
@@ -518,3 +536,89 @@ def test_a_folder_that_cannot_be_taken_is_said(data, have, tmp_path):
 def test_a_reason_other_than_room_is_not_called_room(tmp_path):
     error = OSError(errno.EIO, os.strerror(errno.EIO))
     assert str(download._unwritable(tmp_path / "x", 1, error)) == f"{tmp_path / 'x'}: Input/output error"
+
+
+def test_the_reference_is_fetched_checked_and_named(site, reference, capsys):
+    download.main(["--reference", str(reference)])
+    said = capsys.readouterr().out
+    assert said.count("2 rows, as published") == 4
+    assert said.count("2 predictions, one for each query of highlight_") == 2
+    assert "CC BY-NC-SA 4.0" in said
+    assert said.endswith(f"\nexport FRAMSEG_SHARED='{reference}'\n")
+    assert listing(reference / "qvhighlights") == sorted(download.SHA256)
+    assert listing(reference / "released") == ["hl_test_predictions.json", "hl_val_predictions.json"]
+    assert len(site.asked) == 6 and "videos.tar.gz" not in site.sent
+    for split, number in (("val", 1), ("test", 3)):  # where the notebooks and benchmarks look for them
+        path = predictions.reference(reference, split)
+        assert path.read_bytes() == site.files[path.name]
+        assert [record["qid"] for record in predictions.read_released(path)] == [number, 10 + number]
+    download.main(["--reference", str(reference)])
+    assert capsys.readouterr().out == said and len(site.asked) == 6
+
+
+def test_the_reference_has_a_usual_place_and_is_no_data_folder(site, reference, monkeypatch):
+    monkeypatch.setattr(download, "REFERENCE", reference)
+    download.main(["--reference"])
+    assert listing(reference) == ["qvhighlights", "released"]
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["--reference", "--annotations-only"])
+
+
+def test_a_cut_connection_of_the_reference_is_resumed(site, reference):
+    size = len(site.files["hl_val_predictions.json"])
+    site.cuts = [*[10**9] * 4, size - 100]  # the annotation files come first
+    download.main(["--reference", str(reference)])
+    assert site.ranges_of("hl_val_predictions.json") == [None, f"bytes={size - 100}-"]
+    assert site.sent["hl_val_predictions.json"] == size
+
+
+def test_a_reference_that_is_gone_is_said_and_the_rest_kept(site, reference):
+    del site.files["hl_test_predictions.json"]
+    with pytest.raises(SystemExit, match="^error: .*hl_test_predictions.json: the server answers 404 "):
+        download.main(["--reference", str(reference)])
+    assert listing(reference / "released") == ["hl_val_predictions.json"]
+    assert listing(reference / "qvhighlights") == sorted(download.SHA256)
+
+
+WRONG_PREDICTIONS = {
+    "not JSON": (b"<html>please log in</html>", "not JSON"),
+    "cut off": (json.dumps([released(1), released(11)])[:-9].encode(), "not JSON"),
+    "no list": (json.dumps(released(1)).encode(), "expected a JSON list"),
+    "other fields": (json.dumps([{"qid": 1}, released(11)]).encode(), "qid 1: lacks duration"),
+    "rows missing": (json.dumps([released(1)]).encode(), "other queries or durations than highlight_val_release"),
+    "other rows": (json.dumps([released(1), released(3)]).encode(), "other queries or durations"),
+    "other durations": (json.dumps([released(1), released(11, 126)]).encode(), "other queries or durations"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PREDICTIONS)
+def test_predictions_that_are_not_the_authors_are_refused(site, reference, kind):
+    name = "hl_val_predictions.json"
+    right, (site.files[name], reason) = site.files[name], WRONG_PREDICTIONS[kind]
+    path = reference / "released" / name
+    for _ in (1, 2):  # a second call does not take the file for checked
+        with pytest.raises(SystemExit, match=f"(?s)^error: {path}:.*{reason}.*delete {path} and give the same command"):
+            download.main(["--reference", str(reference)])
+    site.files[name] = right
+    path.unlink()
+    download.main(["--reference", str(reference)])
+    assert path.read_bytes() == right
+
+
+def test_predictions_that_changed_at_the_server_between_two_calls_are_not_mixed(site, reference):
+    name = "hl_val_predictions.json"
+    site.cuts = [*[10**9] * 4, 100, *[0] * download.TRIES]
+    with pytest.raises(SystemExit, match="are kept: give the same command again"):
+        download.main(["--reference", str(reference)])
+    site.files[name], site.version = json.dumps([released(11), released(1)]).encode(), '"two"'
+    download.main(["--reference", str(reference)])
+    assert (reference / "released" / name).read_bytes() == site.files[name]
+
+
+def test_two_references_in_one_folder_do_not_mix(site, reference):
+    reference.mkdir()
+    with (reference / ".download.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="^error: .*another download is at work here"):
+            download.main(["--reference", str(reference)])
+    assert site.asked == []

@@ -216,7 +216,7 @@ def test_check_refuses_merged_digits(tmp_path):
 def test_check_refuses_a_space_before_the_digits():
     tokenizer, model = letters(prefix="always")
     tokenizer.encode_special_tokens = True  # not through `load`, which would mend it
-    with pytest.raises(prompt.PromptError, match="'▁', '0'.* instead of one digit token a frame"):
+    with pytest.raises(prompt.PromptError, match="'▁', '0'.* instead of one digit token per frame"):
         prompt.check(tokenizer, model, 4)
 
 
