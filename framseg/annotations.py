@@ -80,7 +80,7 @@ def read(path: str | Path) -> list[Row]:
 
     Raises AnnotationError that lists file:line, qid and the reasons for every bad row, not only the first.
     """
-    records, bad = jsonl.checked_records(jsonl.parsed_lines(path), f"{path}:", _reasons)
+    records, bad = jsonl.checked_records(jsonl.parsed(jsonl.numbered_lines(path)), f"{path}:", _reasons)
     if bad:
         raise AnnotationError("\n".join(bad))
     return [_row(record) for record in records]

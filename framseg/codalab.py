@@ -21,7 +21,7 @@ from pathlib import Path
 from framseg import FramsegError
 from framseg.annotations import LabelledRow, Row, clips, read
 from framseg.evaluate import evaluate
-from framseg.jsonl import parse_json, shortlist, whole_file
+from framseg.jsonl import decoded_lines, parsed, shortlist, whole_file
 from framseg.moments import LISTED
 from framseg.predictions import SALIENCY, WINDOWS, PredictionError, checked, matched, read_predictions
 
@@ -107,15 +107,15 @@ def _contents(path: Path) -> dict[str, bytes]:
             for name in (VAL_NAME, TEST_NAME):
                 if names.count(name) != 1:
                     reasons.append(f"{path}: holds {names.count(name)} files named {name}, expected 1")
-            if reasons:
-                raise SubmissionError(shortlist(reasons, "\n"))
-            return {entry.orig_filename: _bounded(archive, entry) for entry in entries}
+            if not reasons:
+                return {entry.orig_filename: _bounded(archive, entry) for entry in entries}
     except SubmissionError:
         raise
     except OSError as error:
         raise SubmissionError(f"{path}: cannot be read: {error.strerror or error}") from None
     except DAMAGE as error:
         raise SubmissionError(f"{path}: is damaged or not a zip archive: {error}") from None
+    raise SubmissionError(shortlist(reasons, "\n"))
 
 
 def _entry_reason(entry: zipfile.ZipInfo) -> str | None:
@@ -142,18 +142,12 @@ def _bounded(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise SubmissionError(f"{name}: starts with a byte order mark; write plain UTF-8")
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise SubmissionError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    lines = content.split(b"\n")
     if len(lines) > 2 * len(rows) + 1:
         raise SubmissionError(f"{name}: has {len(lines)} lines for {len(rows)} queries")
     if long := [number for number, line in enumerate(lines, 1) if len(line) > LINE_BYTES]:
         raise SubmissionError(f"{name}:{long[0]}: is longer than the {LINE_BYTES} bytes a query may have")
-    entries = ((number, *parse_json(line)) for number, line in enumerate(lines, 1) if line.strip())
-    predictions, rows = matched(checked(entries, f"{name}:"), rows)
+    predictions, rows = matched(checked(parsed(decoded_lines(lines, name)), f"{name}:"), rows)
     reasons, notes = [], []
     for record, row in zip(predictions, rows, strict=True):
         wrong, odd = _against_row(record, row)
@@ -198,9 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="framseg codalab", description="Competition files of QVHighlights.")
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="write two prediction files as a submission")
-    packing.add_argument("--val", type=Path, required=True, metavar="V.jsonl")
-    packing.add_argument("--test", type=Path, required=True, metavar="T.jsonl")
-    packing.add_argument("--out", type=Path, required=True, metavar="submission.zip")
+    for option, name in (("--val", "V.jsonl"), ("--test", "T.jsonl"), ("--out", "submission.zip")):
+        packing.add_argument(option, type=Path, required=True, metavar=name)
     checking = commands.add_parser("check", help="check a submission and score it offline")
     checking.add_argument("submission", type=Path)
     checking.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of annotations")

@@ -33,8 +33,7 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
     """Scores in the official layout, percentages rounded to two decimals.
 
     Keys: `brief`; `HL-min-Fair/Good/VeryGood` with HL-mAP and HL-Hit1; `full`, `long`, `middle`, `short` with MR-mAP
-    and MR-R1 by IoU threshold. If no prediction has saliency scores (or windows), the entries that need them are
-    left out.
+    and MR-R1 by IoU threshold. Entries are left out if no prediction has the windows or saliency that they need.
 
     Raises PredictionError for malformed records and for doubled, missing and unknown qids, all named; with
     `intersection` queries that only one side has are ignored instead. Raises AnnotationError for rows without labels.
@@ -69,14 +68,12 @@ def per_query(predictions: Iterable[dict], annotations: Iterable[Row | dict], in
     has windows or saliency. Raises as `evaluate` does.
     """
     records, rows = _matched(predictions, annotations, intersection)
-    out: list[dict] = [{"qid": row.qid} for row in rows]
+    columns = {"qid": [row.qid for row in rows]}
     if all_have(records, WINDOWS):
-        for numbers, iou in zip(out, _Pairs(records, rows).first.tolist(), strict=True):
-            numbers["iou"] = iou
+        columns["iou"] = _Pairs(records, rows).first.tolist()
     if all_have(records, SALIENCY):
-        for numbers, best in zip(out, _best_clip(records, rows, _truth(rows)).tolist(), strict=True):
-            numbers["hit"] = best >= LEVELS["VeryGood"]
-    return out
+        columns["hit"] = (_best_clip(records, rows, _truth(rows)) >= LEVELS["VeryGood"]).tolist()
+    return [dict(zip(columns, numbers, strict=True)) for numbers in zip(*columns.values(), strict=True)]
 
 
 def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: int = 25) -> dict[str, list[dict]]:
@@ -85,8 +82,8 @@ def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: i
     `all ones`: a window over the whole video; constant saliency.
     `best constant window`: the window [a, b] * duration, a and b multiples of 1 / frames, with the best R1@0.7 on
     the train rows; saliency is the train rows' mean by relative position.
-    `random masks`: the mask of a random train query, rotated by a random number of frames, which keeps the train
-    rows' share of ones and lengths of runs; probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero.
+    `random masks`: a random train query's mask, rotated by a random number of frames, which keeps the share of ones;
+    probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero.
 
     Raises AnnotationError if train rows have no labels.
     """
@@ -114,8 +111,7 @@ def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> lis
     """The same predictions with the query ignored: each query of `rows` gets the answer to one about another video.
 
     Every prediction is used once. Windows and clip scores are stretched to the new video's duration. Raises
-    PredictionError if the qids do not match, windows or clip scores are missing, or more than half of the queries
-    are about the same video.
+    PredictionError if qids do not match, fields are missing, or one video has more than half of the queries.
     """
     predictions, rows = matched(predictions, rows)
     if not (all_have(predictions, WINDOWS) and all_have(predictions, SALIENCY)):
@@ -217,8 +213,7 @@ def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth
 
 def _best_clip(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
     """The highest saliency [queries] any annotator gave the best-scored clip; 0 for a clip past the end."""
-    scores = [list(record[SALIENCY]) for record in predictions]
-    best = np.array([clip_scores.index(max(clip_scores)) for clip_scores in scores])
+    best = np.array([np.argmax(record[SALIENCY]) for record in predictions])
     # Past the end `truth` is 0, and its last column lies past the end of every video.
     return truth.max(axis=2)[np.arange(len(rows)), best.clip(max=truth.shape[1] - 1)]
 

@@ -44,16 +44,21 @@ def shortlist(items: Sequence, separator: str = ", ", most: int = 20) -> str:
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of every line of a UTF-8 file that is not blank; raises LinesError if unreadable."""
-    number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LinesError(f"{path}:{number}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            yield from decoded_lines(file, str(path))
     except OSError as error:
         raise LinesError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of every line that is not blank; raises LinesError, with the name, if not UTF-8."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise LinesError(f"{name}:{number}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def parse_json(text: str | bytes) -> tuple[object, list[str]]:
@@ -70,9 +75,9 @@ def parse_object(text: str | bytes) -> tuple[dict | None, list[str]]:
     return (value, []) if isinstance(value, dict) else (None, reasons or _no_object(value))
 
 
-def parsed_lines(path: str | Path) -> Iterator[Entry]:
-    """The decoded lines of a file, for `checked_records`; raises LinesError if it is unreadable."""
-    return ((number, *parse_json(text)) for number, text in numbered_lines(path))
+def parsed(lines: Iterable[tuple[int, str]]) -> Iterator[Entry]:
+    """Numbered lines of JSON as entries for `checked_records`."""
+    return ((number, *parse_json(text)) for number, text in lines)
 
 
 def checked_records(

@@ -30,7 +30,7 @@ class PredictionError(FramsegError, ValueError):
 
 def read_predictions(path: str | Path) -> list[dict]:
     """Read and check a prediction file; raises PredictionError with file, line and qid of the bad records."""
-    return checked(jsonl.parsed_lines(path), f"{path}:")
+    return checked(jsonl.parsed(numbered_lines(path)), f"{path}:")
 
 
 def checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], Iterable[str]] | None = None) -> list[dict]:

@@ -41,7 +41,7 @@ def test_every_bad_record_is_told_with_place_qid_and_reasons(tmp_path):
     def check(record):
         return [f"{key} is odd" for key in record if key != "qid"]
 
-    records, bad = jsonl.checked_records(jsonl.parsed_lines(path), f"{path}:", check)
+    records, bad = jsonl.checked_records(jsonl.parsed(jsonl.numbered_lines(path)), f"{path}:", check)
     assert records == [{"qid": 1}, {"qid": True}]
     assert bad[:3] == [
         f"{path}:2: qid 2: bad is odd",
@@ -50,7 +50,7 @@ def test_every_bad_record_is_told_with_place_qid_and_reasons(tmp_path):
     ]
     assert len(bad) == 4 and bad[3].startswith(f"{path}:5: qid unknown: not JSON")
     path.write_bytes(b'{"qid": 1, "bad": "x"}\n\xff')
-    records, bad = jsonl.checked_records(jsonl.parsed_lines(path), f"{path}:", check)
+    records, bad = jsonl.checked_records(jsonl.parsed(jsonl.numbered_lines(path)), f"{path}:", check)
     assert not records and bad[0] == f"{path}:1: qid 1: bad is odd" and bad[1].startswith(f"{path}:2: is not UTF-8")
     assert jsonl.checked_records([], "rows.jsonl:", check) == ([], ["rows.jsonl: holds no records"])
 
