@@ -80,9 +80,9 @@ def test_the_submission_scores_what_the_paper_reports(shared):
 
 def test_decoding_next_to_the_librarys(tmp_path):
     start("decoding.py", "--videos", "4", "--repeats", "1", "--random", "--out", str(tmp_path))
-    found = json.loads((tmp_path / "decoding_demo.json").read_text())
-    assert found["same masks"] == found["queries"] == 4
-    growth = found["milliseconds a query by"]
+    record = json.loads((tmp_path / "decoding_demo.json").read_text())
+    assert record["same masks"] == record["queries"] == 4
+    growth = record["milliseconds per query by"]
     assert list(growth["frames"]) == ["10", "25", "50", "100"] and list(growth["beams"]) == ["1", "2", "4", "8"]
     committed = json.loads((FOLDER / "records" / "decoding_demo.json").read_text())
     assert committed["same masks"] == committed["queries"] and committed["ratio"] >= 2
@@ -102,7 +102,7 @@ def test_training_of_one_profile_against_another(tmp_path):
     options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     folder = ["--folder", str(tmp_path / "work"), "--out", str(tmp_path)]
     start("training.py", "--profile", "h100", "--against", "paper", "--random", "--steps", "6", *folder, *options)
-    found = json.loads((tmp_path / "training_h100_against_paper.json").read_text())
-    assert len(found["losses"]["h100"]) == len(found["losses"]["paper"]) == 6
-    assert found["losses apart"]["max"] < 1e-3
-    assert 0 < found["share of the matrix rate"] < 1 and found["settings"]["gradient_checkpointing"] is False
+    record = json.loads((tmp_path / "training_h100_against_paper.json").read_text())
+    assert len(record["losses"]["h100"]) == len(record["losses"]["paper"]) == 6
+    assert record["losses apart"]["max"] < 1e-3
+    assert 0 < record["share of the matrix rate"] < 1 and record["settings"]["gradient_checkpointing"] is False

@@ -80,9 +80,9 @@ def main() -> None:
         room = GPU_GIB - SPARE_GIB - (fixed.weights + fixed.trained_state) / 2**30
         record[name] = {
             "recomputes layers": full.training.gradient_checkpointing,
-            "MB a layer": round(layer / 1e6, 1),
+            "MB per layer": round(layer / 1e6, 1),
             "MB resampler": round(one["resampler"] / 1e6, 1),
-            "GiB a sample": round(total / 2**30, 2),
+            "GiB per sample": round(total / 2**30, 2),
             "GiB weights and trained state": round((fixed.weights + fixed.trained_state) / 2**30, 2),
             "samples that fit": int(room / (total / 2**30)),
             "micro_batch": full.training.micro_batch,

@@ -174,7 +174,7 @@ def main() -> None:
         seconds={name: [round(seconds, 4) for seconds, _ in runs] for name, runs in sides.items()},
     )
     record["same masks"] = same
-    record["queries a second"] = {name: round(len(work.ids) / seconds, 3) for name, seconds in median.items()}
+    record["queries per second"] = {name: round(len(work.ids) / seconds, 3) for name, seconds in median.items()}
     record["ratio"] = round(median["generate"] / median["ours"], 2)
     rate = cost.matrix_rate(device, getattr(torch, profile.model.dtype), clock=clock)
     reached = cost.operations(profile, positions).inference * len(work.ids) / median["ours"]
@@ -185,7 +185,7 @@ def main() -> None:
             "frames": [("frames.count", count) for count in (10, 25, 50, 100)],
             "beams": [("inference.beams", beams) for beams in (1, 2, 4, 8)],
         }
-        record["milliseconds a query by"] = {
+        record["milliseconds per query by"] = {
             name: {
                 value: round(
                     1e3 * seconds_a_query(config.load(profile.name, overrides | {key: value}), model, few, 1, each), 2
@@ -195,10 +195,10 @@ def main() -> None:
             }
             for name, changes in change.items()
         }
-        record["milliseconds a query by"]["queries a video"] = {
+        record["milliseconds per query by"]["queries per video"] = {
             number: round(1e3 * seconds_a_query(profile, model, few, number, each), 2) for number in (1, 2, 4, 8)
         }
-    print(record["queries a second"], record["ratio"], f"{same} of {len(work.ids)} masks the same")
+    print(record["queries per second"], record["ratio"], f"{same} of {len(work.ids)} masks the same")
     common.write(f"decoding_{profile.name}", record, options.out)
 
 

@@ -112,7 +112,7 @@ def spread(values: list[int]) -> dict:
 def average(times: list[tuple[float, float]]) -> dict:
     """Mean of pairs from `timed`, as the record has it."""
     clock, cpu = np.mean(times, axis=0)
-    return {"seconds a video": round(clock, 2), "CPU seconds a video": round(cpu, 2)}
+    return {"seconds per video": round(clock, 2), "CPU seconds per video": round(cpu, 2)}
 
 
 def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: float, workers: int) -> None:
@@ -155,7 +155,7 @@ def main() -> None:
             extraction[f"workers: {workers}"] = average([(clock / count, cpu / count)]) | {
                 "videos/s": round(count / clock, 3),
                 "frames/s": round(count * SECONDS * FPS / clock),
-                "frames a CPU second": round(count * SECONDS * FPS / cpu),
+                "frames per CPU second": round(count * SECONDS * FPS / cpu),
             }
         rng = np.random.default_rng(0)
         bytes_a_sample, reading = [], []
@@ -172,17 +172,17 @@ def main() -> None:
     record = common.about("decord2", "pillow", "av", "numpy") | {
         "load before the timings": round(load, 1),
         "content": f"synthetic, {count} videos of {SECONDS} s, {WIDTH} x {HEIGHT}, {FPS} frames/s, H.264",
-        "pictures a video": pictures,
-        "source bytes a video": spread(source),
-        "stored bytes a video": spread(stored),
-        "stored bytes a sample": spread(bytes_a_sample),
+        "pictures per video": pictures,
+        "source bytes per video": spread(source),
+        "stored bytes per video": spread(stored),
+        "stored bytes per sample": spread(bytes_a_sample),
         f"GB for {IN_QVHIGHLIGHTS} videos": round(np.mean(stored) * IN_QVHIGHLIGHTS / 1e9, 1),
         "decoding in one process": {name: average(seconds) for name, seconds in decoding.items()},
         f"extraction, best of {ROUNDS}": extraction,
         "reading a sample in one process": {
             "ms, median": round(1000 * clock, 1),
             "samples/s": round(1 / clock, 1),
-            "samples a CPU second": round(1 / cpu, 1),
+            "samples per CPU second": round(1 / cpu, 1),
         },
     }
     print(json.dumps(record, indent=2))

@@ -144,7 +144,7 @@ def fit_ends(features: np.ndarray, runs: np.ndarray, true: np.ndarray) -> np.nda
     mean[:, 0], deviation[deviation == 0] = 0, 1
     x = torch.from_numpy((features - mean) / deviation)
     base, start, end = torch.from_numpy(runs).double(), *torch.from_numpy(true).unbind(-1)
-    # Not from zero: there the ends lie on those of true windows, where IoU has a kink.
+    # Not from zero: unmoved ends lie exactly on those of true windows, where IoU has a kink and no gradient helps.
     weights = torch.tensor([[-0.05, 0.01, 0.01]] * 2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([weights])
     for step in range(STEPS):
@@ -306,7 +306,7 @@ def out_of_fold(data: Released, seed: int = SEEDS[0]) -> tuple[list, list[np.nda
 
 
 def train_prior(rows: list[LabelledRow]) -> np.ndarray:
-    """Logarithm of the share of true windows near each run, [runs]; near: normal, one frame at either end."""
+    """Log of the share of true windows near each run, [runs]; both ends weigh by a normal density 1 frame wide."""
     counts = targets(Released(rows, np.zeros((1, 25)), np.empty(0), np.empty(0))).sum(axis=0)
     ends = np.stack(moments.run_edges(25), axis=1)
     near = np.exp(-((ends[:, None] - ends) ** 2).sum(axis=-1) / 2)

@@ -202,11 +202,11 @@ def store() -> str:
     """What the frame store takes."""
     content = record("frame_store")
     video, sample = (
-        {key: f"{value / 1e6:.2f}" for key, value in content[f"stored bytes a {what}"].items()}
+        {key: f"{value / 1e6:.2f}" for key, value in content[f"stored bytes per {what}"].items()}
         for what in ("video", "sample")
     )
     extraction = next(value for key, value in content.items() if key.startswith("extraction"))
-    cpu = {name: ways["CPU seconds a video"] for name, ways in content["decoding in one process"].items()}
+    cpu = {name: ways["CPU seconds per video"] for name, ways in content["decoding in one process"].items()}
     read = content["reading a sample in one process"]
     total = next(value for key, value in content.items() if key.startswith("GB for"))
     rows = [
@@ -242,12 +242,12 @@ def performance() -> str:
 
 def _training(run: dict) -> list[str]:
     compared = "2.49 samples/s reported per GPU of 2 x H100" if run["profile"] != "demo" else "–"
-    speed = f"{run['samples a second']['median']:.2f} samples/s"
+    speed = f"{run['samples per second']['median']:.2f} samples/s"
     return [speed, compared, f"{run['share of the matrix rate']:.1%}", run["device"]]
 
 
 def _decoding(run: dict) -> list[str]:
-    speed = run["queries a second"]
+    speed = run["queries per second"]
     compared = f"{speed['generate']:.2f} with the library's `generate` ({run['ratio']:.1f} x)"
     if run["profile"] != "demo":
         compared += "; 0.98 reported for one H100"
@@ -259,15 +259,15 @@ def memory() -> str:
     rows = [
         [
             f"`{name}`, layers {'' if kept['recomputes layers'] else 'not '}recomputed",
-            f"{kept['MB a layer']:.0f} MB",
+            f"{kept['MB per layer']:.0f} MB",
             f"{kept['MB resampler'] / 1e3:.1f} GB",
-            f"{kept['GiB a sample']:.1f} GiB",
+            f"{kept['GiB per sample']:.1f} GiB",
             f"{kept['GiB weights and trained state']:.1f} GiB",
             str(kept["samples that fit"]),
             str(kept["micro_batch"]),
         ]
         for name, kept in record("activations").items()
-        if isinstance(kept, dict) and "MB a layer" in kept
+        if isinstance(kept, dict) and "MB per layer" in kept
     ]
     kept = ("a sample keeps", "per layer", "resampler", "in all")
     return table((*kept, "weights and trained state", "samples that fit 80 GB", "`micro_batch`"), rows)
@@ -276,9 +276,9 @@ def memory() -> str:
 def growth() -> str:
     """How the cost of a query grows."""
     rows = []
-    for name, values in record("decoding_demo")["milliseconds a query by"].items():
+    for name, values in record("decoding_demo")["milliseconds per query by"].items():
         cells = " · ".join(f"{value}: {float(milliseconds):.1f} ms" for value, milliseconds in values.items())
-        rows.append([name.replace("queries a video", "queries per video"), cells])
+        rows.append([name, cells])
     return table(("a query's cost by", "milliseconds"), rows)
 
 
@@ -304,7 +304,7 @@ def browser() -> str:
 
 def plot() -> Figure:
     """A query's milliseconds over frames, beams and queries per video, and what growth in proportion would be."""
-    cost_by = record("decoding_demo")["milliseconds a query by"]
+    cost_by = record("decoding_demo")["milliseconds per query by"]
     figure = Figure(figsize=(7.2, 2.4), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(1, len(cost_by)), cost_by.items(), strict=True):
         at = [int(value) for value in values]
@@ -312,8 +312,7 @@ def plot() -> Figure:
         axes.plot(at, milliseconds, marker="o", color=figures.BLUE)
         if name == "frames":
             axes.plot(at, [milliseconds[0] * x / at[0] for x in at], linestyle=":", color=figures.GREY)
-        label = name.replace("queries a video", "queries per video")
-        axes.set(xlabel=label, xticks=at, ylim=(0, 1.1 * max(milliseconds)))
+        axes.set(xlabel=name, xticks=at, ylim=(0, 1.1 * max(milliseconds)))
     figure.axes[0].set(ylabel="milliseconds per query", title="dotted: in proportion")
     return figure
 

@@ -4,8 +4,8 @@ python tests/benchmarks/training.py                                        (the 
 python tests/benchmarks/training.py --profile h100 --random                (full size, random weights, on a GPU)
 python tests/benchmarks/training.py --profile h100 --random --against paper --steps 50
 
-Writes records/training_<profile>.json: samples a second over the steps after the warm-up, memory, and the share of what
-matrix products reach on the device. The data are the demo's videos, stored at the profile's own picture size. With
+Writes records/training_<profile>.json: samples per second over the steps after the warm-up, memory, and the share of
+what matrix products reach on the device. The data are the demo's videos, stored at the profile's own picture size. With
 --against, a second profile trains on the same samples and its losses are compared step by step. What is done stays in
 --folder, so that an interrupted call goes on.
 """
@@ -34,7 +34,7 @@ def prepared(name: str, options: argparse.Namespace) -> config.Profile:
     rows = dataset.rows(demo, "train")
     changes = dict(change.split("=", 1) for change in options.set)
     section = config.load(name, changes).training
-    if "training.processes" not in changes:  # on one device, with as many samples a step
+    if "training.processes" not in changes:  # on one device, with as many samples per step
         changes |= {"training.processes": 1, "training.accumulation": section.accumulation * section.processes}
         section = config.load(name, changes).training
     samples = options.steps * section.micro_batch * section.accumulation * section.processes
@@ -115,11 +115,11 @@ def main() -> None:
             positions=positions,
             steps=len(counted),
         )
-        record["samples a second"] = {
+        record["samples per second"] = {
             "median": round(speed, 3), "min": round(min(speeds), 3), "max": round(max(speeds), 3)
         }  # fmt: skip
         record["memory GiB"] = round(max(step["memory_gib"] for step in steps), 2)
-        record["TFLOP a sample"] = round(work / cost.TERA, 4)
+        record["TFLOP per sample"] = round(work / cost.TERA, 4)
         record["share of the matrix rate"] = round(speed * work / rate, 4)
         record["matrix rate TFLOP/s"] = round(rate / cost.TERA, 3)
         if options.against:
@@ -128,7 +128,7 @@ def main() -> None:
             record["losses"] = {profile.name: losses[0], other.name: losses[1]}
             apart = [abs(one - two) / two for one, two in zip(*losses, strict=True)]
             record["losses apart"] = {"mean": statistics.mean(apart), "max": max(apart)}
-    print(record["samples a second"], record["share of the matrix rate"])
+    print(record["samples per second"], record["share of the matrix rate"])
     name = f"training_{profile.name}" + (f"_against_{options.against}" if options.against else "")
     common.write(name, record, options.out)
 
