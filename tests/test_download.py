@@ -41,7 +41,7 @@ class Site:
     if_range: bool = True
     version: str | None = '"one"'
     pause: float = 0.0  # seconds before every 64 KiB
-    length: int | None = None  # said instead of the true one
+    length: int | None = None  # named instead of the true length
     address: str = ""
 
     def ranges_of(self, name: str) -> list[str | None]:
@@ -168,15 +168,15 @@ def test_the_checksums_are_those_of_the_real_files(shared):
 def test_one_command_brings_everything_and_a_second_one_asks_for_nothing(site, data, capsys):
     data.mkdir()  # it may be there already
     download.main([str(data)])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in download.SHA256:
         assert (data / name).read_bytes() == site.files[name]
-        assert f"{name}: 2 rows, as published" in said
+        assert f"{name}: 2 rows, as published" in output
     wanted = VIDS[:5]  # the sixth is in the archive, but in no annotation file
     assert listing(data / "videos") == [f"{vid}.mp4" for vid in wanted]
     assert all((data / "videos" / f"{vid}.mp4").read_bytes() == content(vid) for vid in wanted)
-    assert f"1 members that are no annotated videos were left out: some/videos/{VIDS[5]}.mp4" in said
-    assert "5 of 5 videos are there" in said and f"--set data.folder={data}" in said
+    assert f"1 members that are no annotated videos were left out: some/videos/{VIDS[5]}.mp4" in output
+    assert "5 of 5 videos are there" in output and f"--set data.folder={data}" in output
     assert listing(data) == sorted([*download.SHA256, "not_in_archive.txt", "videos", "videos.tar.gz"])
     assert len(site.asked) == 5
     (data / "videos.tar.gz").unlink()  # as the message allows
@@ -272,7 +272,7 @@ def test_an_error_of_the_moment_is_tried_again(site, tmp_path):
     assert (tmp_path / "big").read_bytes() == BIG and len(site.asked) == 3
 
 
-def test_a_missing_file_is_said_at_once(site, data, tmp_path):
+def test_a_missing_file_is_named_at_once(site, data, tmp_path):
     del site.files["videos.tar.gz"]
     with pytest.raises(SystemExit, match=f"^error: {site.address}videos.tar.gz: the server answers 404 .*--from$"):
         download.main([str(data)])
@@ -280,7 +280,7 @@ def test_a_missing_file_is_said_at_once(site, data, tmp_path):
     assert sorted(download.SHA256) == listing(data)  # what could be had is kept
 
 
-def test_a_host_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
+def test_a_host_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(download, "PAUSE", 1000.0)  # it is not waited for
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -297,7 +297,7 @@ def test_a_host_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
     assert listing(tmp_path) == []
 
 
-def test_a_wrong_checksum_is_said_and_the_file_not_kept(site, data):
+def test_a_wrong_checksum_is_named_and_the_file_not_kept(site, data):
     name = next(iter(download.SHA256))
     right, site.files[name] = site.files[name], site.files[name].replace(b"query", b"quarry")
     for call in (1, 2):  # a repeat asks once more, and no more than once
@@ -334,13 +334,13 @@ def test_a_run_that_was_ended_goes_on(site, data, how):
         while not (part.is_file() and part.stat().st_size > 3_000_000) and time.monotonic() < limit:
             time.sleep(0.01)
         process.send_signal(how)
-        said = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     kept = part.stat().st_size
     assert 3_000_000 < kept < size
     if how == signal.SIGINT:
-        assert said.splitlines()[-1] == "interrupted: what has arrived is kept, the same command goes on"
+        assert output.splitlines()[-1] == "interrupted: what has arrived is kept, the same command goes on"
     site.pause = 0.0
     download.main([str(data)])
     assert site.ranges_of("videos.tar.gz") == [None, f"bytes={kept}-"]
@@ -447,7 +447,7 @@ def test_hostile_members_stay_in_the_archive(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut off", "one bit", "one bit, long end", "end missing", "no archive"])
-def test_a_damaged_archive_is_said(tmp_path, harm):
+def test_a_damaged_archive_is_named(tmp_path, harm):
     whole = tar_gz({"a.mp4": BIG, "b.mp4": BIG}, level=0)
     if harm == "one bit, long end":  # tar does not read as far as gzip's checksum
         whole = gzip.compress(gzip.decompress(whole) + bytes(3_000_000), 0)
@@ -464,8 +464,8 @@ def test_a_damaged_archive_is_said(tmp_path, harm):
 def test_videos_that_the_archive_lacks_are_named_and_not_fetched_for_again(site, data, capsys):
     site.files["videos.tar.gz"] = tar_gz({f"{vid}.mp4": content(vid) for vid in VIDS[:3]})
     download.main([str(data)])
-    said = capsys.readouterr().out
-    assert "3 of 5 videos are there" in said and f"without a video: {VIDS[3]}, {VIDS[4]}\n" in said
+    output = capsys.readouterr().out
+    assert "3 of 5 videos are there" in output and f"without a video: {VIDS[3]}, {VIDS[4]}\n" in output
     (data / "videos.tar.gz").unlink()
     download.main([str(data)])
     assert len(site.ranges_of("videos.tar.gz")) == 1
@@ -489,22 +489,22 @@ def have(site, data, tmp_path):
 def test_a_folder_that_the_user_has_is_linked_and_checked(site, data, have, capsys):
     for _ in (1, 2):
         download.main([str(data), "--from", str(have)])
-        said = capsys.readouterr().out
-        assert said.count("as published") == 4
-        assert "4 of 5 videos are there" in said and f"without a video: {VIDS[4]}\n" in said
+        output = capsys.readouterr().out
+        assert output.count("as published") == 4
+        assert "4 of 5 videos are there" in output and f"without a video: {VIDS[4]}\n" in output
     assert site.asked == []
     assert all((data / name).samefile(have / name) for name in [*download.SHA256, "videos"])
     assert listing(have) == sorted([*download.SHA256, "videos"])
 
 
-def test_annotations_that_are_not_the_published_ones_are_said(data, have, capsys):
+def test_annotations_that_are_not_the_published_ones_are_named(data, have, capsys):
     first, second, third, _ = download.SHA256
     annotations.write(have / first, [row(7, VIDS[0])])
     (have / third).unlink()
     download.main([str(data), "--from", str(have)])
-    said = capsys.readouterr().out
-    assert f"{first}: 1 rows, usable, but NOT the published file" in said
-    assert f"{third}: is not there; --annotations-only fetches it" in said
+    output = capsys.readouterr().out
+    assert f"{first}: 1 rows, usable, but NOT the published file" in output
+    assert f"{third}: is not there; --annotations-only fetches it" in output
     (have / second).write_text('{"qid": 1}\n')
     with pytest.raises(SystemExit, match=f"error: .*{second}:1: qid 1: "):
         download.main([str(data), "--from", str(have)])
@@ -520,7 +520,7 @@ def test_a_folder_of_bare_videos_is_taken_too(site, data, have, capsys):
     assert (data / "videos").samefile(have / "clips")
 
 
-def test_a_folder_that_cannot_be_taken_is_said(data, have, tmp_path):
+def test_a_folder_that_cannot_be_taken_is_named(data, have, tmp_path):
     (tmp_path / "empty").mkdir()
     for nothing in ("empty", "nowhere"):
         with pytest.raises(SystemExit, match=f"{nothing}: holds neither an annotation file .* nor videos"):
@@ -540,11 +540,11 @@ def test_a_reason_other_than_room_is_not_called_room(tmp_path):
 
 def test_the_reference_is_fetched_checked_and_named(site, reference, capsys):
     download.main(["--reference", str(reference)])
-    said = capsys.readouterr().out
-    assert said.count("2 rows, as published") == 4
-    assert said.count("2 predictions, one for each query of highlight_") == 2
-    assert "CC BY-NC-SA 4.0" in said
-    assert said.endswith(f"\nexport FRAMSEG_SHARED='{reference}'\n")
+    output = capsys.readouterr().out
+    assert output.count("2 rows, as published") == 4
+    assert output.count("2 predictions, one for each query of highlight_") == 2
+    assert "CC BY-NC-SA 4.0" in output
+    assert output.endswith(f"\nexport FRAMSEG_SHARED='{reference}'\n")
     assert listing(reference / "qvhighlights") == sorted(download.SHA256)
     assert listing(reference / "released") == ["hl_test_predictions.json", "hl_val_predictions.json"]
     assert len(site.asked) == 6 and "videos.tar.gz" not in site.sent
@@ -553,7 +553,7 @@ def test_the_reference_is_fetched_checked_and_named(site, reference, capsys):
         assert path.read_bytes() == site.files[path.name]
         assert [record["qid"] for record in predictions.read_released(path)] == [number, 10 + number]
     download.main(["--reference", str(reference)])
-    assert capsys.readouterr().out == said and len(site.asked) == 6
+    assert capsys.readouterr().out == output and len(site.asked) == 6
 
 
 def test_the_reference_has_a_usual_place_and_is_no_data_folder(site, reference, monkeypatch):
@@ -572,7 +572,7 @@ def test_a_cut_connection_of_the_reference_is_resumed(site, reference):
     assert site.sent["hl_val_predictions.json"] == size
 
 
-def test_a_reference_that_is_gone_is_said_and_the_rest_kept(site, reference):
+def test_a_reference_that_is_gone_is_named_and_the_rest_kept(site, reference):
     del site.files["hl_test_predictions.json"]
     with pytest.raises(SystemExit, match="^error: .*hl_test_predictions.json: the server answers 404 "):
         download.main(["--reference", str(reference)])

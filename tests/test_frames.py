@@ -25,7 +25,7 @@ WIDTH, HEIGHT, FPS = 64, 48, 8
 
 
 def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """A frame that shows its own number: eight vertical stripes, one a bit."""
+    """A frame that shows its own number: eight vertical stripes, one per bit."""
     out = np.zeros((height, width, 3), np.uint8)
     for bit in range(8):
         out[:, bit * width // 8 : (bit + 1) * width // 8] = 255 * (number >> bit & 1)
@@ -480,17 +480,17 @@ def test_store_made_with_other_settings_is_refused(tmp_path, change):
 
 def test_parallel_equals_serial_and_resumes(corpus, tmp_path):
     videos = {"a": 10.0, "b": 10.0, "c": 5.0}
-    one, two = small_store(tmp_path / "one"), small_store(tmp_path / "two")
-    assert run(videos, corpus, one).done == 3
-    assert run({"a": 10.0, "x": 1.0}, corpus, two).failed.keys() == {"x"}
-    kept = two.path("a").stat().st_mtime_ns
-    report = run(videos, corpus, two, workers=2)
+    serial, parallel = small_store(tmp_path / "one"), small_store(tmp_path / "two")
+    assert run(videos, corpus, serial).done == 3
+    assert run({"a": 10.0, "x": 1.0}, corpus, parallel).failed.keys() == {"x"}
+    kept = parallel.path("a").stat().st_mtime_ns
+    report = run(videos, corpus, parallel, workers=2)
     assert (report.done, report.skipped, report.failed) == (2, 1, {})
-    assert two.path("a").stat().st_mtime_ns == kept
+    assert parallel.path("a").stat().st_mtime_ns == kept
     for vid in videos:
-        assert one.path(vid).read_bytes() == two.path(vid).read_bytes()
-    assert two.failures().keys() == {"x"}  # from a call that asked for other videos
-    assert run({"x": 1.0, **videos}, corpus, two).skipped == 3
+        assert serial.path(vid).read_bytes() == parallel.path(vid).read_bytes()
+    assert parallel.failures().keys() == {"x"}  # from a call that asked for other videos
+    assert run({"x": 1.0, **videos}, corpus, parallel).skipped == 3
     lines = (tmp_path / "two" / "failures.jsonl").read_text().splitlines()
     assert [json.loads(line)["vid"] for line in lines] == ["x"]
 

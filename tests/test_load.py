@@ -1,4 +1,4 @@
-"""Long runs and large amounts: memory stays flat, readers beside a writer see whole frames, long lists stay usable."""
+"""Long runs and large amounts: memory stays flat, readers next to a writer see whole frames, long lists stay usable."""
 
 import ctypes
 import gc
@@ -71,21 +71,21 @@ def test_memory_stays_flat_over_2000_queries_and_their_metrics(small_set, tmp_pa
     monkeypatch.setattr(decode, "records", watched)
     path = tmp_path / "val.jsonl"
     model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
-    found = decode.split(model, tokenizer, profile, rows, path, progress=False)
+    predictions = decode.split(model, tokenizer, profile, rows, path, progress=False)
     assert len(measured) == QUERIES // 50 and grown(measured) < 20  # 2,000 records themselves take 8
-    assert [record["qid"] for record in found] == list(range(QUERIES))
-    assert {record["qid"] // 5 for record in found if "error" in record} == set(range(0, QUERIES // 5, 40))
+    assert [record["qid"] for record in predictions] == list(range(QUERIES))
+    assert {record["qid"] // 5 for record in predictions if "error" in record} == set(range(0, QUERIES // 5, 40))
 
     measured.clear()
     for _ in range(20):
         assert len(evaluate.per_query(read_predictions(path), rows)) == QUERIES
-        evaluate.evaluate(found, rows)
+        evaluate.evaluate(predictions, rows)
         measured.append(megabytes())
     assert grown(measured) < 16
 
 
 @pytest.mark.slow
-def test_memory_and_handles_stay_flat_over_many_videos_of_ones_own(small_set, tmp_path):
+def test_memory_and_handles_stay_flat_over_many_videos(small_set, tmp_path):
     """2,000 queries, twelve at a time about one video after the other."""
     profile = small_profile(small_set)
     model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
@@ -115,14 +115,14 @@ from framseg.frames import Store, VideoError
 store, vids = Store(sys.argv[1], 32, 5, 1, 0.1, 95), json.loads(sys.argv[2])
 seen, waiting = {vid: [] for vid in vids}, vids
 print("ready", flush=True)
-while waiting:  # only those that are not there yet, so that each is looked for while it is being written
+while waiting:  # only missing ones, so that each is read while it is being written
     for vid in waiting:
         try:
-            found = hashlib.sha256(store.read(vid).tobytes()).hexdigest()
+            content = hashlib.sha256(store.read(vid).tobytes()).hexdigest()
         except VideoError as error:
-            found = str(error)
-        if found not in seen[vid]:
-            seen[vid].append(found)
+            content = str(error)
+        if content not in seen[vid]:
+            seen[vid].append(content)
     waiting = [vid for vid in waiting if " " in seen[vid][-1]]
 print(json.dumps(seen))
 """
@@ -154,7 +154,9 @@ def test_eight_readers_of_a_store_that_grows_see_whole_frames_or_none(tmp_path):
     for seen in answers:
         for vid, digest in whole.items():
             assert seen[vid] in ([digest], [absent.format(vid, store.folder), digest])
-    assert any(len(found) == 2 for seen in answers for found in seen.values())  # they did read beside the extraction
+    assert any(
+        len(contents) == 2 for seen in answers for contents in seen.values()
+    )  # they did read during the extraction
 
 
 def models() -> int:
@@ -169,32 +171,32 @@ def test_the_browser_holds_20000_predictions(tmp_path):
     before = models()
     browser.Browser(tmp_path / "10.jsonl", tmp_path / "rows_10.jsonl")
     of_ten = models() - before
-    one = browser.Browser(tmp_path / "20000.jsonl", tmp_path / "rows_20000.jsonl", folder=tmp_path)
+    page = browser.Browser(tmp_path / "20000.jsonl", tmp_path / "rows_20000.jsonl", folder=tmp_path)
     assert models() - before == 2 * of_ten
-    assert len(one.selection()) == 20_000 and len(one.list.options) == browser.PAGE
+    assert len(page.selection()) == 20_000 and len(page.list.options) == browser.PAGE
 
-    one.search.value = "number 123"
-    assert [entry["qid"] for entry in one.selection()] == [qid for qid in range(20_000) if "123" in str(qid)]
-    one.search.value = ""
-    one.filter.value = list(browser.FILTERS)[2]
-    missed = one.selection()
-    one.sort.value = "IoU, worst first"
-    assert 0 < len(missed) == len(one.selection()) < 20_000
-    one.filter.value = "all"
-    worst = [entry.iou for entry in one.shown]
-    assert worst == sorted(worst) and len(one.list.options) == browser.PAGE
+    page.search.value = "number 123"
+    assert [entry["qid"] for entry in page.selection()] == [qid for qid in range(20_000) if "123" in str(qid)]
+    page.search.value = ""
+    page.filter.value = list(browser.FILTERS)[2]
+    missed = page.selection()
+    page.sort.value = "IoU, worst first"
+    assert 0 < len(missed) == len(page.selection()) < 20_000
+    page.filter.value = "all"
+    worst = [entry.iou for entry in page.shown]
+    assert worst == sorted(worst) and len(page.list.options) == browser.PAGE
 
-    one.sort.value = "query id"
-    one.show(browser.PAGE - 1)
-    assert one.list.options[-1][1] == one.list.value == browser.PAGE - 1
-    one.next()
-    assert one.list.options[0][1] == one.list.value == browser.PAGE and f"query {browser.PAGE} " in one.picture.value
-    assert len(read_predictions(one.export())) == 20_000
+    page.sort.value = "query id"
+    page.show(browser.PAGE - 1)
+    assert page.list.options[-1][1] == page.list.value == browser.PAGE - 1
+    page.next()
+    assert page.list.options[0][1] == page.list.value == browser.PAGE and f"query {browser.PAGE} " in page.picture.value
+    assert len(read_predictions(page.export())) == 20_000
 
     measured = []
     for number in range(400):
-        one.next()
+        page.next()
         if number % 20 == 0:
             measured.append(megabytes())
-    assert one.list.value == browser.PAGE + 400
+    assert page.list.value == browser.PAGE + 400
     assert models() - before == 2 * of_ten and grown(measured) < 8
