@@ -4,7 +4,7 @@
 `framseg codalab check submission.zip --annotations DIR`
 
 The competition's server is shut down and the test labels are public now, so `check` does what the server did: it
-refuses what the server refused and gives the metrics of both splits. The archive may come from anyone: nothing is
+refuses what the server refused and gives the metrics of both splits. Archives are not trusted: they are not
 unpacked to disk, and sizes are counted while reading.
 """
 

@@ -202,11 +202,11 @@ def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth
     last &= ~past_end
     levels = np.array(list(LEVELS.values()))
     positive = truth[:, None] >= levels[:, None, None]  # [queries, levels, clips, annotators]
-    found = positive.cumsum(axis=2)
-    precision = np.where(last[:, None, :, None], found / np.arange(1, width + 1)[:, None], 0.0)
+    hits = positive.cumsum(axis=2)
+    precision = np.where(last[:, None, :, None], hits / np.arange(1, width + 1)[:, None], 0.0)
     precision = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
     # Recall changes at a point if more positives are found than at any point before.
-    so_far = np.maximum.accumulate(np.where(last[:, None, :, None], found, 0), axis=2)
+    so_far = np.maximum.accumulate(np.where(last[:, None, :, None], hits, 0), axis=2)
     changes = np.diff(so_far, axis=2, prepend=0) > 0
     return (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
 

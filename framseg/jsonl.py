@@ -27,7 +27,7 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[int | float]:
     """True for a finite int or float that is no bool."""
     if is_integer(value):
-        return abs(value) < 2**53  # larger ones are no seconds and would not fit a float
+        return abs(value) < 2**53  # larger integers are no seconds and would not fit a float
     return isinstance(value, float) and math.isfinite(value)
 
 

@@ -269,9 +269,9 @@ def test_big_archives_and_lines_are_refused_unread(folder):
 def test_an_archive_of_very_many_names_neither_fills_the_memory_nor_the_screen(folder, monkeypatch):
     monkeypatch.setattr(codalab, "FILE_BYTES", 2**20)  # for speed
     entry, end = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s4H2LH")
-    one = entry.pack(b"PK\1\2", *[0] * 9, 1, *[0] * 6) + b"x"
-    count = (codalab.FILE_BYTES - end.size) // len(one)
-    table = one * count
+    row = entry.pack(b"PK\1\2", *[0] * 9, 1, *[0] * 6) + b"x"
+    count = (codalab.FILE_BYTES - end.size) // len(row)
+    table = row * count
     path = folder / "many.zip"
     path.write_bytes(table + end.pack(b"PK\5\6", 0, 0, count % 2**16, count % 2**16, len(table), 0, 0))
     tracemalloc.start()

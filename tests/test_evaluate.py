@@ -81,9 +81,9 @@ def test_command_line(tmp_path):
     assert json.loads(done.stdout) == evaluate.evaluate(predictions[:2], rows)
 
 
-def _plain_iou(one, other):
-    shared = min(one[1], other[1]) - max(one[0], other[0])
-    return max(shared, 0) / (max(one[1], other[1]) - min(one[0], other[0]))
+def _plain_iou(window, true):
+    shared = min(window[1], true[1]) - max(window[0], true[0])
+    return max(shared, 0) / (max(window[1], true[1]) - min(window[0], true[0]))
 
 
 def _plain_moments(prediction, windows):
@@ -106,11 +106,11 @@ def _plain_moments(prediction, windows):
 def _plain_average_precision(scores, positive):
     if not any(positive):
         return 0.0
-    curve = []  # (found, precision) after every group of equal scores, best first
+    curve = []  # (positives, precision) after every group of equal scores, best first
     for score in sorted(set(scores), reverse=True):
         taken = [p for s, p in zip(scores, positive, strict=True) if s >= score]
         curve.append((sum(taken), sum(taken) / len(taken)))
-    before = [0] + [found for found, _ in curve]
+    before = [0] + [positives for positives, _ in curve]
     points = [max(p for _, p in curve[k:]) for k in range(len(curve)) if curve[k][0] > before[k]]
     return sum(points) / len(points)
 
@@ -239,9 +239,9 @@ def test_trivial_answers_are_scored_like_predictions(splits):
 
 def test_the_constant_window_is_the_best_of_the_grid_on_train(splits):
     train, rows = splits
-    found = evaluate.trivial(rows, train, seed=0, frames=10)["best constant window"]
-    start, end, _ = found[0][WINDOWS][0]
-    assert all(p[WINDOWS][0][:2] == [start * p["duration"] / 100, end * p["duration"] / 100] for p in found)
+    constant = evaluate.trivial(rows, train, seed=0, frames=10)["best constant window"]
+    start, end, _ = constant[0][WINDOWS][0]
+    assert all(p[WINDOWS][0][:2] == [start * p["duration"] / 100, end * p["duration"] / 100] for p in constant)
 
     def recall(first, after):
         windows = [[first / 10 * row.duration, after / 10 * row.duration] for row in train]
@@ -252,8 +252,8 @@ def test_the_constant_window_is_the_best_of_the_grid_on_train(splits):
 
     best = max(recall(first, after) for first in range(10) for after in range(first + 1, 11))
     assert recall(start / 10, end / 10) == best
-    scores = found[0][SALIENCY]
-    highest = scores.index(max(scores)) * 2 / found[0]["duration"]
+    scores = constant[0][SALIENCY]
+    highest = scores.index(max(scores)) * 2 / constant[0]["duration"]
     true = [any(start <= highest * row.duration < end for start, end in row.relevant_windows) for row in train]
     assert max(scores) == pytest.approx(np.mean(true)) and max(scores[:8]) == 0
 

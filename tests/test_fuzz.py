@@ -400,7 +400,7 @@ def spoiled(file: Path, data: st.DataObject):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A trained checkpoint of a tiny model, its base beside it, and a tokenizer."""
+    """A trained checkpoint of a tiny model, its base next to it, and a tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     layers = {f"model__{part}__layers": 1 for part in ("vision", "resampler", "language")}
     profile = tiny(model__weights=str(folder / "base"), **layers)
@@ -471,9 +471,8 @@ def test_logs_of_a_training(tmp_path, contents):
     if read[0] and read[1]:
         with np.errstate(all="ignore"):
             figures.progress(*read)
-        assert all(train.step_summary(step) for step in read[0]) and all(
-            train.validation_summary(one, LOG) for one in read[1]
-        )
+        assert all(train.step_line(step) for step in read[0])
+        assert all(train.epoch_line(validation, LOG) for validation in read[1])
 
 
 @pytest.fixture(scope="module")

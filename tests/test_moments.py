@@ -140,32 +140,32 @@ def test_a_run_shorter_than_a_second_keeps_its_ends():
 
 def test_the_thresholds_policy_by_hand():
     probability = [0.2, 0.3, 0.6, 0.8, 0.8, 0.1, 0.5, 0.5]
-    found = moments.windows("1" * 8, probability, 16, "thresholds")
-    assert found[:4] == [
+    ours = moments.windows("1" * 8, probability, 16, "thresholds")
+    assert ours[:4] == [
         [6, 10, pytest.approx(0.8)],  # .75
         [4, 10, pytest.approx(2.2 / 3)],  # .5
         [2, 10, pytest.approx(2.5 / 4)],  # .25
         [12, 16, 0.5],  # .5 and .25, once
     ]
-    assert found[4:] == [[0, 16, 0.0]] * 6
+    assert ours[4:] == [[0, 16, 0.0]] * 6
     assert moments.windows("1", [0.1], 16, "thresholds") == [[0, 16, 0.0]] * 10
 
 
 def test_the_ranked_policy_leads_with_the_masks_best_run_and_moves_its_ends():
     probability = np.array([0.02] * 8 + [0.3, 0.6, 0.9, 0.95, 0.9, 0.55, 0.3] + [0.02] * 5 + [0.4, 0.45] + [0.02] * 3)
     mask = "".join("01"[int(p >= 0.5)] for p in probability)
-    found = moments.windows(mask, probability, 150, "ranked")
+    ours = moments.windows(mask, probability, 150, "ranked")
     start, end = moments.moved((9, 14), probability)
     weights = moments.RANKING
     assert start == pytest.approx(9 + weights.start[0] + 0.3 * weights.start[1] + 0.6 * weights.start[2])
     assert end == pytest.approx(14 + weights.end[0] + 0.3 * weights.end[1] + 0.55 * weights.end[2])
-    assert found[0][:2] == [2 * round(6 * start / 2), 2 * round(6 * end / 2)]
-    assert len(found) == 10 and all(s % 2 == e % 2 == 0 for s, e, _ in found)
+    assert ours[0][:2] == [2 * round(6 * start / 2), 2 * round(6 * end / 2)]
+    assert len(ours) == 10 and all(s % 2 == e % 2 == 0 for s, e, _ in ours)
     # Other evidence comes into the list though the mask does not have it.
-    assert any(min(e, 132) - max(s, 120) >= 6 and s >= 108 for s, e, _ in found)
+    assert any(min(e, 132) - max(s, 120) >= 6 and s >= 108 for s, e, _ in ours)
     # Twice the frames of the same curve give the same first window, within a clip or two.
     twice = moments.windows(np.repeat([c == "1" for c in mask], 2), np.repeat(probability, 2), 150, "ranked")
-    assert np.abs(np.subtract(twice[0][:2], found[0][:2])).max() <= 4
+    assert np.abs(np.subtract(twice[0][:2], ours[0][:2])).max() <= 4
 
 
 def test_an_end_moves_inward_by_a_quarter_of_the_run_at_most():
@@ -190,10 +190,10 @@ def test_each_ranked_window_adds_what_the_ones_before_left():
     frames, likely = 10, np.zeros(55)
     runs = list(zip(*(x.tolist() for x in moments.run_edges(frames)), strict=True))
     likely[[runs.index(run) for run in ((0, 4), (0, 5), (6, 9))]] = 0.5, 0.2, 0.3
-    found = moments.ranked((0, 4), likely, 100)
-    assert [window[:2] for window in found] == [[0, 40], [60, 90], [0, 50]]
+    ours = moments.ranked((0, 4), likely, 100)
+    assert [window[:2] for window in ours] == [[0, 40], [60, 90], [0, 50]]
     # IoU .8 of the first with its neighbour is worth (.8 - .45) / .5 = .7 of it; .3 is left for the last.
-    assert [window[2] for window in found] == pytest.approx([0.5 + 0.7 * 0.2, 0.3, 0.3 * 0.2])
+    assert [window[2] for window in ours] == pytest.approx([0.5 + 0.7 * 0.2, 0.3, 0.3 * 0.2])
     # The mask's window leads even where it finds less than another.
     assert [w[:2] for w in moments.ranked((6, 9), likely, 100)][:2] == [[60, 90], [0, 40]]
 
@@ -256,12 +256,12 @@ def test_the_best_policies_reach_their_bars_out_of_fold(policy_data, policy_reco
 )
 def test_windows_lie_in_the_video_best_first(probability, duration, policy, rounding):
     mask = "".join("01"[p >= 0.5] for p in probability)
-    found = moments.windows(mask, probability, duration, policy, rounding)
-    assert found and all(0 <= start < end <= duration and 0 <= score <= 1 for start, end, score in found)
-    assert [w[2] for w in found] == sorted((w[2] for w in found), reverse=True)
-    assert len(found) == 10 if policy == "thresholds" else policy == "mask" or len(found) <= 10
-    assert len({(start, end) for start, end, _ in found}) == len(found) or policy == "thresholds"
-    json.dumps(found)
+    ours = moments.windows(mask, probability, duration, policy, rounding)
+    assert ours and all(0 <= start < end <= duration and 0 <= score <= 1 for start, end, score in ours)
+    assert [w[2] for w in ours] == sorted((w[2] for w in ours), reverse=True)
+    assert len(ours) == 10 if policy == "thresholds" else policy == "mask" or len(ours) <= 10
+    assert len({(start, end) for start, end, _ in ours}) == len(ours) or policy == "thresholds"
+    json.dumps(ours)
 
 
 def test_interpolation_is_linear_between_frame_centres():
