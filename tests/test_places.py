@@ -67,9 +67,9 @@ def test_a_read_only_tree_with_an_odd_name_a_fresh_home_and_no_network(small_set
         offline += (sys.executable, "-c", LOOPBACK_UP)
     own = {"HOME": str(home), "TMPDIR": str(temporary)}
     process = run_all(source, run, *settings(data), before=(*offline, *without_override()), **own)
-    said = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, said[-4000:]
-    assert "5 notebooks in" in said and (run / "report.html").is_file() and (run / "submission.zip").is_file()
+    printed = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, printed[-4000:]
+    assert "5 notebooks in" in printed and (run / "report.html").is_file() and (run / "submission.zip").is_file()
     assert listed(source) == before
     assert not listed(temporary)
     usual = (".cache", ".config", ".ipython", ".jupyter", ".local", ".triton")
@@ -82,14 +82,14 @@ def test_ctrl_c_in_the_shell_leaves_a_state_and_no_process(small_set, tmp_path):
     process = run_all(config.REPOSITORY, run.root, "--only", "03", *settings(small_set), "--set", "training.epochs=50")
     wait_for(lambda: len(train.read_log(run.step_log)) >= 2)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "interrupted" in said and "go on with --from 03" in said
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "interrupted" in printed and "go on with --from 03" in printed
     wait_for(lambda: not processes_of(run), seconds=60)
     assert list(run.resume.glob("step_*/state.json")) and not alive(run)
     assert not run.checkpoint.exists()
 
 
-def test_without_a_network_what_would_be_fetched_is_said_within_ten_seconds(small_set, tmp_path):
+def test_without_a_network_what_would_be_fetched_is_named_within_ten_seconds(small_set, tmp_path):
     """The hub's address takes connections and never answers, which is worse than an address that is not there."""
     published = config.load("paper").model
     names = {"data.folder": small_set, "model.weights": published.weights, "model.tokenizer": published.tokenizer}

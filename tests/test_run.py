@@ -59,9 +59,9 @@ def test_all_notebooks_with_one_profile_in_this_interpreter(notebooks, tmp_path,
     assert config.load(folder / "profile.yaml").training.epochs == 3
     copy = nbformat.read(folder / "notebooks/01_one.ipynb", as_version=4)
     assert copy.cells[-1].execution_count is not None
-    said = capfd.readouterr()
-    assert "[2/3] 02_two" in said.out and "3 notebooks in" in said.out
-    assert "Executing" in said.err  # papermill's bar
+    printed = capfd.readouterr()
+    assert "[2/3] 02_two" in printed.out and "3 notebooks in" in printed.out
+    assert "Executing" in printed.err  # papermill's bar
 
 
 def test_a_notebook_looks_names_up_where_the_run_was_started_and_loads_nothing_there(notebooks, tmp_path, monkeypatch):
@@ -104,14 +104,14 @@ def test_chosen(notebooks, options, expected):
 def test_a_failing_cell_is_shown_and_finished_steps_stay(notebooks, tmp_path, capfd):
     notebook(notebooks, "02_two", "good = 1", "raise ValueError('the frames are gone')")
     assert start(tmp_path) == 1
-    said = capfd.readouterr().err
-    assert "ValueError: the frames are gone" in said and "\x1b" not in said.split("Traceback")[-1]
-    assert f"The executed copy is {tmp_path / 'a run/notebooks/02_two.ipynb'}" in said and "--from 02" in said
+    printed = capfd.readouterr().err
+    assert "ValueError: the frames are gone" in printed and "\x1b" not in printed.split("Traceback")[-1]
+    assert f"The executed copy is {tmp_path / 'a run/notebooks/02_two.ipynb'}" in printed and "--from 02" in printed
     assert (tmp_path / "a run/one.txt").exists() and (tmp_path / "a run/notebooks/02_two.ipynb").exists()
     assert not (tmp_path / "a run/three.txt").exists()
 
 
-def test_a_dead_kernel_is_said(notebooks, tmp_path, capfd):
+def test_a_dead_kernel_is_reported(notebooks, tmp_path, capfd):
     notebook(notebooks, "01_one", "import os; os._exit(9)")
     assert start(tmp_path) == 1
     assert "01_one: its kernel died" in capfd.readouterr().err
@@ -136,8 +136,8 @@ def test_nothing_starts_with_wrong_options(notebooks, capsys, arguments, message
 def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("framseg.run.preflight.missing", lambda profile, trains: ["weights of the model", "a GPU"])
     assert start(tmp_path) == 2
-    said = capsys.readouterr().err
-    assert "'paper' cannot run here yet" in said and "- weights of the model\n- a GPU" in said
+    printed = capsys.readouterr().err
+    assert "'paper' cannot run here yet" in printed and "- weights of the model\n- a GPU" in printed
     assert not (tmp_path / "a run").exists()
 
 
@@ -178,8 +178,8 @@ def again(tmp_path, *options):
     return start(tmp_path, "--set", f"data.folder={tmp_path / 'data'}", *options)
 
 
-def said(capfd) -> dict[str, str]:
-    """What was said of each notebook, by its name."""
+def announced(capfd) -> dict[str, str]:
+    """What the driver printed about each notebook, by its name."""
     return dict(re.findall(r"^\[\d/\d\] (\w+): (.*)$", capfd.readouterr().out, re.MULTILINE))
 
 
@@ -211,18 +211,18 @@ def test_what_has_changed_runs_again_with_all_after_it(inputs, capfd, file, expe
     path = inputs / file
     path.unlink() if file.startswith("a run") else path.write_bytes(path.read_bytes() + b" ")
     assert again(inputs) == 0
-    found = said(capfd)
-    assert list(found) == list(NAMES)
-    assert all(what in found[name] for name, what in expected.items()), found
-    assert again(inputs) == 0 and said(capfd) == dict.fromkeys(NAMES, SKIPPED)
+    causes = announced(capfd)
+    assert list(causes) == list(NAMES)
+    assert all(cause in causes[name] for name, cause in expected.items()), causes
+    assert again(inputs) == 0 and announced(capfd) == dict.fromkeys(NAMES, SKIPPED)
 
 
 def test_a_changed_cell_and_a_changed_profile_run_again(inputs, capfd):
     notebook(inputs / "note books", "02_two", "more = 2")
     assert again(inputs) == 0
-    assert said(capfd) == {"01_one": SKIPPED, "02_two": "the notebook changed", "03_three": EARLIER}
+    assert announced(capfd) == {"01_one": SKIPPED, "02_two": "the notebook changed", "03_three": EARLIER}
     assert again(inputs, "--set", "training.epochs=3") == 0
-    assert all("the profile changed" in reason for reason in said(capfd).values())
+    assert all("the profile changed" in reason for reason in announced(capfd).values())
 
 
 @pytest.mark.parametrize("name", ["~/model", "model", "../home/model", "{home}/model"])
@@ -238,11 +238,11 @@ def test_changed_weights_and_tokenizers_run_again_wherever_their_name_leads(
     path.write_text("{}")
     changes = ["--set", f"{key}={name.format(home=home)}"]
     again(inputs, *changes)
-    said(capfd)
-    assert again(inputs, *changes) == 0 and said(capfd) == dict.fromkeys(NAMES, SKIPPED)
+    announced(capfd)
+    assert again(inputs, *changes) == 0 and announced(capfd) == dict.fromkeys(NAMES, SKIPPED)
     path.write_text("{ }")
     assert again(inputs, *changes) == 0
-    assert all("the model's files changed" in reason for reason in said(capfd).values())
+    assert all("the model's files changed" in reason for reason in announced(capfd).values())
 
 
 def test_a_tokenizer_may_be_named_by_its_file(inputs, capfd):
@@ -250,28 +250,28 @@ def test_a_tokenizer_may_be_named_by_its_file(inputs, capfd):
     for text in ("{}", "{ }"):
         path.write_text(text)
         assert again(inputs, "--set", f"model.tokenizer={path}") == 0
-        assert all("the model's files changed" in reason for reason in said(capfd).values())
+        assert all("the model's files changed" in reason for reason in announced(capfd).values())
 
 
 def test_what_is_asked_for_runs_finished_or_not(inputs, capfd):
     assert again(inputs, "--force") == 0
-    assert said(capfd) == dict.fromkeys(NAMES, "asked for by --force")
+    assert announced(capfd) == dict.fromkeys(NAMES, "asked for by --force")
     assert again(inputs, "--only", "02") == 0
-    assert said(capfd) == {"02_two": "asked for by --only"}
+    assert announced(capfd) == {"02_two": "asked for by --only"}
     assert again(inputs) == 0  # the third is older than the second now
-    assert said(capfd) == {"01_one": SKIPPED, "02_two": SKIPPED, "03_three": EARLIER}
+    assert announced(capfd) == {"01_one": SKIPPED, "02_two": SKIPPED, "03_three": EARLIER}
     assert again(inputs, "--from", "02") == 0
-    assert said(capfd) == dict.fromkeys(NAMES[1:], "asked for by --from")
+    assert announced(capfd) == dict.fromkeys(NAMES[1:], "asked for by --from")
 
 
 def test_a_failed_step_is_not_finished(inputs, capfd):
     cells = nbformat.read(inputs / "note books/02_two.ipynb", as_version=4)
     notebook(inputs / "note books", "02_two", "raise OSError('not this time')")
     assert again(inputs) == 1
-    said(capfd)
+    announced(capfd)
     nbformat.write(cells, inputs / "note books/02_two.ipynb")  # as it was when it had ended well
     assert again(inputs) == 0
-    assert said(capfd) == {"01_one": SKIPPED, "02_two": "not finished yet", "03_three": EARLIER}
+    assert announced(capfd) == {"01_one": SKIPPED, "02_two": "not finished yet", "03_three": EARLIER}
 
 
 def test_what_the_first_chapter_makes_is_no_change(notebooks, tmp_path, capfd):
@@ -285,7 +285,7 @@ def test_what_the_first_chapter_makes_is_no_change(notebooks, tmp_path, capfd):
     for expected in ("not finished yet", SKIPPED):
         options = ["--profile", "demo", "--run-dir", str(tmp_path / "a run"), "--set", f"data.folder={folder}"]
         assert driver.main(options) == 0
-        assert said(capfd) == dict.fromkeys(NAMES, expected)
+        assert announced(capfd) == dict.fromkeys(NAMES, expected)
 
 
 # the report
@@ -316,7 +316,7 @@ def test_the_report_says_which_copy_has_odd_records(notebooks, tmp_path, odd):
     assert "The executed copy cannot be read" in (tmp_path / "a run/report.html").read_text()
 
 
-def test_an_interactive_notebook_is_told_that_nobody_looks_on(notebooks, tmp_path):
+def test_an_interactive_notebook_is_executed_without_widgets(notebooks, tmp_path):
     path = notebooks / "03_three.ipynb"
     content = nbformat.read(path, as_version=4)
     content.cells[0].source += "\nlive = True"
@@ -400,31 +400,31 @@ def test_set_up_from_nothing_then_at_once(repository):
     assert list((repository / ".venv").rglob("tiny-2.0.dist-info"))
 
 
-def test_another_ones_venv_is_left_alone(repository):
+def test_the_users_own_venv_is_left_alone(repository):
     (repository / ".venv").mkdir()
     (repository / ".venv/mine").write_text("")
-    said = outside(repository)
-    assert said.returncode == 1 and "was not made by run_all.sh" in said.stderr
+    printed = outside(repository)
+    assert printed.returncode == 1 and "was not made by run_all.sh" in printed.stderr
     assert (repository / ".venv/mine").exists()
 
 
 def test_active_environment_is_used(tmp_path):
     """As `conda activate` or a venv's activate leave it, from any folder."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    said = shell("papre", cwd=tmp_path, PATH=path, HOME=str(tmp_path))
-    assert said.returncode == 2 and "did you mean 'paper'" in said.stderr, said
-    assert "Installing" not in said.stdout
+    printed = shell("papre", cwd=tmp_path, PATH=path, HOME=str(tmp_path))
+    assert printed.returncode == 2 and "did you mean 'paper'" in printed.stderr, printed
+    assert "Installing" not in printed.stdout
 
 
 def test_help_needs_nothing(tmp_path):
-    said = shell("--help", cwd=tmp_path, PATH=only_tools(tmp_path / "bin"))
-    assert said.returncode == 0 and "[demo|paper|test|PROFILE] [options]" in said.stdout
+    printed = shell("--help", cwd=tmp_path, PATH=only_tools(tmp_path / "bin"))
+    assert printed.returncode == 0 and "[demo|paper|test|PROFILE] [options]" in printed.stdout
 
 
 def test_no_compiler(tmp_path):
-    said = shell(cwd=tmp_path, PATH=only_tools(tmp_path / "bin"))
-    assert said.returncode == 1 and "no C++ compiler found" in said.stderr
-    assert len(said.stderr.splitlines()) == 1
+    printed = shell(cwd=tmp_path, PATH=only_tools(tmp_path / "bin"))
+    assert printed.returncode == 1 and "no C++ compiler found" in printed.stderr
+    assert len(printed.stderr.splitlines()) == 1
 
 
 def test_no_python(repository, tmp_path):
@@ -432,8 +432,8 @@ def test_no_python(repository, tmp_path):
     old = tmp_path / "bin/python3"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    said = shell(cwd=tmp_path, script=repository / "run_all.sh", PATH=path)
-    assert said.returncode == 1 and "no Python >= 3.11 found" in said.stderr
+    printed = shell(cwd=tmp_path, script=repository / "run_all.sh", PATH=path)
+    assert printed.returncode == 1 and "no Python >= 3.11 found" in printed.stderr
     assert not (repository / ".venv").exists()
 
 
@@ -443,8 +443,8 @@ def test_no_space(repository, tmp_path):
     (tmp_path / "bin/df").write_text("#!/bin/sh\necho head\necho /dev/x 100 99 1048576 99% /\n")
     (tmp_path / "bin/df").chmod(0o755)
     (tmp_path / "bin/python3").symlink_to(f"{sys.base_prefix}/bin/python3")
-    said = shell(cwd=tmp_path, script=repository / "run_all.sh", PATH=path)
-    assert said.returncode == 1 and "1 GiB free" in said.stderr and "takes 4 GiB" in said.stderr
+    printed = shell(cwd=tmp_path, script=repository / "run_all.sh", PATH=path)
+    assert printed.returncode == 1 and "1 GiB free" in printed.stderr and "takes 4 GiB" in printed.stderr
 
 
 def test_environment_file_is_condas_and_pins_everything():
