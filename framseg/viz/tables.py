@@ -90,14 +90,13 @@ def parameters(*profiles: config.Profile) -> pd.DataFrame:
 
 def settings(profile: config.Profile, keys: Mapping[str, str]) -> pd.DataFrame:
     """The published value of each key (names by section) next to this profile's; ≠ marks those that differ."""
-    named = [(section, key) for section, names in keys.items() for key in names.split()]
-    lines = []
-    for section, key in named:
-        values = (getattr(getattr(setting, section), key) for setting in (config.load("paper"), profile))
-        published, own = (str(value).strip("()").replace("'", "") for value in values)
-        lines.append((published, own, "" if published == own else "≠"))
-    columns = ["published", f"this run ({profile.name})", "differs"]
-    return pd.DataFrame(lines, index=[f"{section}.{key}" for section, key in named], columns=columns)
+    both, lines = (config.load("paper"), profile), {}
+    for section, names in keys.items():
+        for key in names.split():
+            values = (getattr(getattr(setting, section), key) for setting in both)
+            published, own = (str(value).strip("()").replace("'", "") for value in values)
+            lines[f"{section}.{key}"] = published, own, "" if published == own else "≠"
+    return pd.DataFrame(lines, index=["published", f"this run ({profile.name})", "differs"]).T
 
 
 def work(*samples: tuple[config.Profile, int]) -> pd.DataFrame:
