@@ -1,6 +1,6 @@
-"""Masks and frame probabilities out of the model: beam search over the two digits, whole splits, one's own video.
+"""Masks and frame probabilities out of the model: beam search over the two digits, and whole splits.
 
-The prompt's keys and values are computed once a sample and shared by its beams, and a video is encoded once for all
+The prompt's keys and values are computed once per sample and shared by its beams, and a video is encoded once for all
 queries that ask about it. An answer has exactly f digits.
 """
 
@@ -8,16 +8,13 @@ import argparse
 import glob
 import hashlib
 import json
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,17 +28,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from framseg import FramsegError, config, dataset, prompt
 from framseg.annotations import Row
 from framseg.backbones import blip3, fingerprint
-from framseg.checkpoint import load_trained, local_folder, require_complete
+from framseg.checkpoint import loaded, require_complete
 from framseg.frames import Store, StoreError, VideoError
 from framseg.jsonl import is_integer, numbered_lines, parse_object, write_lines
 from framseg.predictions import answer_record, read_predictions
 from framseg.run import launcher
 from framseg.run.paths import Run
-
-if TYPE_CHECKING:
-    pass
-
-POLL = 0.5  # seconds between two looks at what is finished
 
 
 class DecodeError(FramsegError, RuntimeError):
@@ -72,22 +64,25 @@ class Decoded:
 
     @property
     def score(self) -> Tensor:
-        """Of the winning beam, float32 [B]."""
+        """Log-probability of the winning beam, float32 [B]."""
         return self.scores[:, 0]
 
 
 class _SharedLayer(DynamicLayer):
-    """One layer's keys and values: of the prompt's last `kept` positions, then of all beams of each step.
+    """One layer's keys and values [B, heads, positions, width] of the prompt's last `kept` positions and of all beams.
 
-    There is `room` for all steps, so that nothing of the prompt is copied again, for more beams or more digits.
+    Each step adds a position per beam. There is `room` for all steps, so that the prompt's part is written only once.
     """
 
     def __init__(self, kept: int, room: int):
         super().__init__()
         self.used, self.room = kept, room
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store what a layer has computed of new positions; returns what they may attend to."""
+        if self.keys is None or self.values is None:
             self.keys, self.values = self._stored(key_states), self._stored(value_states)
             self.is_initialized = True
             return key_states, value_states
@@ -105,7 +100,7 @@ class _SharedLayer(DynamicLayer):
 
 @contextmanager
 def _own_mask(language: PreTrainedConfig) -> Iterator[None]:
-    """Flash attention takes no mask that says which beam came from which."""
+    """Meanwhile attention takes a mask of ours, which says which beam came from which; flash attention takes none."""
     chosen = language._attn_implementation
     language._attn_implementation = "sdpa"
     try:
@@ -118,7 +113,7 @@ def _own_mask(language: PreTrainedConfig) -> Iterator[None]:
 def beam_search(
     model: blip3.Blip3, vision_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, frames: int, beams: int
 ) -> Decoded:
-    """The `beams` best of all 2^f masks that beam search finds, with log-softmax over the two digits as score.
+    """The best of all 2^f masks that beam search finds; a mask's score is its sum of log-softmax over the two digits.
 
     vision_tokens: [B, f, latents, width]. input_ids, attention_mask: [B, L], padded left, up to <|assistant|>. The
     result has k = min(beams, 2^frames) masks. Beams of equal score keep the order of their parents, '0' before '1'.
@@ -187,9 +182,9 @@ def records(
 ) -> Iterator[dict]:
     """Prediction records of `rows`, as each is ready and in the order of the videos' names.
 
-    The frames come from the profile's frame store, the middle variation of each. A record has qid, query, vid,
-    duration (s), pred_relevant_windows, pred_saliency_scores, mask (f characters), probability [f] and valid. A video
-    whose frames cannot be read gives an invalid record, with all frames at 1 and the reason as `error`, and a warning.
+    The frames come from the profile's frame store, the middle variation of each. The records are `answer_record`s of
+    framseg.predictions. A video whose frames cannot be read gives an invalid one, with all frames at 1 and the reason
+    as `error`, and a warning.
 
     Puts the model into eval mode. Raises StoreError for frames that were made with other settings, PromptError for
     queries that are too long.
@@ -220,11 +215,11 @@ def records(
                 if row.vid in failed:
                     whole = answer_record(row, "1" * count, np.ones(count), inference)
                     yield whole | {"valid": False, "error": failed[row.vid]}
-            there = [row for row in batch if row.vid not in failed]
-            if there:
-                vision = torch.stack([tokens[row.vid] for row in there])
-                masks, probabilities = answers(model, tokenizer, profile, [row.query for row in there], vision)
-                for row, mask, probability in zip(there, masks, probabilities, strict=True):
+            readable = [row for row in batch if row.vid not in failed]
+            if readable:
+                vision = torch.stack([tokens[row.vid] for row in readable])
+                masks, probabilities = answers(model, tokenizer, profile, [row.query for row in readable], vision)
+                for row, mask, probability in zip(readable, masks, probabilities, strict=True):
                     yield answer_record(row, mask, probability, inference)
             bar.update(len(batch))
 
@@ -239,32 +234,26 @@ def split(
 ) -> list[dict]:
     """Decode `rows`, write the records (see `records`) to `path` as JSON lines and return them, in the rows' order.
 
-    What is finished is kept beside it in `path`.part…, and a call that follows an interrupted one goes on from there if
-    weights, settings and prompt are the same; videos that failed are tried again. Where torch.distributed is
+    What is finished is kept next to it in `path`.part…, and a call that follows an interrupted one goes on from there
+    if weights, settings and prompt are the same; videos that failed are tried again. Where torch.distributed is
     initialised, its processes share the work by videos, and the first one writes `path`.
     """
     path = Path(path)
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-    made_by = {"made_by": _fingerprint(model, tokenizer, profile)}
-    done = _finished(path, made_by, rows)
+    rank, world = launcher.place()
+    source = made_by(model, tokenizer, profile)
+    parts, own = _parts(path), path.with_name(f"{path.name}.part{rank}")
+    done = _finished(parts, source, rows)
     mine = share([row for row in rows if row.qid not in done], rank, world)
-    if together:
-        torch.distributed.barrier()  # nobody writes before all have read
-    own = _parts(path, rank)
-    kept = _finished(path, made_by, rows, rank)
-    write_lines(own, [made_by, *kept.values()])
+    launcher.gathered(None)  # nobody writes before all have read
+    write_lines(own, [source, *_finished([own], source, rows).values()])
+    new = []
     with own.open("a", encoding="utf-8") as file:
         for record in records(model, tokenizer, profile, mine, progress):
             file.write(json.dumps(record) + "\n")
             file.flush()
-            done[record["qid"]] = record
-    if together:
-        torch.distributed.barrier()
-        done = _finished(path, made_by, rows, failed=True)
+            new.append(record)
+    done |= {record["qid"]: record for processed in launcher.gathered(new) for record in processed}
     predictions = [done[row.qid] for row in rows]
-    if together:
-        torch.distributed.barrier()  # nobody takes the parts away before all have read
     if rank == 0:
         write_lines(path, predictions)
         for part in _parts(path):
@@ -292,40 +281,24 @@ def whole(profile: config.Profile, run: Run, name: str) -> list[dict]:
         return split(model, tokenizer, profile, rows, path)
     require_complete(run.checkpoint)
     run.predictions.mkdir(parents=True, exist_ok=True)
-    aside, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
+    own_profile, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
     # Trained on several nodes, decoded on this one.
     section = profile.training.model_copy(update={"processes": processes})
     profile = profile.model_copy(update={"training": section})
-    config.save(profile, aside)
-    arguments = ["--profile", str(aside), "--run-dir", str(run.root), "--split", name]
-    begin = log.stat().st_size if log.is_file() else 0
-    process = launcher.start("framseg.decode", profile, log, arguments)
-    try:
-        with tqdm(desc=f"decoding {name}", total=len(rows), unit="query") as bar:
-            while process.poll() is None:
-                time.sleep(POLL)
+    config.save(profile, own_profile)
+    arguments = ["--profile", str(own_profile), "--run-dir", str(run.root), "--split", name]
+    with (
+        launcher.Job("framseg.decode", profile, log, arguments) as job,
+        tqdm(desc=f"decoding {name}", total=len(rows), unit="query") as bar,
+    ):
+        for _ in job.polls():
+            with suppress(FileNotFoundError):  # the parts are removed at the end
+                # The first line of each part says what made it.
                 lines = [part.read_text(encoding="utf-8").count("\n") - 1 for part in _parts(path)]
                 bar.update(max(0, sum(lines)) - bar.n if lines else 0)
-    finally:
-        launcher.end(process)
-    if process.returncode:
-        raise DecodeError(f"decoding {name} failed: {launcher.failure(process, log, begin)}")
+    if job.failed:
+        raise DecodeError(f"decoding {name} failed: {job.failure()}")
     return read_predictions(path)
-
-
-def loaded(checkpoint: Path | str) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
-    """Model, profile and tokenizer of a checkpoint; the last one stays loaded until its folder changes."""
-    folder = local_folder(checkpoint)
-    return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0))
-
-
-@lru_cache(maxsize=1)
-def _loaded(folder: Path, changed: int) -> tuple[blip3.Blip3, config.Profile, Tokenizer]:
-    """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
-    model, profile = load_trained(folder)
-    tokenizer = prompt.load(folder)
-    prompt.check(tokenizer, profile.model, profile.frames.count)  # of a stranger's checkpoint, too
-    return model.to(launcher.device()).eval(), profile, tokenizer
 
 
 @torch.inference_mode()
@@ -339,11 +312,11 @@ def answers(
 ) -> tuple[list[str], np.ndarray]:
     """Masks of f characters and probabilities float64 [B, f] for B queries, each with its vision tokens."""
     count = profile.frames.count
-    ids, mask = prompt.pad_left(
+    padded = prompt.pad_left(
         [prompt.prompt_ids(tokenizer, profile.model.tokens, query, count) for query in queries],
         profile.model.tokens.pad,
     )
-    ids, mask = (torch.from_numpy(x).to(model.device) for x in (ids, mask))
+    ids, mask = (torch.from_numpy(array).to(model.device) for array in padded)
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
     masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
     return masks, decoded.probability.double().cpu().numpy()
@@ -369,52 +342,41 @@ def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple
             yield outcome(vid, task)
 
 
-def _fingerprint(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> str:
-    """Of everything a record depends on but its row: settings, prompt, and a few values of every parameter."""
+def made_by(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> dict[str, str]:
+    """The first line of a part file: a hash of settings, prompt and weights, all that records depend on but the row."""
     tokens, count = profile.model.tokens, profile.frames.count
     sections = {name: getattr(profile, name).model_dump(mode="json") for name in ("frames", "model", "inference")}
     example = prompt.prompt_ids(tokenizer, tokens, prompt.EXAMPLE_QUERY, count)
     about = json.dumps([sections, example, fingerprint(model)], sort_keys=True)
-    return hashlib.sha256(about.encode()).hexdigest()
+    return {"made_by": hashlib.sha256(about.encode()).hexdigest()}
 
 
-def _parts(path: Path, rank: int | None = None) -> list[Path] | Path:
-    """The files beside `path` that hold what is finished: all of them, or a process's own."""
-    if rank is not None:
-        return path.with_name(f"{path.name}.part{rank}")
+def _parts(path: Path) -> list[Path]:
+    """The files next to `path` that hold what each process has finished."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
 
 
-def _finished(
-    path: Path, made_by: dict, rows: Sequence[Row], rank: int | None = None, failed: bool = False
-) -> dict[int, dict]:
-    """Records by qid that the same settings made, of all processes or one; lines that were cut off are left out.
-
-    Failed videos are left out too, to be tried again, unless asked for.
-    """
+def _finished(parts: Sequence[Path], source: dict, rows: Sequence[Row]) -> dict[int, dict]:
+    """Records by qid that the same settings made of the same rows; not those of failed videos, nor cut-off lines."""
     asked = {row.qid: (row.query, row.vid, row.duration) for row in rows}
     out = {}
-    for part in _parts(path) if rank is None else [_parts(path, rank)]:
-        if not part.exists():
-            continue
-        found = [record for _, line in numbered_lines(part) if (record := parse_object(line)[0])]
-        if found[:1] != [made_by]:
-            continue
-        for record in found[1:]:
+    for part in filter(Path.exists, parts):
+        first, *found = [parse_object(line)[0] or {} for _, line in numbered_lines(part)] or [{}]
+        for record in found if first == source else []:
             qid, about = record.get("qid"), tuple(record.get(name) for name in ("query", "vid", "duration"))
-            same = is_integer(qid) and about == asked.get(qid)
-            if same and ("error" not in record or (failed and qid not in out)):
+            if is_integer(qid) and about == asked.get(qid) and "error" not in record:
                 out[qid] = record
     return out
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One process of a split's decoding, as `whole` starts it."""
     parser = argparse.ArgumentParser(prog="python -m framseg.decode", description="One process of a split's decoding.")
     parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--split", choices=("val", "test"), required=True)
-    options = parser.parse_args()
-    with launcher.last_words():
+    options = parser.parse_args(arguments)
+    with launcher.last_line():
         profile = config.load(options.profile)
         run = Run(profile, options.run_dir)
         launcher.join(profile)

@@ -1,47 +1,51 @@
-"""Share a trained checkpoint on the Hugging Face hub: `python -m framseg.hub push FOLDER OWNER/NAME`.
+"""Share a trained checkpoint on the Hugging Face hub: `framseg hub push FOLDER OWNER/NAME`.
 
 Log in first with `hf auth login`. Anywhere else, `framseg.predict(video, query, checkpoint="OWNER/NAME")` fetches it.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from framseg import config
+from framseg import FramsegError, config
 from framseg.backbones import CheckpointError
-from framseg.checkpoint import HUB_FILES, require_complete
+from framseg.checkpoint import HUB_FILES, PROFILE, hub_errors, require_complete
 
 
 def push(folder: Path | str, name: str, private: bool = False) -> str:
     """Upload a checkpoint to the hub's repository `name`, which is made if needed; returns its address.
 
-    Raises CheckpointError for an incomplete folder, or one whose base model others do not have.
+    Raises CheckpointError for an incomplete folder, for one whose base model others do not have, and if the hub
+    refuses or cannot be reached.
     """
     folder = require_complete(folder)
-    base = config.load(folder / "profile.yaml").model.weights
+    base = config.load(folder / PROFILE).model.weights
     if Path(base).is_absolute():
         raise CheckpointError(
             f"{folder}: its base model is a folder of this machine ({base}); write the name of a repository that holds "
-            f"it as model.weights into {folder / 'profile.yaml'}"
+            f"it as model.weights into {folder / PROFILE}"
         )
-    api = HfApi()
-    api.create_repo(name, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=HUB_FILES).commit_url)
+    with hub_errors(f"{name}: cannot be uploaded", "; `hf auth login` logs you in"):
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=HUB_FILES).commit_url)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m framseg.hub", description="Checkpoints on the Hugging Face hub.")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `framseg hub`: uploads a checkpoint and prints its address."""
+    parser = argparse.ArgumentParser(prog="framseg hub", description="Checkpoints on the Hugging Face hub.")
     commands = parser.add_subparsers(dest="command", required=True)
     pushing = commands.add_parser("push", help="upload a checkpoint")
     pushing.add_argument("folder", type=Path, help="e.g. runs/paper/checkpoint")
     pushing.add_argument("name", help="OWNER/NAME")
-    pushing.add_argument("--private", action="store_true", help="for those alone who may see your repositories")
-    options = parser.parse_args()
+    pushing.add_argument("--private", action="store_true", help="only for those who may see your repositories")
+    options = parser.parse_args(arguments)
     try:
         print(push(options.folder, options.name, options.private))
-    except CheckpointError as error:
+    except FramsegError as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,8 +1,8 @@
 """The four training losses, their weights over the epochs, and the learning rate over the steps.
 
 The segmentation losses read the logits of the two digits where the model predicts frame i: [B, f, 2] in the order
-'0' (background), '1' (foreground), and the soft targets [B, f] in [0, 1], the annotators' mean saliency / 4. All are
-scalars, computed in float32 at least.
+'0' (background), '1' (foreground), and the soft targets s [B, f] in [0, 1], the annotators' mean saliency / 4. All
+losses are scalars, computed in float32 or better.
 """
 
 import math
@@ -17,7 +17,7 @@ NAMES = ("lm", "bce", "tversky", "dice")  # the order of the weights
 
 
 def _exact(values: Tensor) -> Tensor:
-    """Half precision becomes float32, float64 stays."""
+    """Half precision becomes float32; float32 and float64 stay."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -37,7 +37,7 @@ def lm(answer_logits: Tensor, answer_ids: Tensor) -> Tensor:
 
 
 def bce(logits: Tensor, soft_targets: Tensor, pos_weight: float) -> Tensor:
-    """Binary cross-entropy of z1 - z0 against s, foreground weighted by `pos_weight`, mean over samples and frames."""
+    """Binary cross-entropy of the logit z1 - z0 with s, foreground weighted by `pos_weight`; mean over all frames."""
     logits = _exact(logits)
     weight = logits.new_tensor(pos_weight)
     return F.binary_cross_entropy_with_logits(
@@ -52,7 +52,7 @@ def tversky(logits: Tensor, soft_targets: Tensor, alpha: float, beta: float, eps
     1 - (tp + eps) / (tp + alpha fp + beta fn + eps).
     """
     p, g = _classes(logits, soft_targets)
-    # The sum of minima is the same number as tp above without its cancellation.
+    # The same number as tp above, without the rounding errors of a small difference of large sums.
     tp = torch.minimum(p, g).sum(1)
     fp, fn = p.sum(1) - tp, g.sum(1) - tp
     return (1 - (tp + eps) / (tp + alpha * fp + beta * fn + eps)).mean()
@@ -73,14 +73,17 @@ def weights(epoch: int, section: config.Losses) -> tuple[float, float, float, fl
     """Weights of LM, BCE, Tversky and generalized Dice in an epoch, counted from 1.
 
     `linear` goes from `start` at epoch 1 to `end` at epoch warmup_epochs + 1 and stays (the paper); `table` has a row
-    an epoch, the last one for all that follow (the released variant).
+    per epoch, the last one for all that follow (the released variant). Raises ValueError for epochs below 1.
     """
     if epoch < 1:
         raise ValueError(f"epochs are counted from 1, got {epoch}")
     if section.schedule == "table":
         return section.table[min(epoch, len(section.table)) - 1]
     way = min((epoch - 1) / section.warmup_epochs, 1.0)
-    return tuple((1 - way) * start + way * end for start, end in zip(section.start, section.end, strict=True))
+    lm, bce, tversky, dice = (
+        (1 - way) * start + way * end for start, end in zip(section.start, section.end, strict=True)
+    )
+    return lm, bce, tversky, dice
 
 
 def learning_rate(step: int, section: config.Training) -> float:

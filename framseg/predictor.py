@@ -1,5 +1,8 @@
 """Your own video: ask about any video file, of any length."""
 
+import argparse
+import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from framseg import moments, prompt
+from framseg import FramsegError, moments, prompt
 from framseg.annotations import USUAL_SECONDS, Row, frame_times
 from framseg.backbones.blip3 import Blip3
-from framseg.decode import answers, encoded, loaded
+from framseg.checkpoint import loaded
+from framseg.decode import answers, encoded
 from framseg.frames import read_apart
 from framseg.predictions import SALIENCY, WINDOWS, answer_record, prediction_record
 
@@ -45,12 +49,12 @@ class Prediction:
 
     @property
     def row(self) -> Row:
-        """The question as a row without labels; -1 as qid says that it is of no set."""
+        """The question as a row without labels; its qid is -1, as it belongs to no data set."""
         return Row(-1, self.query, self.duration, Path(self.video).name)
 
     @property
     def record(self) -> dict:
-        """The answer as a prediction in the dataset's format."""
+        """The answer as a prediction record (see framseg.predictions)."""
         answer = {"mask": self.mask, "probability": self.probability.tolist(), "valid": self.valid}
         return prediction_record(self.row, self.windows, self.saliency) | answer
 
@@ -68,30 +72,30 @@ def predict(
     windows: moments.Policy = moments.BEST_WINDOWS,
     saliency: moments.Method = moments.BEST_SALIENCY,
 ) -> Prediction | list[Prediction]:
-    """Moments and highlights for one's own video file, of any length.
+    """Moments and highlights of your own video file, of any length.
 
     query: one text, or several about the same video (which is then decoded and encoded once); several give a list of
-    Predictions in their order. checkpoint: the folder a training run has written (``runs/<profile>/checkpoint``), or
-    the name of a hub's repository that holds one. windows, saliency: policy and method of framseg.moments, by default
-    the best ones, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the authors'. The model
-    stays loaded for the next call.
+    Predictions in their order. checkpoint: the folder that a training has written (``runs/<profile>/checkpoint``), or
+    the name of a repository on the Hugging Face hub that holds one. windows, saliency: policy and method of
+    framseg.moments, by default the best ones, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are
+    the authors'. The model stays loaded for the next call.
 
-    The model has learned from f frames of 150 s. A longer video has n = t * f / 150 frames, rounded, so that they
-    stand as densely; where n is more than f, the model is asked about f of them at a time, each time half of f (rounded
-    down) further on and at last about the last f. A frame's probability is then the mean over the answers it is in,
-    weighted by its place there: 1 at either end, 2 beside it, and so on towards the middle. Its digit is 1 if the
-    answers that say 1 have at least half of the weight. Windows and clip scores follow from the two as for a short
-    video. The frames of a long video wait in a temporary file, so memory does not grow with the length. The video is
-    decoded in a process of its own, which is ended when no new frame has come for the profile's `frames.time_limit`.
+    The model has learned from f frames of 150 s. Of a longer video of t seconds it sees n = t * f / 150 frames
+    (rounded), which are as dense. If n is more than f, the model is asked about f of them at a time: each time half of
+    f (rounded down) further on, and at last about the last f. A frame's probability is the mean over the answers that
+    include it, weighted by its place there: 1 for the first and last frame, 2 for the next ones, and so on towards the
+    middle. Its digit is 1 if the answers that say 1 have at least half of the weight. Windows and clip scores follow
+    as for a short video. The frames of a long video wait in a temporary file, so memory does not grow with the length.
+    The video is decoded in a separate process, which is ended if no frame comes for the profile's `frames.time_limit`.
 
-    Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that cannot serve
+    Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that does not fit
     the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or method.
     """
     model, profile, tokenizer = loaded(checkpoint)
     count = profile.frames.count
     inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
     queries = [query] if isinstance(query, str) else list(query)
-    for text in queries:  # an empty one is to be known before the video is read
+    for text in queries:  # so that an empty query is refused before the video is read
         prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
     section, size = profile.frames, profile.model.vision.image_size
     with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
@@ -107,13 +111,13 @@ def predict(
         frames = np.array(images[kept])
         parts = _encoded_along(model, images, begins, count)
         for begin, vision in tqdm(parts, "asking", len(begins), unit="part", disable=len(begins) == 1):
-            there = slice(begin, begin + count)
+            span = slice(begin, begin + count)
             for first in range(0, len(queries), inference.batch):
-                some = slice(first, first + inference.batch)
-                texts = queries[some]
+                batch = slice(first, first + inference.batch)
+                texts = queries[batch]
                 masks, probability = answers(model, tokenizer, profile, texts, vision.expand(len(texts), -1, -1, -1))
-                votes[some, there] += weight * [[int(digit) for digit in mask] for mask in masks]
-                probabilities[some, there] += weight / weights[there] * probability
+                votes[batch, span] += weight * [[int(digit) for digit in mask] for mask in masks]
+                probabilities[batch, span] += weight / weights[span] * probability
     out = []
     for text, ones, probability in zip(queries, 2 * votes >= weights, probabilities, strict=True):
         row, mask = Row(-1, text, length, Path(video).name), "".join("01"[digit] for digit in ones.astype(int))
@@ -131,6 +135,44 @@ def _encoded_along(model: Blip3, images: np.ndarray, begins: Sequence[int], coun
     tokens, last = encoded(model, np.array(images[:count])[None]), 0
     for begin in begins:
         if begin > last:
-            found = encoded(model, np.array(images[last + count : begin + count])[None])
-            tokens, last = torch.cat([tokens[:, begin - last :], found], dim=1), begin
+            new = encoded(model, np.array(images[last + count : begin + count])[None])
+            tokens, last = torch.cat([tokens[:, begin - last :], new], dim=1), begin
         yield begin, tokens
+
+
+def _table(prediction: Prediction) -> str:
+    """The answer as a person reads it: windows in seconds with their scores, and the best clip."""
+    lines = [f"{prediction.query!r} in {prediction.video} ({prediction.duration:.1f} s)"]
+    if not prediction.valid:
+        return f"{lines[0]}\n  nothing found (highest frame probability {prediction.probability.max():.2f})"
+    lines += ["  start (s)  end (s)  score"]
+    lines += [f"{start:11.1f}{end:9.1f}{score:7.2f}" for start, end, score in prediction.windows]
+    if len(prediction.saliency):
+        best = int(prediction.saliency.argmax())
+        lines += [f"  best clip: {2 * best} to {2 * best + 2} s, score {prediction.saliency[best]:.2f}"]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `framseg predict`."""
+    parser = argparse.ArgumentParser(prog="framseg predict", description="Moments and highlights of your own video.")
+    parser.add_argument("video", type=Path, help="a video file, of any length")
+    parser.add_argument("-q", "--query", action="append", required=True, help="what to look for; may be given again")
+    parser.add_argument(
+        "--checkpoint", required=True, help="folder of a trained checkpoint, or a repository's name on the hub"
+    )
+    parser.add_argument("--json", action="store_true", help="print prediction records, one JSON object per line")
+    options = parser.parse_args(arguments)
+    try:
+        answer = predict(options.video, options.query, options.checkpoint)
+    except (FramsegError, OSError) as error:
+        sys.exit(f"error: {error}")
+    predictions = answer if isinstance(answer, list) else [answer]
+    if options.json:
+        print(*(json.dumps(prediction.record) for prediction in predictions), sep="\n")
+    else:
+        print(*map(_table, predictions), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,6 @@ from test_train import logged, same_weights, validated
 
 from framseg import config, dataset, train
 from framseg.checkpoint import load_base
-from framseg.run import launcher
 from framseg.run.paths import BusyError, Run
 
 
@@ -109,8 +108,9 @@ def test_a_damaged_state_is_seen_and_the_one_before_it_used(trained, tmp_path):
     assert sorted(path.name for path in run.resume.iterdir()) == [first.name, last.name]
 
 
-def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_path):
-    profile = small_profile(small_set)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_path, workers):
+    profile = small_profile(small_set, training__workers=workers)
     run = Run(profile, tmp_path / "run")
     store = dataset.store(profile)
     vid = dataset.rows(profile, "train")[0].vid
@@ -121,7 +121,7 @@ def test_a_failure_ends_with_its_reason_and_leaves_no_process(small_set, tmp_pat
             train.launch(profile, run)
     finally:
         store.path(vid).write_bytes(content)
-    assert f"{vid}: its file in the frame store is damaged" in str(caught.value)
+    assert str(caught.value).startswith(f"training failed: {vid}: its file in the frame store is damaged")
     assert "output.log" in str(caught.value) and not alive(run)
 
 
@@ -269,7 +269,11 @@ def test_a_read_only_folder_ends_with_one_sentence(trained, tmp_path):
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and not run.root.exists()
     [sentence] = said.strip().splitlines()
-    assert sentence.startswith("training cannot start: ") and "cannot be written (Permission denied)" in sentence
+    assert (
+        sentence.startswith("training cannot start: ")
+        and f"cannot write {run.root}" in sentence
+        and "(Permission denied)" in sentence
+    )
     assert "give another --run-dir" in sentence
 
 
@@ -310,12 +314,3 @@ def test_a_reader_of_frames_that_dies_ends_with_one_sentence(trained, tmp_path):
     assert not alive(run)
     train.launch(profile, run)
     assert same(run, trained[1])
-
-
-def test_what_a_started_process_leaves_as_its_last_words():
-    """Errors of the GPU's and of the file system, as no test machine can be counted on to raise them."""
-    oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert launcher.sentence(oom).startswith("out of memory (CUDA out of memory. Tried")
-    assert launcher.sentence(OSError(30, "Read-only file system", "/data/x")).startswith("/data/x cannot be written")
-    assert launcher.sentence(train.TrainError("as it is")) == "as it is"
-    assert launcher.sentence(KeyError("odd")) == "KeyError: 'odd'"

@@ -10,12 +10,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from small import tiny
+from small import SCORES, tiny
 
 from framseg import config, prompt
-from framseg.backbones import CheckpointError, blip3
-from framseg.checkpoint import CARD, load_base, model_card, save_trained
-from framseg.evaluate import METRICS
+from framseg.backbones import blip3
+from framseg.checkpoint import load_base, save_trained
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -39,6 +38,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if '"nothing"' in body:  # the name of a repository that one may not make
+            return self.reply(b"{}", 401)
         if self.path.endswith("/preupload/main"):
             files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
             answer = {"files": [one | {"shouldIgnore": False} for one in files]}
@@ -85,12 +86,8 @@ def checkpoint(tmp_path):
     blip3.Blip3(profile.model).save_published(tmp_path / "base")
     model = load_base(profile)
     start = model.adapt(profile.adapter, 0)
-    folder = tmp_path / "checkpoint"
-    save_trained(folder, model, start, profile, prompt.load("framseg/demo/base"))
-    metrics = {"brief": {name: 12.5 for name in METRICS}}
-    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    (folder / CARD).write_text(model_card(profile, metrics), encoding="utf-8")
-    return folder
+    save_trained(tmp_path / "checkpoint", model, start, profile, prompt.load("framseg/demo/base"), SCORES)
+    return tmp_path / "checkpoint"
 
 
 def python(server, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
@@ -136,14 +133,14 @@ def test_pushed_and_fetched_by_name(server, checkpoint, tmp_path):
     assert "somebody/else: neither a checkpoint's folder nor to be had from the Hugging Face hub" in missing.stderr
 
 
-def test_the_card_says_what_was_trained_and_measured(checkpoint):
-    text = (checkpoint / CARD).read_text(encoding="utf-8")
-    assert "| 12.50 | 12.50 | 12.50 | 12.50 | 12.50 |" in text
-    assert "profile `tiny`" in text and "128 samples a step" in text
-    paper = model_card(config.load("paper"), {"brief": {name: 1.0 for name in METRICS}})
-    assert "base_model: Salesforce/xgen-mm-phi3-mini-instruct-interleave-r-v1.5\n" in paper
-
-
-def test_a_base_model_that_is_not_here_is_said(tmp_path):
-    with pytest.raises(CheckpointError, match="base model's folder is not here; set model.weights"):
-        load_base(tiny(model__weights=str(tmp_path / "gone")))
+@pytest.mark.parametrize("name", ["somebody/nothing", "a bad name!", "somebody/moments"])
+def test_what_hinders_a_push_is_said_in_one_sentence(server, checkpoint, tmp_path, name):
+    """The hub refuses, the name is none, and at last nobody answers."""
+    about = checkpoint / "profile.yaml"
+    about.write_text(about.read_text().replace(f"weights: {tmp_path / 'base'}", "weights: base"), encoding="utf-8")
+    if name == "somebody/moments":
+        server.shutdown()
+        server.server_close()
+    done = python(server, tmp_path, "-m", "framseg.hub", "push", str(checkpoint), name)
+    assert done.returncode == 1 and f"error: {name}: cannot be uploaded (" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1

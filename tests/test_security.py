@@ -7,7 +7,6 @@ import pickle
 import shutil
 import sys
 import time
-import types
 import urllib.error
 import urllib.request
 import zipfile
@@ -24,9 +23,10 @@ from test_codalab import TEST, VAL, folder  # noqa: F401
 from test_fuzz import checkpoint  # noqa: F401
 from test_run import notebooks, shell, start  # noqa: F401
 
-from framseg import codalab, config, dataset, frames, prompt, train
+from framseg import codalab, config, dataset, frames, prompt
 from framseg.backbones import CheckpointError, blip3
 from framseg.checkpoint import load_trained
+from framseg.run import resume
 
 
 @pytest.fixture
@@ -90,9 +90,10 @@ def test_a_pickle_as_tokenizer_features_or_state(harm, tmp_path):
     with pytest.raises(frames.VideoError, match="is damaged"):
         dataset.Features(tmp_path).read("video", np.zeros(2, int))
     (tmp_path / "state.json").write_text('{"step": 1, "world": 1}')
-    for load in (train.Trainer._load_weights, train.Trainer._load_state):
-        with pytest.raises(SafetensorError):
-            load(types.SimpleNamespace(world=1, rank=0, engine=types.SimpleNamespace(optimizer=None)), tmp_path)
+    with pytest.raises(SafetensorError):
+        resume.load_weights(tmp_path, torch.nn.Module(), {}, processes=1)
+    with pytest.raises(SafetensorError):
+        resume.load_process(tmp_path, rank=0, optimizer=None)
 
 
 def test_an_adapter_s_settings_name_no_code(checkpoint, marker, tmp_path, monkeypatch):  # noqa: F811

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from framseg import config, dataset, decode, frames, losses, prompt, train
 from framseg.checkpoint import load_base, load_trained
 from framseg.predictions import read_predictions
-from framseg.run import preflight
+from framseg.run import preflight, resume
 from framseg.run.paths import Run
 
 
@@ -123,7 +123,7 @@ def test_settings_that_are_named_may_change(small_set, tmp_path, capsys):
     with pytest.raises(train.TrainError, match="micro_batch: 2 there, 1 now; .*name the keys in training.may_change"):
         train.launch(small_profile(small_set, **more, training__may_change=["training.epochs"]), run)
     named = [key.replace("__", ".") for key in more]
-    with pytest.raises(train.TrainError, match="as many samples a step"):
+    with pytest.raises(train.TrainError, match="as many samples per step"):
         more["training__accumulation"] = 2
         train.launch(small_profile(small_set, **more, training__may_change=named), run)
     more["training__accumulation"] = 4
@@ -192,9 +192,9 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, caps
 
 
 def test_every_random_generator_is_part_of_the_state():
-    saved = train._generators()
+    saved = resume.generators()
     drawn = [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)]
-    train._set_generators(saved)
+    resume.set_generators(saved)
     assert [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)] == drawn
 
 
@@ -285,9 +285,9 @@ def test_two_processes_decode_a_split_as_one(trained, tmp_path):
 
     # What one process finished before it was interrupted is kept by two, a line that was cut off is not.
     model, _ = load_trained(run.checkpoint)
-    made_by = decode._fingerprint(model, prompt.load(run.checkpoint), two)
+    made_by = decode.made_by(model, prompt.load(run.checkpoint), two)
     kept = alone[1] | {"pred_saliency_scores": [0.5] * 75}
-    lines = [json.dumps({"made_by": made_by}), json.dumps(kept), json.dumps(alone[0])[:40]]
+    lines = [json.dumps(made_by), json.dumps(kept), json.dumps(alone[0])[:40]]
     path.with_name("val.jsonl.part7").write_text("\n".join(lines))
     shared_out = decode.whole(two, run, "val")
     assert [record["qid"] for record in shared_out] == [row.qid for row in dataset.rows(profile, "val")]

@@ -1,12 +1,13 @@
 """The models behind the method: what a profile names as its `model`."""
 
 import hashlib
+import os
 from typing import TYPE_CHECKING
 
 from framseg import FramsegError
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
 SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
@@ -15,11 +16,20 @@ class CheckpointError(FramsegError, ValueError):
     """Weights that do not belong to this model; the message names the folder and every offending tensor."""
 
 
-def fingerprint(module: "nn.Module") -> str:
+def fingerprint(module: "torch.nn.Module") -> str:
     """16 hexadecimal digits of a few values of every parameter: tells one set of weights from another."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         values = parameter.detach().flatten()
         values = values[:: max(1, len(values) // SAMPLED)][:SAMPLED]
-        found.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def device() -> "torch.device":
+    """Where models run: the GPU of this process (of several, the one that the launcher gave it), or the CPU."""
+    import torch  # here, so that who only needs the error does not wait for it
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

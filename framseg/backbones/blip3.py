@@ -1,4 +1,6 @@
-"""BLIP-3 (xGen-MM): SigLIP sees the frames, a Perceiver resampler makes a few vectors of each, Phi-3 reads on.
+"""BLIP-3 (xGen-MM), the paper's base model.
+
+SigLIP encodes the frames, a Perceiver resampler makes a few vectors of each, and Phi-3 reads them amid the prompt.
 
 Parameter names are those of the published checkpoint (without its leading ``vlm.``), so that it loads as it is.
 """
@@ -14,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVisionModel
-from transformers.cache_utils import Cache
 
 from framseg import config
 from framseg.backbones import CheckpointError
@@ -24,7 +25,7 @@ ADAPTER = "default"
 
 
 class ResamplerAttention(nn.Module):
-    """Latents attend to a frame's patches and to themselves."""
+    """The latents of each frame attend to its patches and to themselves."""
 
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
@@ -36,6 +37,7 @@ class ResamplerAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """patches [N, P, width], latents [N, latents, width] -> what to add to the latents, of their shape."""
         latents = self.norm_latents(latents)
         key, value = self.to_kv(torch.cat([self.norm_media(patches), latents], dim=1)).chunk(2, dim=-1)
         query, key, value = (
@@ -44,34 +46,39 @@ class ResamplerAttention(nn.Module):
         return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
+class ResamplerLayer(nn.ModuleList):
+    """Attention and a feed-forward network; a list, as the published names are ``layers.0.0`` and ``layers.0.1``."""
+
+    def __init__(self, width: int, heads: int, head_dim: int):
+        super().__init__([ResamplerAttention(width, heads, head_dim)])
+        inner = 4 * width
+        up, down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
+        self.append(nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down))
+
+    def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """patches [N, P, width], latents [N, latents, width] -> new latents."""
+        attention, feed_forward = self
+        latents = latents + attention(patches, latents)
+        return latents + feed_forward(latents)
+
+
 class Resampler(nn.Module):
-    """Perceiver resampler: patches [N, P, vision width] -> vision tokens [N, latents, language width]."""
+    """Perceiver resampler: makes a fixed number of vision tokens of the patches of each frame."""
 
     def __init__(self, section: config.Resampler, width: int, out: int):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(section.latents, width))
         self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    ResamplerAttention(width, section.heads, section.head_dim),
-                    nn.Sequential(
-                        nn.LayerNorm(width),
-                        nn.Linear(width, 4 * width, bias=False),
-                        nn.GELU(),
-                        nn.Linear(4 * width, width, bias=False),
-                    ),
-                ]
-            )
-            for _ in range(section.layers)
+            ResamplerLayer(width, section.heads, section.head_dim) for _ in range(section.layers)
         )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, out)
 
     def forward(self, patches: Tensor) -> Tensor:
+        """patches [N, P, vision width] -> vision tokens [N, latents, language width]."""
         latents = self.latents.expand(len(patches), -1, -1)
-        for attention, feed_forward in self.layers:
-            latents = latents + attention(patches, latents)
-            latents = latents + feed_forward(latents)
+        for layer in self.layers:
+            latents = layer(patches, latents)
         return self.projection(self.norm(latents))
 
 
@@ -84,13 +91,14 @@ class SplitEmbedding(nn.Embedding):
         self.additional_embedding = nn.Embedding(extra, width)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, L] -> vectors [B, L, width]."""
         new = ids >= self.used
         out = super().forward(ids.masked_fill(new, 0))
         return torch.where(new.unsqueeze(-1), self.additional_embedding((ids - self.used).clamp(min=0)), out)
 
 
 class SplitHead(nn.Linear):
-    """Head over the `used` ids followed by the extra ones: [..., width] -> [..., used + extra]."""
+    """Output head over the first `used` ids and, from a second, small table, the extra ids after them."""
 
     def __init__(self, width: int, rows: int, used: int, extra: int):
         super().__init__(width, rows)
@@ -98,11 +106,14 @@ class SplitHead(nn.Linear):
         self.additional_fc = nn.Linear(width, extra)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden states [..., width] -> logits [..., used + extra]."""
         known = F.linear(hidden, self.weight[: self.used], self.bias[: self.used])
         return torch.cat([known, self.additional_fc(hidden)], dim=-1)
 
 
 class LanguageModel(nn.Module):
+    """Phi-3, with the two-part embedding and head of the published checkpoint."""
+
     def __init__(self, section: config.Language, attention: str):
         super().__init__()
         phi3 = Phi3Config(
@@ -119,8 +130,8 @@ class LanguageModel(nn.Module):
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
-            attn_implementation=attention,
         )
+        phi3._attn_implementation = attention
         self.model = Phi3Model(phi3)
         sizes = section.used_vocab, section.extra_rows
         self.model.embed_tokens = SplitEmbedding(section.vocab_size, section.hidden_size, *sizes)
@@ -133,15 +144,14 @@ class LanguageModel(nn.Module):
 
 
 class Blip3(nn.Module):
-    """The model of `profile.model`, with random weights until `load_published` is called.
+    """The model that `profile.model` describes, with random weights; `load_published` makes one with a checkpoint's.
 
-    The vision encoder is frozen for good (Section "Model" of the paper): it runs without an autograd graph.
+    The vision encoder is never trained (Section "Model" of the paper): it runs without an autograd graph.
     """
 
     def __init__(self, section: config.Model):
         super().__init__()
         self.section = section
-        attention = section.attention
         vision = SiglipVisionConfig(
             hidden_size=section.vision.hidden_size,
             intermediate_size=section.vision.intermediate_size,
@@ -149,14 +159,15 @@ class Blip3(nn.Module):
             num_attention_heads=section.vision.heads,
             image_size=section.vision.image_size,
             patch_size=section.vision.patch_size,
-            attn_implementation=attention,
         )
+        vision._attn_implementation = section.attention
         self.vision_encoder = SiglipVisionModel(vision)
         self.vision_tokenizer = Resampler(section.resampler, section.vision.hidden_size, section.language.hidden_size)
-        self.lang_model = LanguageModel(section.language, attention)
+        self.lang_model = LanguageModel(section.language, section.attention)
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.vision_tokenizer.latents.device
 
     def vision_features(self, pixels: Tensor) -> Tensor:
@@ -182,18 +193,19 @@ class Blip3(nn.Module):
         return self.vision_tokenizer(features.flatten(0, 1)).unflatten(0, features.shape[:2])
 
     def expand(self, ids: Tensor, mask: Tensor, vision_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put each image's vectors where its <image> id stands.
+        """Embed the prompts, with the vision tokens of each frame in the place of its <image> id.
 
-        ids, mask: [B, L]. Returns embeddings [B, L'], attention mask [B, L'] and where [B, L]: the expanded
-        position of each id (of an image, its last vector). Every row must hold f images.
+        ids, mask: [B, L]; vision_tokens: [B, f, latents, width]. Returns embeddings [B, L', width] and attention mask
+        [B, L'], L' = L + f (latents - 1), and for each id its position there, [B, L] (of <image>, that of its last
+        vector). Raises ValueError unless every prompt has f <image> ids.
         """
         is_image = ids == self.section.tokens.image
         frames, latents = vision_tokens.shape[1:3]
         if not bool((is_image.sum(1) == frames).all()):
             counts = is_image.sum(1).tolist()
-            raise ValueError(f"the prompts hold {counts} <image> tokens, but {frames} frames a sample were given")
+            raise ValueError(f"the prompts hold {counts} <image> tokens, but {frames} frames per sample were given")
         repeats = torch.where(is_image, latents, 1)
-        where = repeats.cumsum(1) - 1
+        places = repeats.cumsum(1) - 1
         length = ids.shape[1] + frames * (latents - 1)
         source = torch.repeat_interleave(
             torch.arange(ids.numel(), device=ids.device), repeats.flatten(), output_size=len(ids) * length
@@ -202,7 +214,7 @@ class Blip3(nn.Module):
         embeds = self.lang_model.model.embed_tokens(long_ids)
         slots = (long_ids == self.section.tokens.image).unsqueeze(-1)
         embeds = embeds.masked_scatter(slots, vision_tokens.to(embeds.dtype))
-        return embeds, mask.flatten()[source].view(-1, length), where
+        return embeds, mask.flatten()[source].view(-1, length), places
 
     def forward(
         self,
@@ -212,27 +224,25 @@ class Blip3(nn.Module):
         positions: Tensor | None = None,
         vision_tokens: Tensor | None = None,
         vision_features: Tensor | None = None,
-        cache: Cache | None = None,
     ) -> Tensor:
         """Next-token logits.
 
-        pixel_values: [B, f, 3, H, W] uint8 or [-1, 1] floats; or None, and `vision_features` [B, f, patches, width] or
-        `vision_tokens` [B, f, latents, width] made of them.
+        pixel_values: [B, f, 3, H, W], uint8 or floats in [-1, 1]; or None, and instead what was made of them, as
+        `vision_features` [B, f, patches, width] or `vision_tokens` [B, f, latents, width].
         input_ids, attention_mask: [B, L], each sample with f <image> ids, padded left or right.
-        positions: [B, P] indexes into input_ids; their logits alone are computed, [B, P, used + extra ids].
-        Without them all expanded positions are: [B, L + f (latents - 1), used + extra ids].
-        cache: filled with keys and values, for decoding on.
+        positions: [B, P] indexes into input_ids whose logits are computed: [B, P, used + extra ids]. Without them
+        those of all expanded positions are: [B, L + f (latents - 1), used + extra ids].
         """
         if vision_features is not None:
             vision_tokens = self.resampled(vision_features)
         elif vision_tokens is None:
+            if pixel_values is None:
+                raise ValueError("give pixel_values, vision_features or vision_tokens")
             vision_tokens = self.vision_tokens(pixel_values)
-        embeds, mask, where = self.expand(input_ids, attention_mask, vision_tokens)
-        hidden = self.lang_model.model(
-            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        embeds, mask, places = self.expand(input_ids, attention_mask, vision_tokens)
+        hidden = self.lang_model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         if positions is not None:
-            index = where.gather(1, positions).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            index = places.gather(1, positions).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, index)
         return self.lang_model.lm_head(hidden)
 
@@ -240,28 +250,33 @@ class Blip3(nn.Module):
         """The two digits' columns of logits [..., ids], as [..., 2] in the order '0', '1'."""
         return logits[..., [self.section.tokens.zero, self.section.tokens.one]]
 
+    def recompute_layers(self) -> None:
+        """When training, keep only the input of each language layer and compute the layer again for its gradients."""
+        language = self.lang_model.model
+        # transformers renamed the method in 5.23; the versions from 5.17 on know the old name alone.
+        enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     @classmethod
     def load_published(cls, section: config.Model, folder: Path | str) -> "Blip3":
         """Build the model from a folder of safetensors (one file or shards) in the published layout.
 
-        Tensors go one by one to their place, so that memory holds one copy. Raises CheckpointError with all
+        Tensors are loaded one at a time, so that memory never holds the weights twice. Raises CheckpointError with all
         missing, unexpected and misshapen names.
         """
         folder = Path(folder)
         with init_empty_weights(include_buffers=False):
             model = cls(section)
-        return model._fill(folder)
-
-    def _fill(self, folder: Path) -> "Blip3":
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: no .safetensors file here; give the folder of a published checkpoint")
-        expected = self.state_dict()
-        tied = self.section.language.tie_embeddings
+        expected = model.state_dict()
+        tied = section.language.tie_embeddings
         if tied:
             del expected["lang_model.lm_head.weight"]
-        dtype = getattr(torch, self.section.dtype)
-        problems, seen = [], set()
+        dtype = getattr(torch, section.dtype)
+        problems: list[str] = []
+        seen: set[str] = set()
         for file in files:
             try:
                 with safe_open(file, "pt") as opened:
@@ -273,7 +288,7 @@ class Blip3(nn.Module):
                         elif shape != tuple(expected[name].shape):
                             problems.append(f"{key} is {list(shape)}, the profile's is {list(expected[name].shape)}")
                         else:
-                            self.load_state_dict({name: opened.get_tensor(key).to(dtype)}, strict=False, assign=True)
+                            model.load_state_dict({name: opened.get_tensor(key).to(dtype)}, strict=False, assign=True)
                         seen.add(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
@@ -281,8 +296,8 @@ class Blip3(nn.Module):
         if problems:
             raise CheckpointError(f"{folder}: not a checkpoint of this model: " + "; ".join(problems))
         if tied:
-            self.lang_model.lm_head.weight = self.lang_model.model.embed_tokens.weight
-        return self.eval()
+            model.lang_model.lm_head.weight = model.lang_model.model.embed_tokens.weight
+        return model.eval()
 
     def save_published(self, folder: Path | str) -> None:
         """Write the weights in the published layout: safetensors, shards of at most 5 GB, names under ``vlm.``."""
@@ -295,7 +310,7 @@ class Blip3(nn.Module):
     def adapt(self, section: config.Adapter, seed: int) -> dict[str, Tensor]:
         """Freeze the model, then make the resampler and a PiSSA + rsLoRA pair on every linear layer of Phi-3 trainable.
 
-        The pair starts as the layer's principal part, which leaves the layer's own weight as the residual: the
+        A pair A, B starts as the principal part of the layer's weight, and what remains stays in the weight: the
         outputs do not change. Returns the pairs as they start, by parameter name; `adapter` needs them.
         """
         self.requires_grad_(False)
@@ -304,9 +319,9 @@ class Blip3(nn.Module):
             inject_adapter_in_model(
                 LoraConfig(
                     r=section.rank,
-                    lora_alpha=section.alpha,
+                    lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft computes with any number
                     lora_dropout=section.dropout,
-                    init_lora_weights=section.init,
+                    init_lora_weights=section.init,  # type: ignore[arg-type]  # the profile lets only peft's names pass
                     use_rslora=section.rslora,
                     target_modules=rf"lang_model\.model\.layers\.\d+\.\w+\.({'|'.join(section.targets)})",
                 ),
@@ -317,12 +332,14 @@ class Blip3(nn.Module):
         return {name: value.clone() for name, value in self.state_dict().items() if "lora_" in name}
 
     def adapter(self, start: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """The trained pairs as a plain LoRA adapter of the original base, in peft's format.
+        """The trained pairs as a plain LoRA adapter of the untouched base: its settings and tensors in peft's format.
 
-        PiSSA moved B0 A0 out of each weight, so the change is s (B A - B0 A0): one pair of twice the rank.
+        PiSSA moved s B0 A0 out of each weight, so training changed it by s (B A - B0 A0): one pair of twice the rank.
         `start`: what `adapt` returned.
         """
-        state, tensors, targets, scaling = self.state_dict(), {}, [], 1.0
+        state, scaling = self.state_dict(), 1.0
+        tensors: dict[str, Tensor] = {}
+        targets: list[str] = []
         for name, layer in self.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
@@ -333,4 +350,10 @@ class Blip3(nn.Module):
                 pair = [state[key].float().cpu(), sign * start[key].float().cpu()]
                 tensors[f"base_model.model.{name}.{half}.weight"] = torch.cat(pair, dim).contiguous()
         rank = len(tensors[f"base_model.model.{targets[0]}.lora_A.weight"])
-        return LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=targets, inference_mode=True), tensors
+        settings = LoraConfig(
+            r=rank,
+            lora_alpha=scaling * rank,  # type: ignore[arg-type]  # peft computes with any number
+            target_modules=targets,
+            inference_mode=True,
+        )
+        return settings, tensors

@@ -1,8 +1,8 @@
-"""What a sample costs: floating-point operations and bytes of a profile, counted, and what a device can do.
+"""What a sample costs in floating-point operations, counted from a profile, and what a device can do.
 
 Counted are the matrix products that the method needs, a multiplication and an addition as two operations: attention
-over the positions a causal mask and the sliding window leave, logits of the answer alone, and backward passes without
-the weight gradients of what is frozen.
+over the positions that a causal mask and the sliding window leave, logits of the answer alone, and backward passes
+without the weight gradients of what is frozen.
 """
 
 import os
@@ -32,29 +32,17 @@ class Operations:
 
     @property
     def inference(self) -> float:
-        """Up to the first digit; the digits themselves add less than a hundredth."""
+        """Of an answer, up to its first digit; the digits after it add less than a hundredth."""
         return self.encoder + self.resampler + self.language
 
     @property
     def training(self) -> float:
+        """Of a sample in training: forward, backward and, if the profile recomputes layers, recomputation."""
         return sum(asdict(self).values())
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """Memory on the device, in bytes."""
-
-    weights: float
-    trained_state: float  # gradients, and the optimizer's float32 copy and two moments unless offloaded
-    cache_a_sample: float  # keys and values of one prompt
-    read_a_digit: float  # what one decoding step reads for a whole batch: all weights of Phi-3 and the prompts' caches
-
-
 def operations(profile: config.Profile, positions: int) -> Operations:
-    """Operations of a sample of `positions` expanded positions (`prompt.Report.sample_positions`).
-
-    With the paper's setting and 3,621 positions: 17, 1.5 and 29 TFLOP forward, 81 to train, 30 more to recompute.
-    """
+    """Operations of a sample with `positions` positions of the language model (`prompt.Report.sample_positions`)."""
     vision, resampler, language = profile.model.vision, profile.model.resampler, profile.model.language
     frames, patches, width = profile.frames.count, _patches(vision), vision.hidden_size
     layer = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * patches**2 * width
@@ -86,26 +74,6 @@ def operations(profile: config.Profile, positions: int) -> Operations:
     )
 
 
-def memory(profile: config.Profile, positions: int) -> Bytes:
-    """Bytes that do not depend on how layers are computed; what autograd keeps for a backward pass comes on top."""
-    size = 2 if profile.model.dtype == "bfloat16" else 4
-    vision, language, resampler = profile.model.vision, profile.model.language, profile.model.resampler
-    width, inner = vision.hidden_size, resampler.heads * resampler.head_dim
-    encoder = vision.layers * (4 * width**2 + 2 * width * vision.intermediate_size)
-    resampled = resampler.layers * (4 * width * inner + 8 * width**2) + width * language.hidden_size
-    layers = language.layers * _layer_weights(language)
-    tables = (1 if language.tie_embeddings else 2) * language.vocab_size * language.hidden_size
-    trained = resampled + language.layers * profile.adapter.rank * _layer_borders(language)
-    states = 0 if profile.training.offload_optimizer else 12
-    cache = 2 * size * language.layers * language.hidden_size * positions
-    return Bytes(
-        weights=size * (encoder + resampled + layers + tables),
-        trained_state=trained * (size + states / profile.training.processes),
-        cache_a_sample=cache,
-        read_a_digit=size * layers + profile.inference.batch * cache,
-    )
-
-
 def matrix_rate(
     device: torch.device | str,
     dtype: torch.dtype,
@@ -113,20 +81,20 @@ def matrix_rate(
     seconds: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Operations a second that square matrix products of `width` reach on the device: the limit to measure against.
+    """Operations per second that square matrix products of `width` reach on the device: the limit to compare with.
 
-    By the same `clock` as what is measured.
+    seconds: how long to measure, after a warm-up. clock: the one that times what is compared.
     """
-    one, other = torch.randn(2, width, width, device=device).to(dtype)
+    left, right = torch.randn(2, width, width, device=device).to(dtype)
     done, began = 0, clock()
     for warm_up in (True, False):
         done, began = 0, clock()
         while clock() - began < (seconds / 4 if warm_up else seconds):
-            one @ other
+            left @ right
             done += 1
-            if one.is_cuda and done % 16 == 0:
+            if left.is_cuda and done % 16 == 0:
                 torch.cuda.synchronize()
-        if one.is_cuda:
+        if left.is_cuda:
             torch.cuda.synchronize()
     return done * 2 * width**3 / (clock() - began)
 

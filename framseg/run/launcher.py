@@ -1,137 +1,192 @@
-"""Starting a module of framseg through the DeepSpeed launcher, once for each process of a profile, and ending it."""
+"""Starting a module of framseg in the processes of a profile through the DeepSpeed launcher, and watching them.
+
+A process that fails writes one line of JSON into the log, its reason and what that concerns; the process that started
+it makes the sentence for the user.
+"""
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from framseg import config
+from framseg import FramsegError, config
+from framseg.backbones import device
+from framseg.jsonl import parse_object
 from framseg.run import WAITING_THREADS
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
+POLL = 0.5  # seconds between two looks at processes that run
 WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks after the started ones
-LAST_WORDS = "framseg: "  # how the sentence begins that a failing process leaves in the log
+LAST_LINE = "framseg: "  # begins the line in which a failing process says why
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+T = TypeVar("T")
 
 
-def start(module: str, profile: config.Profile, log: Path, arguments: list[str]) -> subprocess.Popen:
-    """Start `python -m module arguments` in `training.processes` processes; what they print is appended to `log`.
+class Reason(StrEnum):
+    """Why a process failed, as its exception tells; `diagnosis` finds it and SENTENCES says it."""
 
-    Raises FileNotFoundError if there is no DeepSpeed launcher.
+    DISK_FULL = "disk full"
+    OUT_OF_MEMORY = "out of memory"
+    NOT_WRITABLE = "not writable"
+    READER_DIED = "reader died"  # a process of torch's DataLoader
+    PEER_GONE = "another process ended"  # which has written its own reason, or was killed
+    OTHER = "other"
+
+
+SENTENCES = {
+    Reason.DISK_FULL: "the disk is full ({}): make room and start again, finished steps are kept",
+    Reason.OUT_OF_MEMORY: "out of memory ({}): halve training.micro_batch (or inference.batch, if it was decoding) and "
+    "double training.accumulation, or set training.gradient_checkpointing=true",
+    Reason.NOT_WRITABLE: "cannot write {}: give another --run-dir or data.folder",
+    Reason.READER_DIED: "a process that reads frames has died ({}): lower training.workers if memory is short",
+    Reason.PEER_GONE: "another process has ended ({})",
+    Reason.OTHER: "{}",
+}
+
+
+def diagnosis(error: Exception) -> tuple[Reason, str]:
+    """The reason of an error and what it concerns: a path, or the error's own text.
+
+    By its type and errno; by its text only where a library raises a type that says nothing.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as output:
-        return subprocess.Popen(
-            [*_launcher(profile.training.processes), "--module", module, *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(profile),
-            start_new_session=True,  # the terminal's Ctrl-C is the caller's, who asks the processes to stop
-        )
-
-
-def join(profile: config.Profile) -> tuple[int, int]:
-    """In a started process: join the others. Returns this one's rank and how many there are."""
-    import deepspeed
-
-    # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=WAIT)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if world != profile.training.processes:
-        raise ValueError(f"training.processes is {profile.training.processes}, {world} were started")
-    if profile.training.threads:
-        torch.set_num_threads(profile.training.threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    return rank, world
-
-
-def device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill what is left of the launcher and its processes, also where the launcher itself is gone already."""
-    with contextlib.suppress(ProcessLookupError):  # nothing is left
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def watched() -> bool:
-    """In a started process: False if who started it is gone (a kernel that was killed), and with it every reader."""
-    return WATCHER not in os.environ or Path(f"/proc/{os.environ[WATCHER]}").exists()
-
-
-@contextlib.contextmanager
-def last_words() -> Iterator[None]:
-    """In a started process: an error ends it with its traceback and one sentence in the log, for `failure`."""
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        # That another process is gone is no reason: that one has left it, or was killed.
-        if not (isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)):
-            print(f"{LAST_WORDS}{sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
-
-
-def failure(process: subprocess.Popen, log: Path, begin: int) -> str:
-    """Why the launcher's processes ended, in one sentence; what they printed stands in `log` from byte `begin` on."""
-    with open(log, "rb") as file:
-        file.seek(begin)
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    why = next((line.removeprefix(LAST_WORDS) for line in lines if line.startswith(LAST_WORDS)), None)
-    if why is None and shutil.disk_usage(log.parent).free < 2**20:  # too full for a last word
-        why = _full(log.parent)
-    if why is None:
-        why = (
-            f"a process was killed or crashed without a word (exit code {process.returncode}), by somebody or by the "
-            f"system for want of memory: start again, finished steps are kept"
-        )
-    return f"{why} (log: {log})"
+    message = str(error)
+    if "in DataLoader worker process" in message:  # torch: the message is the worker's whole traceback
+        message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
+    text = " ".join(message.split())
+    if isinstance(error, FramsegError):
+        return Reason.OTHER, text
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in text:  # gloo: a RuntimeError
+        return Reason.PEER_GONE, text
+    if isinstance(error, OSError) and error.errno in FULL:
+        return Reason.DISK_FULL, str(error.filename or text)
+    if any(f"(os error {number})" in text for number in FULL):  # safetensors: its error has no errno
+        return Reason.DISK_FULL, text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return Reason.OUT_OF_MEMORY, text
+    if "can't allocate memory" in text:  # torch, on the CPU: a RuntimeError
+        return Reason.OUT_OF_MEMORY, text
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return Reason.NOT_WRITABLE, f"{error.filename} ({error.strerror})"
+    if "DataLoader worker (pid" in text:  # torch: a RuntimeError
+        return Reason.READER_DIED, text
+    return Reason.OTHER, f"{type(error).__name__}: {text}"
 
 
 def sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    full = isinstance(error, OSError) and error.errno in FULL
-    if full or any(f"(os error {number})" in text for number in FULL):  # the latter: safetensors
-        return _full(getattr(error, "filename", None) or text)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return (
-            f"out of memory ({text}): halve training.micro_batch (or inference.batch, if it was decoding) and double "
-            f"training.accumulation, or set training.gradient_checkpointing=true"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.filename} cannot be written ({error.strerror}): give another --run-dir or data.folder"
-    if "DataLoader worker" in text:
-        return f"a process that reads frames has died ({text}): lower training.workers if memory is short"
-    ours = type(error).__module__.partition(".")[0] in (__package__, "__main__")  # the latter: the module started
-    return text if ours else f"{type(error).__name__}: {text}"
+    """What to tell a user about an error of this process: what happened and, where that is known, what to do."""
+    reason, concerned = diagnosis(error)
+    return SENTENCES[reason].format(concerned)
 
 
-def _full(where: Path | str) -> str:
-    return f"the disk is full ({where}): make room and start again, finished steps are kept"
+# --- in the process that starts the others ---------------------------------------------------------------------
+
+
+class Job:
+    """`python -m module arguments` in `training.processes` processes, whose output is appended to `log`.
+
+    They are killed when its context is left. Raises FramsegError if there is no DeepSpeed launcher, OSError if the log
+    cannot be written.
+    """
+
+    def __init__(self, module: str, profile: config.Profile, log: Path, arguments: list[str]):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with open(log, "a", encoding="utf-8") as output:
+            self.begin = output.tell()
+            self.process = subprocess.Popen(
+                [*_launcher(profile.training.processes), "--module", module, *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(profile),
+                start_new_session=True,  # the terminal's Ctrl-C is the caller's, who asks the processes to stop
+            )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left
+            os.killpg(self.process.pid, signal.SIGKILL)  # also where the launcher itself is gone already
+        self.process.wait()
+
+    def polls(self) -> Iterator[bool]:
+        """False every POLL seconds while the launcher runs, then True once, when it has ended."""
+        while self.process.poll() is None:
+            yield False
+            time.sleep(POLL)
+        yield True
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for the end; False if the launcher still runs after so long."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    @property
+    def failed(self) -> bool:
+        """True once the launcher has ended with an error."""
+        return bool(self.process.returncode)
+
+    def failure(self) -> str:
+        """Why the processes ended, in one sentence that names the log."""
+        with open(self.log, "rb") as file:
+            file.seek(self.begin)
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        given = [pair for line in lines if (pair := _reason(line))]
+        if own := [pair for pair in given if pair[0] is not Reason.PEER_GONE]:
+            reason, concerned = own[0]
+            why = SENTENCES[reason].format(concerned)
+        elif shutil.disk_usage(self.log.parent).free < 2**20:  # too full for a last line
+            why = SENTENCES[Reason.DISK_FULL].format(self.log.parent)
+        elif not given and 0 < self.process.returncode < 128 and (error := _traceback_end(lines)):
+            why = f"a process or the DeepSpeed launcher ended with {error}"
+        else:
+            why = (
+                f"a process was killed or crashed without a word (exit code {self.process.returncode}), by somebody or "
+                f"by the system for want of memory: start again, finished steps are kept"
+            )
+        return f"{why} (log: {self.log})"
+
+
+def _reason(line: str) -> tuple[Reason, str] | None:
+    """What a failing process has said in this line of the log; None for any other line."""
+    if not line.startswith(LAST_LINE):
+        return None
+    record = parse_object(line.removeprefix(LAST_LINE))[0] or {}
+    reason = record.get("reason")
+    return (Reason(reason), str(record.get("what"))) if reason in list(Reason) else None
+
+
+def _traceback_end(lines: list[str]) -> str | None:
+    """The error at the end of the last traceback, e.g. "PermissionError: [Errno 13] Permission denied: 'numactl'"."""
+    begins = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    begins = [number for number in begins if not (number and lines[number - 1].startswith("Exception ignored"))]
+    after = lines[begins[-1] + 1 :] if begins else []
+    return next((line for line in after if line and not line[0].isspace()), None)
 
 
 def _launcher(processes: int) -> list[str]:
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
-        raise FileNotFoundError(
-            "the DeepSpeed launcher is not installed beside this Python: install what environment.yml lists"
+        raise FramsegError(
+            "the DeepSpeed launcher is not installed next to this Python: install what environment.yml lists"
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -145,6 +200,9 @@ def _launcher(processes: int) -> list[str]:
 
 def _environment(profile: config.Profile) -> dict[str, str]:
     environment = os.environ | {WATCHER: str(os.getpid())}
+    # DeepSpeed takes a missing program (numactl) for none, but ends if a folder in PATH may not be searched for it.
+    searched = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    environment["PATH"] = os.pathsep.join(folder for folder in searched if os.access(folder, os.X_OK))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment.setdefault(*WAITING_THREADS)
     if not torch.cuda.is_available():
@@ -152,3 +210,55 @@ def _environment(profile: config.Profile) -> dict[str, str]:
     if profile.training.threads:
         environment["OMP_NUM_THREADS"] = str(profile.training.threads)
     return environment
+
+
+# --- in a started process --------------------------------------------------------------------------------------
+
+
+def join(profile: config.Profile) -> tuple[int, int]:
+    """Join the other processes. Returns this one's rank and how many there are."""
+    import deepspeed
+
+    # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=WAIT)
+    rank, world = place()
+    if world != profile.training.processes:
+        raise FramsegError(f"training.processes is {profile.training.processes}, {world} were started")
+    if profile.training.threads:
+        torch.set_num_threads(profile.training.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    return rank, world
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and how many processes work together; (0, 1) if it has not joined others."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gathered(value: T) -> list[T]:
+    """What every process gives here, in the order of their ranks; each waits for all of them."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def watched() -> bool:
+    """False if the process that started this one is gone (a notebook's kernel was killed): nobody reads on."""
+    return WATCHER not in os.environ or Path(f"/proc/{os.environ[WATCHER]}").exists()
+
+
+@contextlib.contextmanager
+def last_line() -> Iterator[None]:
+    """An error ends this process; the log gets its traceback and then the line that `Job.failure` reads."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        reason, concerned = diagnosis(error)
+        print(f"{LAST_LINE}{json.dumps({'reason': reason, 'what': concerned})}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TextIO
 
 from framseg import FramsegError
-from framseg.config import REPOSITORY, Profile
+from framseg.config import WORKSPACE, Profile
 
-DYING = 5.0  # seconds that a process which was killed may take to let its folder go
+DYING = 5.0  # seconds that a killed process may take until its folder is free
 
 
 class BusyError(FramsegError, RuntimeError):
@@ -17,17 +17,17 @@ class BusyError(FramsegError, RuntimeError):
 
 
 class Run:
-    """Every path of one run, all below `root` (by default ``runs/<profile>`` in the repository)."""
+    """Every path of one run, all below `root` (by default ``runs/<profile>`` in config.WORKSPACE)."""
 
     def __init__(self, profile: Profile | str, root: Path | str | None = None):
         name = profile if isinstance(profile, str) else profile.name
-        self.root = Path(root) if root else REPOSITORY / "runs" / name
+        self.root = Path(root) if root else WORKSPACE / "runs" / name
         self.profile = self.root / "profile.yaml"
         self.notebooks = self.root / "notebooks"
         self.train = self.root / "train"
-        self.step_log = self.train / "steps.jsonl"  # one line an optimizer step
-        self.validation_log = self.train / "validation.jsonl"  # one line an epoch: the metrics
-        self.skipped_log = self.train / "skipped.jsonl"  # one line a step that was not finite, with its qids
+        self.step_log = self.train / "steps.jsonl"  # one line per optimizer step
+        self.validation_log = self.train / "validation.jsonl"  # one line per epoch: the metrics
+        self.skipped_log = self.train / "skipped.jsonl"  # one line per step that was not finite, with its qids
         self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
         self.trained_on = self.train / "rows.sha256"  # of the training annotations
         # step_000123/: the last two states that training can go on from
@@ -47,7 +47,7 @@ class Run:
 def hold(folder: Path) -> TextIO:
     """Keep other processes from working in `folder`, until the result is closed or this process ends.
 
-    Raises BusyError if another one has it.
+    Raises BusyError if another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a+", encoding="utf-8")

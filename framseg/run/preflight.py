@@ -1,4 +1,4 @@
-"""What a profile needs and this machine has not: known before anything starts, and without loading the model's code."""
+"""What a profile needs and this machine lacks, found before anything starts and without loading the model's code."""
 
 import torch
 
@@ -9,7 +9,10 @@ HUB_PATIENCE = 3.0  # seconds for the hub's answer
 
 
 def missing(profile: config.Profile, trains: bool = True) -> list[str]:
-    """What the profile needs and is not there, one sentence each, with what to do; GPUs only if it `trains`."""
+    """A sentence on each thing that the profile needs and this machine lacks, and what to do; GPUs only if it `trains`.
+
+    At most a file's header is asked of the Hugging Face hub.
+    """
     out = []
     folder = config.data_folder(profile)
     if profile.data.source == "folder":
@@ -46,12 +49,12 @@ def missing(profile: config.Profile, trains: bool = True) -> list[str]:
 
 def gpus(profile: config.Profile) -> list[str]:
     """A sentence if this machine has fewer GPUs than the profile trains on, else nothing."""
-    section, there = profile.training, torch.cuda.device_count()
-    if profile.model.dtype != "bfloat16" or there >= section.processes:
+    section, count = profile.training, torch.cuda.device_count()
+    if profile.model.dtype != "bfloat16" or count >= section.processes:
         return []
     return [
-        f"GPU: the profile trains on {section.processes}, this machine has {there}; set training.processes (and "
-        f"accumulation, to keep {section.micro_batch} x accumulation x processes samples a step)"
+        f"GPU: the profile trains on {section.processes}, this machine has {count}; set training.processes (and "
+        f"accumulation, to keep {section.micro_batch} x accumulation x processes samples per step)"
     ]
 
 
@@ -70,7 +73,7 @@ def _on_hub(name: str, file: str) -> bool:
         return True
     try:
         get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_PATIENCE)
-    except Exception:  # the HTTP library's errors share no base of the hub's
+    except Exception:  # the HTTP library's errors share no base class with the hub's
         return False
     return True
 

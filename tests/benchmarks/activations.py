@@ -2,9 +2,9 @@
 
 python tests/benchmarks/activations.py   (some 10 GB of memory, a few minutes)
 
-One real training forward pass of one sample through the full-size resampler and one, then two layers of the language
-model, in bfloat16, with every tensor that autograd saves caught and its storage counted once, weights left out. What a
-layer adds, times 32, says which micro-batches fit a GPU without recomputation. Writes records/activations.json.
+One sample goes forward, as in training and in bfloat16, through the full-size resampler and one layer of the language
+model, then with two. Counted are the bytes of all tensors that autograd saves, a storage once and weights not at all.
+What a layer adds, times 32, says which micro-batches fit a GPU without recomputation. Writes records/activations.json.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import torch
 
 from framseg import config
 from framseg.backbones import blip3
-from framseg.run import cost
 
 POSITIONS = 3621  # of the paper's sample
 GPU_GIB = 79  # of an 80 GB card, as CUDA counts them
@@ -31,7 +30,7 @@ def kept(profile: config.Profile) -> dict[str, int]:
     torch.set_default_dtype(torch.float32)
     model.train()
     if profile.training.gradient_checkpointing:
-        model.lang_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recompute_layers()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     tokens, section, frames = profile.model.tokens, profile.model.vision, profile.frames.count
     text = POSITIONS - frames * profile.model.resampler.latents
@@ -76,15 +75,14 @@ def main() -> None:
             total += whole  # the layer that is being recomputed
         else:
             whole = layer
-        fixed = cost.memory(full, POSITIONS)
-        room = GPU_GIB - SPARE_GIB - (fixed.weights + fixed.trained_state) / 2**30
+        fixed = sum(common.fixed_bytes(full)) / 2**30
         record[name] = {
             "recomputes layers": full.training.gradient_checkpointing,
             "MB per layer": round(layer / 1e6, 1),
             "MB resampler": round(one["resampler"] / 1e6, 1),
             "GiB per sample": round(total / 2**30, 2),
-            "GiB weights and trained state": round((fixed.weights + fixed.trained_state) / 2**30, 2),
-            "samples that fit": int(room / (total / 2**30)),
+            "GiB weights and trained state": round(fixed, 2),
+            "samples that fit": int((GPU_GIB - SPARE_GIB - fixed) / (total / 2**30)),
             "micro_batch": full.training.micro_batch,
         }
         print(name, record[name])

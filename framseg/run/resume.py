@@ -1,0 +1,170 @@
+"""States on disk from which an interrupted training goes on, bit for bit as if nothing had happened.
+
+A state is a folder ``step_000123`` with the trained weights, the pairs as PiSSA began them, and for each process its
+share of the optimizer and its random generators. It holds safetensors and JSON only, is written under another name and
+then renamed; state.json is its last file and has a checksum of every other one.
+
+The optimizer's share is read from DeepSpeed's ZeRO stages 1 and 2 through `single_partition_of_fp32_groups`, which is
+no public interface: tried with the DeepSpeed that environment.yml pins, 0.19.8.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from framseg import FramsegError
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+KEPT = 2  # states on disk: should the last one be damaged, there is one before it
+
+
+class ResumeError(FramsegError, RuntimeError):
+    """A state that this training cannot go on from; the message says what differs."""
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    start: dict[str, Tensor],
+    optimizer: "DeepSpeedZeroOptimizer",
+) -> None:
+    """Write the state after `step` steps into `folder`, of all processes together, and remove all but the last ones.
+
+    start: what `Blip3.adapt` returned.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    unfinished = folder / "part"
+    if rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        for name, tensors in (("weights", trained), ("start", start)):
+            tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(tensors, unfinished / f"{name}.safetensors")
+    torch.distributed.barrier()
+    save_file(_partition(optimizer) | generators(), unfinished / f"process_{rank}.safetensors")
+    torch.distributed.barrier()
+    if rank == 0:
+        sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
+        about = {"step": step, "world": world, "sha256": sums}
+        (unfinished / "state.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        unfinished.rename(folder / f"step_{step:06d}")
+        for old in _states(folder)[:-KEPT]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest state in `folder` whose files are whole, the same on all processes; damaged ones are removed."""
+    chosen: list[Path | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        for state in reversed(_states(folder)):
+            if reason := damage(state):
+                print(f"warning: {state} is damaged ({reason}): going on from the state before it", flush=True)
+                shutil.rmtree(state)
+            else:
+                chosen[0] = state
+                break
+    torch.distributed.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def damage(state: Path) -> str | None:
+    """What is wrong with a state, None if its files are as they were written."""
+    try:
+        about = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        sums = about["sha256"]
+        processes = len(sums) - 2
+        names = {"weights.safetensors", "start.safetensors", *(f"process_{i}.safetensors" for i in range(processes))}
+        numbers = int(state.name.removeprefix("step_")), processes
+        if names != sums.keys() or (about["step"], about["world"]) != numbers or type(about["step"]) is not int:
+            return "state.json is another state's"
+        wrong = [name for name, expected in sums.items() if checksum(state / name) != expected]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return f"state.json or a file it lists cannot be read: {error}"
+    return f"the checksum of {', '.join(wrong)} is another" if wrong else None
+
+
+def load_weights(state: Path, model: torch.nn.Module, start: dict[str, Tensor], processes: int) -> int:
+    """Put a state's trained weights into the model, before DeepSpeed copies them; returns the steps it has done.
+
+    Raises ResumeError for another number of processes, and if `start`, what `Blip3.adapt` returned, is not the state's.
+    """
+    about = json.loads((state / "state.json").read_text(encoding="utf-8"))
+    anew = f"remove {state.parent.parent} to start anew"
+    if about["world"] != processes:
+        raise ResumeError(
+            f"{state} was written by {about['world']} processes and cannot go on with {processes}: "
+            f"set training.processes back, or {anew}"
+        )
+    before = load_file(state / "start.safetensors")
+    if differing := [name for name, value in before.items() if not torch.equal(start[name].cpu(), value)]:
+        raise ResumeError(
+            f"{state}: PiSSA now begins elsewhere ({differing[0]}): other base weights, seed or library; {anew}"
+        )
+    model.load_state_dict(load_file(state / "weights.safetensors"), strict=False)
+    return about["step"]
+
+
+def load_process(state: Path, rank: int, optimizer: "DeepSpeedZeroOptimizer") -> None:
+    """Put this process's share of a state into DeepSpeed's optimizer and the random generators."""
+    saved = load_file(state / f"process_{rank}.safetensors")
+    for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        master.data.copy_(saved[f"{i}.master"])
+        own = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{i}.")}
+        optimizer.optimizer.state[master] = {
+            key: value.to(master.device) if value.dim() else value for key, value in own.items() if key != "master"
+        }
+    set_generators(saved)
+
+
+def _partition(optimizer: "DeepSpeedZeroOptimizer") -> dict[str, Tensor]:
+    """This process's part of the float32 weights and of AdamW's two moments and step, by group and name."""
+    out = {}
+    for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        for key, value in {"master": master, **optimizer.optimizer.state[master]}.items():
+            out[f"{i}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    return out
+
+
+def generators() -> dict[str, Tensor]:
+    """The states of all random generators of this process: torch's (dropout), the GPU's, Python's, NumPy's."""
+    _, words, _ = random.getstate()  # the third is a spare value of random.gauss, which nothing here draws
+    numpy = np.random.get_state(legacy=False)["state"]
+    out = {
+        "random.torch": torch.get_rng_state(),
+        "random.python": torch.tensor(words),
+        "random.numpy": torch.from_numpy(np.append(numpy["key"].astype(np.int64), numpy["pos"])),
+    }
+    return out | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_generators(saved: dict[str, Tensor]) -> None:
+    """Set all random generators to what `generators` returned."""
+    torch.set_rng_state(saved["random.torch"])
+    random.setstate((3, tuple(saved["random.python"].tolist()), None))
+    *key, position = saved["random.numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, 0, 0.0))
+    if "random.cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["random.cuda"])
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"))
