@@ -146,7 +146,7 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
     if len(lines) > 2 * len(rows) + 1:
         raise SubmissionError(f"{name}: has {len(lines)} lines for {len(rows)} queries")
     if long := [number for number, line in enumerate(lines, 1) if len(line) > LINE_BYTES]:
-        raise SubmissionError(f"{name}:{long[0]}: is longer than the {LINE_BYTES} bytes a query may have")
+        raise SubmissionError(f"{name}:{long[0]}: is longer than the {LINE_BYTES} bytes that a query may have")
     predictions, rows = matched(checked(parsed(decoded_lines(lines, name)), f"{name}:"), rows)
     reasons, notes = [], []
     for record, row in zip(predictions, rows, strict=True):

@@ -60,7 +60,7 @@ class DownloadError(FramsegError, ValueError):
     """Data that cannot be fetched; the message names the address or file and says what to do."""
 
 
-class _Cut(Exception):
+class _Cut(FramsegError):
     """A transfer that ended early and may be tried again; says why."""
 
 

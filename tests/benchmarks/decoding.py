@@ -1,4 +1,4 @@
-"""How fast are answers? Our beam search beside the library's `generate`, side by side, and how the cost grows.
+"""How fast are answers? Our beam search and the library's `generate`, side by side, and how the cost grows.
 
 python tests/benchmarks/decoding.py                                  (the demo's base on this machine)
 python tests/benchmarks/decoding.py --profile h100 --random --batch 16   (full size, random weights, on a GPU)
