@@ -1,4 +1,4 @@
-"""A JupyterLab of one's own on the loopback address, and the system's Chromium to look at it, driven by playwright."""
+"""A JupyterLab with its own settings on the loopback address, and Chromium, driven by playwright, to look at it."""
 
 import json
 import os

@@ -38,7 +38,7 @@ def test_every_line_is_a_query(form, tmp_path):
     assert sent[0]["kind"] == "clip" and form.message.value == ""
 
 
-def test_what_hinders_an_answer_is_said(form):
+def test_why_a_question_has_no_answer_is_shown(form):
     form.button.click()
     assert "give a video and at least one query" in form.message.value
     form.video.value, form.queries.value = "other.avi", "a dog"

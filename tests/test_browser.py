@@ -55,8 +55,8 @@ def opened(predictions, tmp_path):
     return browser.Browser(predictions, ROWS, store)
 
 
-def qids(one: browser.Browser) -> list[int]:
-    return [record["qid"] for record in one.selection()]
+def qids(opened: browser.Browser) -> list[int]:
+    return [record["qid"] for record in opened.selection()]
 
 
 def test_search_filter_and_sort(opened):
@@ -66,9 +66,9 @@ def test_search_filter_and_sort(opened):
     opened.search.value = ""
     names = list(browser.FILTERS)
     expected = {1: [1], 2: [2, 3], 3: [2], 4: [3], 5: [2], 6: [3], 7: [1]}
-    for number, found in expected.items():
+    for number, kept in expected.items():
         opened.filter.value = names[number]
-        assert qids(opened) == found, names[number]
+        assert qids(opened) == kept, names[number]
     opened.filter.value = "all"
     opened.sort.value = "IoU, best first"
     assert qids(opened) == [1, 3, 2]
@@ -113,7 +113,7 @@ def test_export_and_figure(opened, predictions):
     assert all(file.stat().st_size > 5000 for file in files)
 
 
-def test_nothing_to_save_and_nowhere_to_write_are_said(opened, monkeypatch):
+def test_nothing_to_save_and_nowhere_to_write_are_reported(opened, monkeypatch):
     opened.search.value = "no such words"
     assert opened.save_figure() == [] and "no query is shown" in opened.message.value
     opened.search.value = ""
@@ -146,13 +146,13 @@ def test_the_last_clip_may_be_shorter_and_stays_on_the_axis(tmp_path):
 def test_two_runs_are_compared(predictions, tmp_path):
     other = tmp_path / "other" / "val.jsonl"
     write_predictions(other, [prediction(1, 90, 100, 0.3)])
-    one = browser.Browser(predictions, ROWS, compare=other)
-    assert one.picture.value.count("<svg") == 2 and "90 to 100 s" in one.picture.value
-    one.next()
-    assert "no prediction for this query" in one.picture.value
+    opened = browser.Browser(predictions, ROWS, compare=other)
+    assert opened.picture.value.count("<svg") == 2 and "90 to 100 s" in opened.picture.value
+    opened.next()
+    assert "no prediction for this query" in opened.picture.value
 
 
-def test_what_is_missing_is_said(predictions, tmp_path):
+def test_what_is_missing_is_reported(predictions, tmp_path):
     with pytest.raises(annotations.AnnotationError, match="give the annotations"):
         browser.browse(predictions)
     with pytest.raises(PredictionError, match="notebook 04"):
@@ -187,17 +187,17 @@ def test_a_long_list_is_shown_in_pages(opened, monkeypatch):
 def test_a_comparison_can_be_sorted_and_ended(predictions, tmp_path):
     other = tmp_path / "other" / "val.jsonl"
     write_predictions(other, [prediction(1, 0, 60, 0.3), prediction(2, 60, 66, 0.3)])  # both perfect
-    one = browser.Browser(predictions, ROWS, compare=other)
-    assert one.compare.value == "other/val"
-    one.sort.value = "worse than the compared, most first"
-    assert qids(one) == [2, 1, 3]  # by 1 and 0.03; the third is not compared
-    one.sort.value = "better than the compared, most first"
-    assert qids(one) == [1, 2, 3]
-    one.compare.value = browser.NOTHING
-    assert one.picture.value.count("<svg") == 1
+    opened = browser.Browser(predictions, ROWS, compare=other)
+    assert opened.compare.value == "other/val"
+    opened.sort.value = "worse than the compared, most first"
+    assert qids(opened) == [2, 1, 3]  # by 1 and 0.03; the third is not compared
+    opened.sort.value = "better than the compared, most first"
+    assert qids(opened) == [1, 2, 3]
+    opened.compare.value = browser.NOTHING
+    assert opened.picture.value.count("<svg") == 1
     other.write_text("{}\n")
-    one.compare.value = "other/val"
-    assert "not done: " in one.message.value and "val.jsonl:1" in one.message.value
+    opened.compare.value = "other/val"
+    assert "not done: " in opened.message.value and "val.jsonl:1" in opened.message.value
 
 
 def test_playing_sends_a_stretch_or_says_what_is_missing(predictions, tmp_path, monkeypatch):
@@ -205,21 +205,21 @@ def test_playing_sends_a_stretch_or_says_what_is_missing(predictions, tmp_path, 
     videos.mkdir()
     make_video(videos / "video 1.mkv", 20)
     (videos / "video 2.mp4").write_text("no video")
-    one = browser.Browser(predictions, ROWS, videos=videos)
+    opened = browser.Browser(predictions, ROWS, videos=videos)
     sent = []
-    monkeypatch.setattr(one.picture, "send", lambda *message: sent.append(message))
-    one.picture._receive({"kind": "play", "second": 7.5, "end": 9})
+    monkeypatch.setattr(opened.picture, "send", lambda *message: sent.append(message))
+    opened.picture._receive({"kind": "play", "second": 7.5, "end": 9})
     (content, (clip,)) = sent.pop()
     assert content == {"kind": "clip", "type": "video/mp4", "begin": content["begin"], "start": 7.5, "end": 9}
     assert content["begin"] <= 7.5 and len(clip) > 500
-    assert "nothing to play" not in one.picture.value
-    one.next()
-    one.play(3)
-    assert "cannot be played" in one.message.value and sent == [({"kind": "no clip"},)]
-    one.next()
-    assert "nothing to play" in one.picture.value and one.message.value == ""
-    one.play(3)
-    assert "there is no video file to play" in one.message.value
+    assert "nothing to play" not in opened.picture.value
+    opened.next()
+    opened.play(3)
+    assert "cannot be played" in opened.message.value and sent == [({"kind": "no clip"},)]
+    opened.next()
+    assert "nothing to play" in opened.picture.value and opened.message.value == ""
+    opened.play(3)
+    assert "there is no video file to play" in opened.message.value
 
 
 def test_predictions_of_a_folder_that_cannot_be_written_are_saved_elsewhere(predictions, tmp_path, monkeypatch):
@@ -239,26 +239,26 @@ def test_the_time_axis_of_an_hour_has_few_labels():
 def test_predictions_made_elsewhere(shared):
     rows = shared / "qvhighlights" / "highlight_val_release.jsonl"
     began = time.monotonic()
-    one = browser.Browser(shared / "golden" / "official_val_predictions.jsonl", rows)
-    print(f"opened {len(one.entries)} in {time.monotonic() - began:.2f} s")
-    assert len(one.entries) == 1550
+    opened = browser.Browser(shared / "golden" / "official_val_predictions.jsonl", rows)
+    print(f"opened {len(opened.entries)} in {time.monotonic() - began:.2f} s")
+    assert len(opened.entries) == 1550
     for _ in range(20):
-        one.next()
-    assert "clip score" in one.picture.value and "predicted" in one.picture.value
+        opened.next()
+    assert "clip score" in opened.picture.value and "predicted" in opened.picture.value
     correct = list(browser.FILTERS)[1]
-    one.filter.value = correct
-    assert len(one.selection()) == round(1550 * 0.3484)  # R1@0.7 of the golden metrics
+    opened.filter.value = correct
+    assert len(opened.selection()) == round(1550 * 0.3484)  # R1@0.7 of the golden metrics
 
 
 def test_the_papers_own_predictions(shared, tmp_path):
     rows = shared / "qvhighlights" / "highlight_val_release.jsonl"
     released = shared / "golden" / "released_val_scores.csv"
     official = shared / "golden" / "official_val_predictions.jsonl"
-    one = browser.Browser(released, rows, compare=official, folder=tmp_path)
-    assert len(one.entries) == 1550 and one.title == "golden/released_val_scores"
-    assert one.picture.value.count("<svg") == 2 and "frame probability" in one.picture.value
-    one.filter.value = list(browser.FILTERS)[1]
+    opened = browser.Browser(released, rows, compare=official, folder=tmp_path)
+    assert len(opened.entries) == 1550 and opened.title == "golden/released_val_scores"
+    assert opened.picture.value.count("<svg") == 2 and "frame probability" in opened.picture.value
+    opened.filter.value = list(browser.FILTERS)[1]
     reported = json.loads((shared / "golden" / "reported_scores.json").read_text())["val_released_scores_mask_policy"]
-    assert 100 * len(one.selection()) / 1550 == pytest.approx(reported["MR-full-R1@0.7"], abs=0.005)
-    assert len(read_predictions(one.export())) == len(one.selection())
-    assert len(one.save_figure()) == 2
+    assert 100 * len(opened.selection()) / 1550 == pytest.approx(reported["MR-full-R1@0.7"], abs=0.005)
+    assert len(read_predictions(opened.export())) == len(opened.selection())
+    assert len(opened.save_figure()) == 2

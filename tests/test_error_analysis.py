@@ -18,18 +18,18 @@ def prediction(row: Row, probability: np.ndarray) -> dict:
 
 def test_frames_know_their_label_and_the_way_to_a_moments_end():
     probability = np.linspace(0, 1, 25)
-    found = error_analysis.by_frame([TWO, SHORT], [prediction(SHORT, probability), prediction(TWO, probability)])
-    assert found["label"].tolist() == [*annotations.frame_labels(TWO, 25), *annotations.frame_labels(SHORT, 25)]
+    columns = error_analysis.by_frame([TWO, SHORT], [prediction(SHORT, probability), prediction(TWO, probability)])
+    assert columns["label"].tolist() == [*annotations.frame_labels(TWO, 25), *annotations.frame_labels(SHORT, 25)]
     # Frames stand at 3, 9, 15, 21, ... seconds; the ends are 0, 30, 60 and 120.
-    assert found["distance"][:8].tolist() == [3, 9, 15, 9, 3, 3, 9, 15]
-    assert found["digit"].tolist() == [int(p >= 0.5) for p in found["probability"]]
+    assert columns["distance"][:8].tolist() == [3, 9, 15, 9, 3, 3, 9, 15]
+    assert columns["digit"].tolist() == [int(p >= 0.5) for p in columns["probability"]]
     with pytest.raises(PredictionError, match="1 predictions have no frame probabilities"):
         error_analysis.by_frame([SHORT], [{"qid": 1, "pred_relevant_windows": [[0, 30, 1]]}])
 
 
 def test_calibration_by_hand():
-    said, true, count, error = error_analysis.calibration(np.array([0.0, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1]))
-    np.testing.assert_allclose(said, [0.025, 0.975])
+    mean, true, count, error = error_analysis.calibration(np.array([0.0, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1]))
+    np.testing.assert_allclose(mean, [0.025, 0.975])
     np.testing.assert_allclose(true, [0.5, 1.0])
     assert count.tolist() == [2, 2] and error == pytest.approx((0.475 + 0.025) / 2)
 
@@ -42,21 +42,21 @@ def test_precision_and_recall_by_hand():
 
 
 def test_what_a_grid_can_say():
-    found = error_analysis.reachable([SHORT, TWO], 25)
+    answers = error_analysis.reachable([SHORT, TWO], 25)
     # No frame stands between 10 and 14 s, so the labels have no 1; the best run of 6-second frames is two of them.
-    assert found["true labels"][0]["pred_relevant_windows"][0][:2] == [0, 150]
-    assert found["best digits"][0]["pred_relevant_windows"] == [[6.0, 18.0, pytest.approx(4 / 12)]]
-    assert [window[:2] for window in found["best digits"][1]["pred_relevant_windows"]] == [[0, 30], [60, 120]]
-    for answers in found.values():
-        assert evaluate.evaluate(answers, [SHORT, TWO])["brief"]["MR-full-R1@0.7"] >= 50
+    assert answers["true labels"][0]["pred_relevant_windows"][0][:2] == [0, 150]
+    assert answers["best digits"][0]["pred_relevant_windows"] == [[6.0, 18.0, pytest.approx(4 / 12)]]
+    assert [window[:2] for window in answers["best digits"][1]["pred_relevant_windows"]] == [[0, 30], [60, 120]]
+    for predictions in answers.values():
+        assert evaluate.evaluate(predictions, [SHORT, TWO])["brief"]["MR-full-R1@0.7"] >= 50
 
 
 def test_no_mask_beats_the_best_digits(shared):
     rows = annotations.read(shared / "qvhighlights" / "highlight_val_release.jsonl")
     best = []
     for frames in (10, 25, 50):
-        found = {name: evaluate.evaluate(one, rows) for name, one in error_analysis.reachable(rows, frames).items()}
-        labels, digits = found["true labels"]["brief"], found["best digits"]["brief"]
+        scores = {name: evaluate.evaluate(best, rows) for name, best in error_analysis.reachable(rows, frames).items()}
+        labels, digits = scores["true labels"]["brief"], scores["best digits"]["brief"]
         assert all(labels[key] <= digits[key] for key in ("MR-full-R1@0.5", "MR-full-R1@0.7", "MR-full-mAP"))
         best.append(digits["MR-full-mAP"])
     assert best == sorted(best) and best[1] > 43.74  # far above what the paper's model reaches
@@ -76,11 +76,11 @@ def test_figures_draw_what_was_counted():
         "> 60\n(0)",
     ]
     assert any("error 0." in text.get_text() for text in picture.axes[4].texts)
-    without = [{key: value for key, value in one.items() if key != "probability"} for one in predictions]
-    said = [text.get_text() for axes in error_analysis.figure(rows, without).axes for text in axes.texts]
-    assert said == ["These predictions have no frame probabilities."]
+    without = [{key: value for key, value in record.items() if key != "probability"} for record in predictions]
+    texts = [text.get_text() for axes in error_analysis.figure(rows, without).axes for text in axes.texts]
+    assert texts == ["These predictions have no frame probabilities."]
     metrics = {
-        f: {name: evaluate.evaluate(one, rows) for name, one in error_analysis.reachable(rows, f).items()}
+        f: {name: evaluate.evaluate(best, rows) for name, best in error_analysis.reachable(rows, f).items()}
         for f in (10, 25)
     }
     drawn = error_analysis.reach(metrics, evaluate.evaluate(predictions, rows)).axes[0]

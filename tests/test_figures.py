@@ -14,21 +14,23 @@ from framseg.viz import figures, paper_results
 F = 25
 
 
-def row(qid: int, start: float, end: float, query: str = "a cat sleeps", duration: float = 150, vid: str = "") -> Row:
+def labelled_row(
+    qid: int, start: float, end: float, query: str = "a cat sleeps", duration: float = 150, vid: str = ""
+) -> Row:
     clips = tuple(range(int(start) // 2, int(-(-end // 2))))
     scores = tuple((2, 3, 4) for _ in clips)
     return LabelledRow(qid, query, duration, vid or f"video {qid}", ((start, end),), clips, scores)
 
 
-def prediction(one: Row, probability: np.ndarray, **more) -> dict:
+def prediction(row: Row, probability: np.ndarray, **more) -> dict:
     mask = (probability >= 0.5).astype(int)
     return {
-        "qid": one.qid,
-        "query": one.query,
-        "vid": one.vid,
-        "duration": one.duration,
-        "pred_relevant_windows": moments.windows(mask, probability, one.duration),
-        "pred_saliency_scores": moments.saliency(probability, one.duration).tolist(),
+        "qid": row.qid,
+        "query": row.query,
+        "vid": row.vid,
+        "duration": row.duration,
+        "pred_relevant_windows": moments.windows(mask, probability, row.duration),
+        "pred_saliency_scores": moments.saliency(probability, row.duration).tolist(),
         "probability": probability.tolist(),
         "valid": bool(mask.any()),
     } | more
@@ -40,8 +42,8 @@ def inside(start: float, end: float, high: float = 0.9, low: float = 0.05) -> np
 
 
 def texts(figure) -> list[str]:
-    found = [text.get_text() for axes in figure.axes for text in axes.texts]
-    return found + [axes.get_title(loc) for axes in figure.axes for loc in ("left", "center")]
+    shown = [text.get_text() for axes in figure.axes for text in axes.texts]
+    return shown + [axes.get_title(loc) for axes in figure.axes for loc in ("left", "center")]
 
 
 def bars(axes) -> list:
@@ -78,10 +80,10 @@ def steps() -> list[dict]:
 
 
 def test_saved_as_png_and_pdf_the_same_each_time(tmp_path):
-    one = row(1, 0, 60)
-    answer = prediction(one, inside(0, 60))
-    first = figures.save(figures.qualitative(one, answer), tmp_path / "new" / "one", "q")
-    second = figures.save(figures.qualitative(one, answer), tmp_path / "two", "q")
+    row = labelled_row(1, 0, 60)
+    answer = prediction(row, inside(0, 60))
+    first = figures.save(figures.qualitative(row, answer), tmp_path / "new" / "one", "q")
+    second = figures.save(figures.qualitative(row, answer), tmp_path / "two", "q")
     assert [path.name for path in first] == ["q.png", "q.pdf"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert first[1].read_bytes().startswith(b"%PDF")
@@ -95,11 +97,11 @@ def test_a_figure_shows_itself_in_a_notebook(steps):
 
 
 def test_overview_counts(pictures):
-    train = [row(1, 0, 60, vid="a"), row(2, 30, 60, vid="a"), row(3, 0, 150, vid="b")]
+    train = [labelled_row(1, 0, 60, vid="a"), labelled_row(2, 30, 60, vid="a"), labelled_row(3, 0, 150, vid="b")]
     test = [Row(9, "who knows", 150, "c")]
     figure = figures.data_overview({"train": train, "test": test}, F)
     videos, windows, lengths, saliency, apart, position, sizes, words, balance = figure.axes
-    # One of train's two videos has one query and one has two; test's only video has one.
+    # One of train's two videos has a query and the other has two; test's only video has a query.
     assert [bar.get_height() for bar in bars(videos)] == [0.5, 0.5, 1, 0]
     assert [bar.get_height() for bar in bars(windows)] == [1]
     share, edges, _ = lengths.patches[0].get_data()
@@ -108,10 +110,10 @@ def test_overview_counts(pictures):
     np.testing.assert_allclose(apart.lines[0].get_ydata(), annotations.annotator_distance(train).measured)
     assert sizes.patches[1].get_data().values[2] == 1  # "who knows" has two words
     assert {label.get_text() for label in words.get_yticklabels()} >= {"knows"}
-    expected = np.mean([annotations.frame_labels(one, F) for one in train], axis=0)
+    expected = np.mean([annotations.frame_labels(row, F) for row in train], axis=0)
     np.testing.assert_array_equal(position.lines[0].get_ydata(), expected)
-    found = annotations.class_balance(train, F)
-    assert [bar.get_width() for bar in bars(balance)] == [found.background_share, paper_results.BACKGROUND_SHARE]
+    counted = annotations.class_balance(train, F)
+    assert [bar.get_width() for bar in bars(balance)] == [counted.background_share, paper_results.BACKGROUND_SHARE]
     assert "70.04%\n2.3378 : 1" in texts(figure)
     with pytest.raises(ValueError, match="none of the splits test has labels"):
         figures.data_overview({"test": test}, F)
@@ -138,11 +140,11 @@ def test_frame_strip_has_every_frame_its_time_and_its_digit(pictures):
 
 
 def test_soft_targets_are_the_mean_of_the_annotators_points():
-    one = row(7, 30, 90, query="costs $5 & $6")
-    axes = figures.soft_targets(one, F).axes[0]
+    row = labelled_row(7, 30, 90, query="costs $5 & $6")
+    axes = figures.soft_targets(row, F).axes[0]
     assert [line.get_ydata().tolist() for line in axes.lines] == [[0.5] * 30, [0.75] * 30, [1.0] * 30]
     assert axes.lines[0].get_xdata()[[0, -1]].tolist() == [31, 89]  # the middles of the first and the last clip
-    assert [bar.get_height() for bar in bars(axes)] == annotations.soft_targets(one, F).tolist()
+    assert [bar.get_height() for bar in bars(axes)] == annotations.soft_targets(row, F).tolist()
     centres = [bar.get_x() + bar.get_width() / 2 for bar in bars(axes)]
     np.testing.assert_allclose(centres, annotations.frame_times(150, F))
     moment = next(patch for patch in axes.patches if patch not in bars(axes))
@@ -175,7 +177,7 @@ def test_tokens_are_boxes_in_lines_with_their_kinds():
     colour = dict(enumerate(box.get_facecolor() for box in boxes))
     assert colour[0] == colour[7] == colour[8]  # control tokens
     assert len({colour[0], colour[4], colour[9], colour[10], colour[1]}) == 5
-    assert colour[2] != colour[9]  # a digit of the text is text, one of the answer is not
+    assert colour[2] != colour[9]  # a digit of the text is text, a digit of the answer is not
 
 
 def test_average_weighs_by_time():
@@ -216,9 +218,9 @@ def test_validation_by_epoch():
 
 
 def test_intervals_are_drawn_where_they_lie():
-    one = {"scores": {"mAP": 40.0, "HIT@1": 60.0}, "interval": {"mAP": [38.0, 43.0], "HIT@1": [57.0, 62.0]}}
-    other = {"scores": {"mAP": 35.0, "HIT@1": 58.0}, "interval": {"mAP": [33.0, 36.0], "HIT@1": [55.0, 60.5]}}
-    figure = figures.intervals({"a": other, "b": one})
+    high = {"scores": {"mAP": 40.0, "HIT@1": 60.0}, "interval": {"mAP": [38.0, 43.0], "HIT@1": [57.0, 62.0]}}
+    low = {"scores": {"mAP": 35.0, "HIT@1": 58.0}, "interval": {"mAP": [33.0, 36.0], "HIT@1": [55.0, 60.5]}}
+    figure = figures.intervals({"a": low, "b": high})
     assert [axes.get_title("left") for axes in figure.axes] == ["mAP", "HIT@1"]
     first = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
     assert first == [([33, 36], [0, 0]), ([35], [0]), ([38, 43], [1, 1]), ([40], [1])]
@@ -243,9 +245,9 @@ def test_progress_from_the_first_step_on(steps):
 
 
 def test_comparison_shows_what_was_scored():
-    rows = [row(1, 0, 60), row(2, 60, 90)]
-    full = evaluate.evaluate([prediction(one, inside(*one.relevant_windows[0])) for one in rows], rows)
-    windows = evaluate.evaluate([{"qid": one.qid, "pred_relevant_windows": [[0, 150, 1]]} for one in rows], rows)
+    rows = [labelled_row(1, 0, 60), labelled_row(2, 60, 90)]
+    full = evaluate.evaluate([prediction(row, inside(*row.relevant_windows[0])) for row in rows], rows)
+    windows = evaluate.evaluate([{"qid": row.qid, "pred_relevant_windows": [[0, 150, 1]]} for row in rows], rows)
     figure = figures.comparison({"model": full, "all ones": windows})
     first, hit = figure.axes[0], figure.axes[-1]
     assert [axes.get_title("left") for axes in figure.axes] == list(figures.METRICS.values())
@@ -256,9 +258,9 @@ def test_comparison_shows_what_was_scored():
 
 
 def test_qualitative_draws_frames_windows_and_curves(pictures):
-    one = row(7, 30, 90, query="costs $5 & $6 <b>")
-    answer = prediction(one, inside(36, 84))
-    figure = figures.qualitative(one, answer, pictures)
+    row = labelled_row(7, 30, 90, query="costs $5 & $6 <b>")
+    answer = prediction(row, inside(36, 84))
+    figure = figures.qualitative(row, answer, pictures)
     strip, spans, curve = figure.axes
     assert figure.get_suptitle() == "“costs $5 & $6 <b>”"
     # Nine slots of 150 / 9 s; the frame nearest to each middle is in it, with its own time.
@@ -275,9 +277,9 @@ def test_qualitative_draws_frames_windows_and_curves(pictures):
 
 
 def test_qualitative_without_frames_labels_or_probability():
-    one = Row(7, "who knows " * 20, 61, "video 7")
+    row = Row(7, "who knows " * 20, 61, "video 7")
     answer = {"qid": 7, "pred_relevant_windows": [[0, 10, 0.5]], "pred_saliency_scores": [-1.0, *[3.0] * 29]}
-    figure = figures.qualitative(one, answer)
+    figure = figures.qualitative(row, answer)
     assert any("No frames are shown" in text for text in texts(figure)) and not figure.axes[0].images
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["predicted"]
     assert len(figure.axes[2].patches) == 0
@@ -287,27 +289,27 @@ def test_qualitative_without_frames_labels_or_probability():
     assert figure.get_suptitle().count("\n") == 2
 
 
-def test_qualitative_beside_another_prediction():
-    one = row(7, 30, 90)
-    earlier = prediction(one, inside(0, 60, high=0.6), valid=False)
-    figure = figures.qualitative(one, prediction(one, inside(30, 90)), against=("epoch 1", earlier))
+def test_qualitative_compared_with_another_prediction():
+    row = labelled_row(7, 30, 90)
+    earlier = prediction(row, inside(0, 60, high=0.6), valid=False)
+    figure = figures.qualitative(row, prediction(row, inside(30, 90)), against=("epoch 1", earlier))
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["true", "predicted", "epoch 1"]
     assert [line.get_label() for line in figure.axes[2].lines] == ["frame probability", "epoch 1: frame probability"]
-    assert "invalid mask, read as all ones" in figures.scores(one, earlier)
+    assert "invalid mask, read as all ones" in figures.scores(row, earlier)
 
 
 def test_overlapping_windows_get_lanes_and_padding_is_dropped():
     listed = [[0, 50, 0.9], [60, 90, 0.8], [40, 70, 0.7], [0, 150, 0.2], [10, 20, 0.1], [0, 150, 0.0]]
-    found, left_out = figures.lanes({"pred_relevant_windows": listed}, 150, most=3)
-    assert [[window[0] for window in lane] for lane in found] == [[1, 2], [3, 5], [4]] and left_out == 0
-    found, left_out = figures.lanes({"pred_relevant_windows": listed}, 150, most=1)
-    assert [window[0] for window in found[0]] == [1, 2] and left_out == 3
+    filled, left_out = figures.lanes({"pred_relevant_windows": listed}, 150, most=3)
+    assert [[window[0] for window in lane] for lane in filled] == [[1, 2], [3, 5], [4]] and left_out == 0
+    filled, left_out = figures.lanes({"pred_relevant_windows": listed}, 150, most=1)
+    assert [window[0] for window in filled[0]] == [1, 2] and left_out == 3
     # An answer that is nothing but the whole video at score 0 is still shown.
     assert figures.lanes({"pred_relevant_windows": [[0, 150, 0.0]] * 2}, 150) == ([[(1, 0, 150, 0.0)]], 0)
 
 
 def test_queries_are_chosen_by_their_rules():
-    rows = [row(qid, 30, 90) for qid in range(1, 9)]
+    rows = [labelled_row(qid, 30, 90) for qid in range(1, 9)]
     answers = {
         1: inside(30, 90, 0.75),  # excellent: 6 and 7 are as close, but 1 is the smaller qid
         2: inside(30, 90, 0.97),  # perfect moment, exceeds the true saliency
@@ -318,7 +320,7 @@ def test_queries_are_chosen_by_their_rules():
         7: inside(30, 90, 0.9),
         8: inside(30, 84, 0.9),
     }
-    predictions = [prediction(one, answers[one.qid]) for one in rows]
+    predictions = [prediction(row, answers[row.qid]) for row in rows]
     numbers = evaluate.per_query(predictions, rows)
     earlier = [{"qid": qid, "iou": 0.1 if qid == 6 else 0.6, "hit": True} for qid in answers]
     chosen = figures.choose(rows, predictions, numbers, earlier)
@@ -334,7 +336,7 @@ def test_queries_are_chosen_by_their_rules():
 
 def test_chosen_from_the_papers_own_predictions(shared):
     rows = annotations.read(shared / "qvhighlights" / "highlight_val_release.jsonl")
-    by_qid = {one.qid: one for one in rows}
+    by_qid = {row.qid: row for row in rows}
     lines = (shared / "golden" / "released_val_scores.csv").read_text().splitlines()[1:]
     predictions = []
     for line in lines:
@@ -358,8 +360,8 @@ def test_predictions_made_elsewhere(shared):
     rows = annotations.read(shared / "qvhighlights" / "highlight_val_release.jsonl")
     with open(shared / "golden" / "official_val_predictions.jsonl") as file:
         answer = json.loads(file.readline())
-    one = next(one for one in rows if one.qid == answer["qid"])
-    figure = figures.qualitative(one, answer)
+    row = next(row for row in rows if row.qid == answer["qid"])
+    figure = figures.qualitative(row, answer)
     assert figure.axes[2].lines[0].get_label() == "clip score, stretched to 0..1"
     assert len(figure.axes[2].lines[0].get_ydata()) == 75
     assert " +2" in [text.get_text() for text in figure.axes[1].texts]  # ten windows, eight in four lanes

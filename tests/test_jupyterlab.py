@@ -62,7 +62,7 @@ def page(chromium):
 
 
 def opened(page, lab: str, name: str):
-    """Open a notebook and wait until its cells are there."""
+    """Open a notebook and wait until its cells are shown."""
     page.goto(lab.format(name), timeout=PATIENCE)
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     page.get_by_role("main").get_by_role("heading", level=1).first.wait_for()
@@ -106,14 +106,14 @@ def test_an_error_on_a_page_is_seen(lab, page):
 
 def place(cell: str) -> int:
     cells = nbformat.read(notebooks.NOTEBOOKS / "05_figures.ipynb", as_version=4).cells
-    return [one.id for one in cells].index(cell)
+    return [listed.id for listed in cells].index(cell)
 
 
 def shown(notebook, cell: str):
     """A cell of notebook 05, scrolled to."""
-    found = notebook.locator(f".jp-Cell[data-windowed-list-index='{place(cell)}']")
-    found.scroll_into_view_if_needed()
-    return found
+    located = notebook.locator(f".jp-Cell[data-windowed-list-index='{place(cell)}']")
+    located.scroll_into_view_if_needed()
+    return located
 
 
 def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
@@ -131,21 +131,21 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     # What the page must show, from the same run without a page.
     early = chain.predicted("val", 1)
     twin = browser.Browser(chain, compare=early, folder=chain.root / "twin")
-    one = shown(notebook, "browser").locator(".framseg")
-    heading, count = one.locator("h3"), one.get_by_text(re.compile(r"^\d+ of \d+ queries"))
-    search, listed = one.get_by_placeholder("search in the queries"), one.locator("select[size]")
-    expect(one.locator("select:not([size])")).to_have_count(3)
-    choice = dict(zip(("filter", "sort", "compare"), one.locator("select:not([size])").all(), strict=True))
+    panel = shown(notebook, "browser").locator(".framseg")
+    heading, count = panel.locator("h3"), panel.get_by_text(re.compile(r"^\d+ of \d+ queries"))
+    search, listed = panel.get_by_placeholder("search in the queries"), panel.locator("select[size]")
+    expect(panel.locator("select:not([size])")).to_have_count(3)
+    choice = dict(zip(("filter", "sort", "compare"), panel.locator("select:not([size])").all(), strict=True))
 
     def agrees() -> None:
         expect(count).to_have_text(twin.count.value)
         expect(heading).to_have_text(twin.shown[twin.place].row.query)
         expect(listed.locator("option")).to_have_count(len(twin.shown))
         expect(listed.locator("option:checked")).to_have_text(twin.list.label)
-        expect(one.locator("svg.timed")).to_have_count(2)
+        expect(panel.locator("svg.timed")).to_have_count(2)
 
     agrees()
-    boxes = [svg.bounding_box() for svg in one.locator("svg.timed").all()]
+    boxes = [svg.bounding_box() for svg in panel.locator("svg.timed").all()]
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]  # side by side
     keep(page, "05_browser")
 
@@ -161,7 +161,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
         choice["filter"].select_option(name)
         twin.filter.value = name
         if not twin.shown:
-            expect(one).to_contain_text("no query matches")
+            expect(panel).to_contain_text("no query matches")
         else:
             agrees()
     choice["filter"].select_option("all")
@@ -172,7 +172,7 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     agrees()
 
     for name in ("next ▶", "next ▶", "◀ previous"):
-        one.get_by_role("button", name=name).click()
+        panel.get_by_role("button", name=name).click()
         twin.buttons[name].click()
         agrees()
     for key, move in (("ArrowRight", twin.next), ("ArrowRight", twin.next), ("ArrowLeft", twin.previous)):
@@ -201,34 +201,34 @@ def test_chapter_5_driven_from_top_to_bottom(lab, chain, page):
     page.wait_for_timeout(500)
     agrees()
 
-    video = one.locator("video")
+    video = panel.locator("video")
     assert not video.is_visible()
-    axis = one.locator("svg.timed").first
+    axis = panel.locator("svg.timed").first
     box = axis.locator(".axis").bounding_box()
     axis.click(position={"x": box["x"] - axis.bounding_box()["x"] + box["width"] / 2, "y": box["height"] - 8})
     expect(video).to_be_visible()
     page.wait_for_function("video => video.currentTime > 0.2 && !video.error", arg=video.element_handle())
-    expect(one.locator(".cursor").first).to_have_attribute("visibility", "visible")
+    expect(panel.locator(".cursor").first).to_have_attribute("visibility", "visible")
     at = video.evaluate("video => [video.currentTime, video.src, video.videoWidth]")
     start, end = map(float, at[1].split("#t=")[1].split(","))
     assert at[0] >= start and end - start == pytest.approx(30) and at[2] > 0
     keep(page, "05_playing")
-    one.get_by_role("button", name="next ▶").click()
+    panel.get_by_role("button", name="next ▶").click()
     expect(video).not_to_be_visible()
     twin.next()
     agrees()
 
     choice["compare"].select_option(browser.NOTHING)
-    expect(one.locator("svg.timed")).to_have_count(1)
+    expect(panel.locator("svg.timed")).to_have_count(1)
     keep(page, "05_alone")
     search.fill(word)
     twin.search.value = word
-    one.get_by_role("button", name="export selection").click()
-    expect(one).to_contain_text("predictions written to")
+    panel.get_by_role("button", name="export selection").click()
+    expect(panel).to_contain_text("predictions written to")
     exported = read_predictions(chain.predictions / "selection.jsonl")
     assert [record["qid"] for record in exported] == [entry.row.qid for entry in twin.shown]
-    one.get_by_role("button", name="save figure").click()
-    expect(one).to_contain_text(re.compile(r"saved .*\.pdf"))
+    panel.get_by_role("button", name="save figure").click()
+    expect(panel).to_contain_text(re.compile(r"saved .*\.pdf"))
     assert (chain.predictions / f"query_{twin.shown[twin.place].row.qid}.png").is_file()
 
     form = shown(notebook, "ask").locator(".framseg")

@@ -10,7 +10,7 @@ def times(content: bytes, folder) -> tuple[list[float], list[str]]:
     """Times of the decoded frames of a clip, and its streams' codecs."""
     (folder / "clip").write_bytes(content)
     with av.open(str(folder / "clip")) as clip:
-        codecs = [one.codec_context.codec.canonical_name for one in clip.streams]
+        codecs = [stream.codec_context.codec.canonical_name for stream in clip.streams]
         return sorted(frame.time for frame in clip.decode(video=0)), codecs
 
 
@@ -26,10 +26,10 @@ def times(content: bytes, folder) -> tuple[list[float], list[str]]:
 def test_a_stretch_is_cut_with_its_sound(tmp_path, name, settings, kind, codecs):
     video = make_video(tmp_path / name, 60, rate=10, **settings)
     content, begin, media = player.cut(video, 40.05, 44)
-    found, streams = times(content, tmp_path)
+    seconds, streams = times(content, tmp_path)
     assert media == f"video/{kind}" and streams == codecs
-    assert 0 <= begin <= 40.05 and found[0] == pytest.approx(0, abs=0.02)
-    assert 44 <= begin + found[-1] < 46  # a few frames more, where their order in the file is another
+    assert 0 <= begin <= 40.05 and seconds[0] == pytest.approx(0, abs=0.02)
+    assert 44 <= begin + seconds[-1] < 46  # a few frames more, where their order in the file is another
     assert len(content) < video.stat().st_size
     content, begin, _ = player.cut(video, 0, 1000)
     assert begin == 0 and len(times(content, tmp_path)[0]) == 600
@@ -42,7 +42,7 @@ def test_a_clip_is_no_longer_than_its_limit(tmp_path, monkeypatch):
     assert len(player.cut(video, 0, 60)[0]) < 0.9 * whole
 
 
-def test_what_no_browser_plays_is_said(tmp_path):
+def test_what_no_browser_plays_is_refused(tmp_path):
     old = make_video(tmp_path / "a.avi", 2, codec="mpeg4")
     with pytest.raises(VideoError, match="browsers cannot play mpeg4 video; convert it to H.264"):
         player.cut(old, 0, 1)

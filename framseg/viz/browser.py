@@ -225,9 +225,8 @@ class Browser:
         self.compared = {entry.row.qid: entry for entry in _entries(file, self.rows)} if file else {}
         for entry in self.entries:
             other = self.compared.get(entry.row.qid)
-            if other is None or other.iou is None or entry.iou is None:
-                entry.gain = None
-            else:
+            entry.gain = None
+            if other and other.iou is not None and entry.iou is not None:
                 entry.gain = entry.iou - other.iou
         self._refresh()
 
@@ -276,7 +275,7 @@ class Browser:
         row, frames = entry.row, self._frames(entry.row)
         missing = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
         if self._video(row.vid) is None:
-            missing.append("no video file, so nothing to play; their folder is the argument videos")
+            missing.append("no video file, so nothing to play (their folder is the argument videos)")
         named = {self.title: entry} | ({self.compare.value: self.compared.get(row.qid)} if self.compared else {})
         width, lines = (WIDTH, 1) if len(named) == 1 else (NARROW, 2)
         blocks = []
@@ -366,7 +365,7 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
             )
         y += LANE
     if left_out:
-        out.append(f'<text x="0" y="{y + 13}">{left_out} windows more, not drawn</text>')
+        out.append(f'<text x="0" y="{y + 13}">{left_out} more windows, not drawn</text>')
         y += LANE
 
     bottom = y + 8 + PLOT  # of the curves

@@ -91,8 +91,7 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
     _by_query(above, with_labels, np.array([query["iou"] for query in evaluate.per_query(records, with_labels)]))
     if all(record.get("probability") for record in records):
         frames = by_frame(with_labels, records)
-        _calibration(below[0], frames)
-        _precision_recall(below[1], frames)
+        _calibration_and_recall(below[0], below[1], frames)
         _errors_by_distance(below[2], below[3], frames)
     else:
         for axes in below:
@@ -153,19 +152,16 @@ def _recall(axes: Axes, iou: np.ndarray, group: np.ndarray, names: Sequence[str]
     figures.label_shares(axes, title, xlabel, ylim=(0, 1))
 
 
-def _calibration(axes: Axes, frames: Mapping[str, np.ndarray]) -> None:
+def _calibration_and_recall(left: Axes, right: Axes, frames: Mapping[str, np.ndarray]) -> None:
     mean, true, _, error = calibration(frames["probability"], frames["label"])
-    axes.plot([0, 1], [0, 1], color=figures.GREY, linestyle=":")
-    axes.plot(mean, true, marker="o", markersize=3, color=figures.PROBABILITY)
-    axes.set(title="Calibration", xlabel="frame probability", ylabel="share true", xlim=(0, 1), ylim=(0, 1))
-    axes.text(0.05, 0.9, f"error {error:.3f}", fontsize="small")
-
-
-def _precision_recall(axes: Axes, frames: Mapping[str, np.ndarray]) -> None:
+    left.plot([0, 1], [0, 1], color=figures.GREY, linestyle=":")
+    left.plot(mean, true, marker="o", markersize=3, color=figures.PROBABILITY)
+    left.set(title="Calibration", xlabel="frame probability", ylabel="share true", xlim=(0, 1), ylim=(0, 1))
+    left.text(0.05, 0.9, f"error {error:.3f}", fontsize="small")
     precision, recall, average = precision_recall(frames["probability"], frames["label"])
-    axes.plot(recall, precision, color=figures.PROBABILITY)
-    axes.set(title="Frames", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.text(0.05, 0.06, f"average precision {average:.3f}", fontsize="small")
+    right.plot(recall, precision, color=figures.PROBABILITY)
+    right.set(title="Frames", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    right.text(0.05, 0.06, f"average precision {average:.3f}", fontsize="small")
 
 
 def _errors_by_distance(rate: Axes, share: Axes, frames: Mapping[str, np.ndarray]) -> None:

@@ -100,12 +100,10 @@ LabelledRows = Mapping[str, Sequence[LabelledRow]]
 
 @styled
 def data_overview(splits: Rows, frames: int) -> Figure:
-    """Nine panels that compare splits, given as name -> rows.
+    """Nine panels that compare splits (name -> rows) in what their videos, queries, moments and annotators are like.
 
-    Queries per video, windows per query, window lengths; clip saliency, how far two annotators of a clip are apart, the
-    share of queries whose moments cover each position of the video; words per query, the commonest words, the class
-    balance of `frames` frames per video next to the paper's. Splits without labels are only in the panels about videos
-    and words. Raises ValueError if no split has labels.
+    The last one shows the class balance of `frames` frames per video next to the paper's. Splits without labels are
+    only in the panels about videos and words. Raises ValueError if no split has labels.
     """
     labelled = {name: [row for row in rows if isinstance(row, LabelledRow)] for name, rows in splits.items()}
     labelled = {name: rows for name, rows in labelled.items() if rows}
@@ -176,7 +174,7 @@ def _annotator_distance(axes: Axes, splits: LabelledRows, colours: Mapping[str, 
         distance = annotations.annotator_distance(rows)
         axes.plot(distance.measured, marker="o", markersize=3, color=colours[name])
         axes.plot(distance.chance, linestyle=":", color=colours[name])
-    label_shares(axes, "Annotators apart", "points (dotted: by chance)", "pairs of annotators")
+    label_shares(axes, "Annotators differ", "points apart (dotted: by chance)", "pairs of annotators")
 
 
 def _moment_positions(axes: Axes, splits: LabelledRows, colours: Mapping[str, str], frames: int) -> None:
@@ -227,10 +225,10 @@ def frame_strip(
     rows = -(-len(frames) // columns)
     columns = min(columns, len(frames))
     figure = new_figure(rows * (0.78 * WIDTH / columns + 0.25))
-    for place, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
-        if place >= len(frames):
-            axes.set_axis_off()
-            continue
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(frames) :]:
+        axes.set_axis_off()
+    for place, axes in enumerate(panels[: len(frames)]):
         inside = labels is not None and labels[place] == 1
         _show_frame(axes, frames[place], TRUE if inside else None)
         digit = "" if labels is None else f"  {labels[place]}"
@@ -242,8 +240,7 @@ def frame_strip(
 def soft_targets(row: LabelledRow, frames: int) -> Figure:
     """The segmentation targets of one query: a bar for each of `frames` frames, and the annotators' points behind them.
 
-    Saliency is divided by 4, so that all heights are 0 to 1; the moments are shaded. Raises AnnotationError for a row
-    without labels.
+    Scores are divided by 4; the moments are shaded. Raises AnnotationError for a row without labels.
     """
     targets = annotations.soft_targets(row, frames)
     figure = new_figure(2.4)
@@ -288,7 +285,7 @@ def variations(
         name = "frame $v_i$" if variation == middle else f"{seconds:+.1f} s"
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     if choice is not None:
-        figure.suptitle("framed: the variations one training sample draws", fontsize="small", x=0.01, ha="left")
+        figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
     return figure
 
 
@@ -377,7 +374,7 @@ def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.n
 def losses(steps: Sequence[dict]) -> Figure:
     """The paper's Figure 10: the four losses by optimizer step, a faint raw curve under its time-weighted EMA.
 
-    steps: lines of the step log. Values that are not finite are left out. Raises ValueError without lines.
+    steps: lines of the step log, ValueError if there are none. Values that are not finite are left out.
     """
     _require(steps, "steps")
     figure = new_figure(3.8)
@@ -392,10 +389,7 @@ def losses(steps: Sequence[dict]) -> Figure:
 
 @styled
 def schedule(steps: Sequence[dict]) -> Figure:
-    """Learning rate and the four loss weights by optimizer step; `steps` are lines of the step log.
-
-    Raises ValueError without lines.
-    """
+    """Learning rate and four loss weights by optimizer step; `steps` are lines of the step log (ValueError if none)."""
     _require(steps, "steps")
     figure = new_figure(2.2)
     rate, weights = figure.subplots(1, 2)
@@ -415,7 +409,7 @@ def schedule(steps: Sequence[dict]) -> Figure:
 def validation(records: Sequence[dict]) -> Figure:
     """R1@0.5, R1@0.7, mAP and HIT@1 (very good) on val by epoch; epoch 0 is the untouched base.
 
-    records: lines of the validation log, {"epoch": int, "metrics": official layout}. Raises ValueError without lines.
+    records: lines of the validation log, {"epoch": int, "metrics": official layout} (ValueError if none).
     """
     _require(records, "validations")
     figure = new_figure(2.9)
@@ -428,10 +422,7 @@ def validation(records: Sequence[dict]) -> Figure:
 
 @styled
 def progress(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
-    """A training so far: the four losses (EMA over a faint raw curve), the learning rate, and the validations.
-
-    steps, validations: lines of the two logs. Raises ValueError without steps.
-    """
+    """A training so far, from the lines of its two logs: the losses, the learning rate, and the validations."""
     _require(steps, "steps")
     figure = new_figure(2.7)
     loss, rate, metrics = figure.subplots(1, 3)
@@ -486,11 +477,10 @@ class Live:
         """Draw the lines that both logs hold by now."""
         from IPython.display import display
 
-        figure = progress(steps, validations)
         if self.handle is None:
-            self.handle = display(figure, display_id=True)
+            self.handle = display(progress(steps, validations), display_id=True)
         else:
-            self.handle.update(figure)
+            self.handle.update(progress(steps, validations))
 
 
 def _require(lines: Sequence[dict], what: str) -> None:
@@ -635,7 +625,7 @@ def qualitative(
     about = ([f"qid {row.qid}"] if row.qid >= 0 else []) + [row.vid, scores(row, prediction)]
     strip.set_title(" · ".join(about), fontsize="small", fontweight="normal", parse_math=False)
     if frames is None:
-        strip.text(0, 0.5, "No frames are shown: those of this video are not at hand.", va="center", fontsize="small",
+        strip.text(0, 0.5, "No frames are shown: there are none of this video.", va="center", fontsize="small",
                    style="italic", transform=strip.transAxes)  # fmt: skip
     else:
         _frames_on_axis(strip, frames, frame_times(t, len(frames)) if times is None else np.asarray(times), t, shown)

@@ -3,7 +3,7 @@
 python tests/benchmarks/browser.py [--counts 1550 20000]      (about two minutes on two cores)
 
 Writes records/browser.json. The predictions are made up: 25 probabilities and 75 clip scores each, and a store with the
-paper's picture size (25 JPEG frames of 384 pixels a video), beside one of a video that has no frames. In the page,
+paper's picture size (25 JPEG frames of 384 pixels per video); half of the queries have none. In the page,
 JupyterLab in headless Chromium: from running the cell to the first picture, from a click on "next" to the next picture.
 """
 
@@ -49,7 +49,7 @@ MOVE = """button => new Promise(done => {
 
 
 def make(folder: Path, count: int) -> None:
-    """`count` rows and predictions; every second one's video has frames."""
+    """`count` rows and predictions; every second query's video has frames."""
     random = np.random.default_rng(1)
     rows, predictions = [], []
     for qid in range(count):
@@ -95,10 +95,10 @@ def in_kernel(folder: Path, count: int, store: frames.Store) -> dict:
     opening = seconds(
         lambda: opened.append(browser.Browser(folder / f"{count}.jsonl", folder / f"rows_{count}.jsonl", store))
     )
-    one = opened[0]
-    moves = [seconds(one.next) for _ in range(MOVES)]
-    searching = [seconds(lambda text=text: setattr(one.search, "value", text)) for text in ("1", "12", "123", "")]
-    sorting = [seconds(lambda name=name: setattr(one.sort, "value", name)) for name in browser.SORTS]
+    widget = opened[0]
+    moves = [seconds(widget.next) for _ in range(MOVES)]
+    searching = [seconds(lambda text=text: setattr(widget.search, "value", text)) for text in ("1", "12", "123", "")]
+    sorting = [seconds(lambda name=name: setattr(widget.sort, "value", name)) for name in browser.SORTS]
     return {
         "open": round(opening, 3),
         "next, with frames": spread(moves[0::2]),
@@ -126,7 +126,7 @@ def in_page(folder: Path, counts: list[int]) -> dict:
     ]
     (folder / "lab").mkdir()
     nbformat.write(notebook, folder / "lab" / "browser.ipynb")
-    found = {}
+    measured = {}
     with serve(folder / "lab", folder / "own") as address, launched() as chromium:
         page = chromium.new_page(viewport={"width": 1700, "height": 1100})
         page.set_default_timeout(120_000)
@@ -146,9 +146,9 @@ def in_page(folder: Path, counts: list[int]) -> dict:
             moves = [button.evaluate(MOVE) / 1000 for _ in range(MOVES)]
             # Once a page, JupyterLab loads the scripts that widgets need.
             first = {"open, as the page's first widget": round(opening, 3)}
-            found[count] = first if place == 1 else found.get(count, {}) | {"open": round(opening, 3)}
-            found[count] |= {"next, with frames": spread(moves[0::2]), "next, without": spread(moves[1::2])}
-    return found
+            measured[count] = first if place == 1 else measured.get(count, {}) | {"open": round(opening, 3)}
+            measured[count] |= {"next, with frames": spread(moves[0::2]), "next, without": spread(moves[1::2])}
+    return measured
 
 
 def processor() -> str:
