@@ -375,5 +375,5 @@ def local_weights(name: str) -> Path | None:
 
 
 def data_folder(profile: Profile) -> Path:
-    """The profile's data folder as an absolute path; a relative one is taken from WORKSPACE."""
-    return WORKSPACE / profile.data.folder
+    """The profile's data folder as an absolute path; a relative one is taken from WORKSPACE, ~ is the home folder."""
+    return WORKSPACE / os.path.expanduser(profile.data.folder)

@@ -212,9 +212,11 @@ def test_paths_of_a_run(tmp_path):
         assert path.is_relative_to(tmp_path)
 
 
-def test_data_folder_is_absolute(tmp_path):
+def test_data_folder_is_absolute(tmp_path, monkeypatch):
     assert config.data_folder(config.load("paper")) == config.WORKSPACE / "data/qvhighlights"
     assert config.data_folder(config.load("paper", {"data.folder": str(tmp_path)})) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.data_folder(config.load("paper", {"data.folder": "~/videos"})) == tmp_path / "videos"
 
 
 def test_the_workspace_is_the_repository_or_for_an_installed_package_the_current_folder(tmp_path):

@@ -77,7 +77,7 @@ def patched(content: bytes, *fields: tuple[bytes, int, int]) -> bytes:
 
 HOURS = 4320  # times 10 s are 12 h
 LENGTHS = [(b"mvhd", 16, HOURS), (b"tkhd", 20, HOURS), (b"mdhd", 16, HOURS), (b"elst", 8, HOURS)]
-COUNT, APART = 8, 12  # of stts: how many frames stand alike, how far apart
+COUNT, GAP = 8, 12  # of stts: how many frames stand alike, how far apart
 
 
 def whole_video(path: Path, count: int, image_size: int) -> np.ndarray:
@@ -266,6 +266,24 @@ def test_read_apart_gives_the_frames_and_refuses_more_than_the_disk_holds(corpus
             read_apart(corpus / "a.mp4", 4, 1e-6, 4096, 30, file)
 
 
+APART = """
+import sys
+sys.path.insert(0, sys.argv[1])  # as a notebook does; the process that decodes has another search path
+from framseg.frames import read_apart
+
+with open("all", "w+b") as file:
+    print(read_apart(sys.argv[2], 4, 2.0, 32, 30, file)[0].shape)
+"""
+
+
+def test_read_apart_works_from_any_folder(corpus, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (tmp_path / "framseg").mkdir()  # a folder of the package's name is not taken for it
+    command = [sys.executable, "-c", APART, Path(frames.__file__).parents[1], corpus / "a.mp4"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "(5, 32, 32, 3)\n", done.stderr
+
+
 def test_damage_behind_the_last_frame_wanted_is_found(corpus, tmp_path):
     path = remux(corpus / "a.mp4", tmp_path / "lost.mp4", keep=lambda number: number != 24)
     with pytest.raises(VideoError, match="damaged: it claims 79 frames"):
@@ -302,8 +320,8 @@ def bad_videos(corpus: Path, folder: Path) -> dict[str, str]:
         container.mux(stream.encode())
     (folder / "hours.avi").rename(folder / "no timestamps.mp4")
     make_video(folder / "hours.mp4", 2, times_ms=[0, 12 * 3600 * 1000])
-    (folder / "hours by header.mp4").write_bytes(patched(whole, *LENGTHS, (b"stts", APART, HOURS)))
-    (folder / "all at once.mp4").write_bytes(patched(whole, (b"stts", APART, 0)))
+    (folder / "hours by header.mp4").write_bytes(patched(whole, *LENGTHS, (b"stts", GAP, HOURS)))
+    (folder / "all at once.mp4").write_bytes(patched(whole, (b"stts", GAP, 0)))
     (folder / "no times.mp4").write_bytes(whole.replace(b"stts", b"free"))
     (folder / "unreadable.mp4").symlink_to("/proc/self/mem")  # an input/output error
     with av.open(str(corpus / "a.mp4")) as old, av.open(str(folder / "more claimed.mp4"), "w") as new:

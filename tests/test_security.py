@@ -71,8 +71,8 @@ def test_a_pickle_among_base_weights(checkpoint, harm, tmp_path, name):  # noqa:
 def test_a_pickle_in_a_checkpoint(checkpoint, harm, tmp_path, name):  # noqa: F811
     shutil.copytree(checkpoint / "trained", tmp_path / "trained")
     right = load_trained(tmp_path / "trained")[1]
-    for beside in (f"{name.rpartition('.')[0]}.bin", "training_args.bin"):  # never looked at
-        shutil.copy(harm, tmp_path / "trained" / beside)
+    for extra in (f"{name.rpartition('.')[0]}.bin", "training_args.bin"):  # never looked at
+        shutil.copy(harm, tmp_path / "trained" / extra)
     assert load_trained(tmp_path / "trained")[1] == right
     shutil.copy(harm, tmp_path / "trained" / name)
     with pytest.raises(CheckpointError, match=f"{name}: damaged or not a safetensors file"):
@@ -159,8 +159,8 @@ def test_a_profile_s_name_leads_nowhere_else(name):
 
 def test_the_shell_passes_on_what_it_is_given(tmp_path):
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    said = shell("papre$(touch executed)", "--set", "'; touch executed; '", cwd=tmp_path, PATH=path, HOME=str(tmp_path))
-    assert said.returncode == 2 and "write KEY=VALUE" in said.stderr
+    done = shell("papre$(touch executed)", "--set", "'; touch executed; '", cwd=tmp_path, PATH=path, HOME=str(tmp_path))
+    assert done.returncode == 2 and "write KEY=VALUE" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
