@@ -49,13 +49,9 @@ def extract(
 ) -> frames.Report:
     """Decode the splits' videos into the frame store; stored ones are skipped. See `frames.extract`."""
     durations = {row.vid: row.duration for split in splits for row in rows(profile, split)}
+    limit, tolerance = profile.frames.time_limit, profile.data.duration_tolerance
     return frames.extract(
-        durations,
-        videos(profile),
-        store(profile),
-        time_limit=profile.frames.time_limit,
-        duration_tolerance=profile.data.duration_tolerance,
-        progress=progress,
+        durations, videos(profile), store(profile), time_limit=limit, duration_tolerance=tolerance, progress=progress
     )
 
 

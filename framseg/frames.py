@@ -149,23 +149,21 @@ class Video:
         shape = (*numbers.shape, image_size, image_size, 3)
         out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
         flat = out.reshape(-1, image_size, image_size, 3)
-        places: dict[int, list[int]] = {}
-        for place, number in enumerate(numbers.ravel().tolist()):
-            places.setdefault(number, []).append(place)
+        wanted = set(numbers.ravel().tolist())
         reader = self._reader()
         # Skipping over a key frame would make decord seek: stop at the frame in front of each and read it.
         stops = {key - 1 for key in reader.get_key_indices() if 0 < key <= self.count}
         position = 0
         try:
-            for number in sorted(stops | places.keys() | {self.count - 1}):
+            for number in sorted(stops | wanted | {self.count - 1}):
                 if number > position:
                     reader.skip_frames(number - position)
                 frame = reader.next()
                 position = number + 1
                 alive()
-                if number in places:
+                if number in wanted:
                     picture = Image.fromarray(_without_padding(frame.asnumpy()))
-                    flat[places[number]] = np.asarray(picture.resize(shape[-3:-1], Image.Resampling.BICUBIC))
+                    flat[numbers.ravel() == number] = np.asarray(picture.resize(shape[-3:-1], Image.Resampling.BICUBIC))
         except DECODER_ERRORS as error:
             raise VideoError(
                 f"{self.path}: damaged: it claims {self.count} frames ({self.length:.2f} s), and not all of them "
