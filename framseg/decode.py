@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -61,11 +61,6 @@ class Decoded:
     def probability(self) -> Tensor:
         """Softmax over the two digits' logits along the winning beam, float32 [B, f]."""
         return self.probabilities[:, 0]
-
-    @property
-    def score(self) -> Tensor:
-        """Log-probability of the winning beam, float32 [B]."""
-        return self.scores[:, 0]
 
 
 class _SharedLayer(DynamicLayer):
@@ -296,7 +291,7 @@ def whole(profile: config.Profile, run: Run, name: str) -> list[dict]:
                 # The first line of each part says what made it.
                 lines = [part.read_text(encoding="utf-8").count("\n") - 1 for part in _parts(path)]
                 bar.update(max(0, sum(lines)) - bar.n if lines else 0)
-    if job.failed:
+    if job.process.returncode:
         raise DecodeError(f"decoding {name} failed: {job.failure()}")
     return read_predictions(path)
 
@@ -325,21 +320,21 @@ def answers(
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:
     """Frames of the videos in their order, or why there are none, while the next `ahead` are being read."""
 
-    def outcome(vid: str, task: Future) -> tuple[str, np.ndarray | VideoError]:
+    def outcome(vid: str) -> np.ndarray | VideoError:
         try:
-            return vid, task.result()
+            return store.read(vid)
         except StoreError:
             raise  # the set-up is wrong, not this video
         except VideoError as error:
-            return vid, error
+            return error
 
     with ThreadPoolExecutor(max_workers=min(ahead, 8)) as pool:
         coming = iter(vids)
-        waiting = deque((vid, pool.submit(store.read, vid)) for vid in islice(coming, ahead))
+        waiting = deque((vid, pool.submit(outcome, vid)) for vid in islice(coming, ahead))
         while waiting:
             vid, task = waiting.popleft()
-            waiting.extend((later, pool.submit(store.read, later)) for later in islice(coming, 1))
-            yield outcome(vid, task)
+            waiting.extend((later, pool.submit(outcome, later)) for later in islice(coming, 1))
+            yield vid, task.result()
 
 
 def made_by(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> dict[str, str]:

@@ -6,11 +6,11 @@
 import argparse
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,16 +44,11 @@ def deepspeed_config(profile: config.Profile) -> dict:
     """The DeepSpeed configuration of a profile (method.md's "Training"; the learning rate is set at every step)."""
     section = profile.training
     zero: dict = {"stage": section.zero_stage}
-    optimizer = {
-        "lr": section.learning_rate,
-        "betas": list(section.betas),
-        "eps": section.eps,
-        "weight_decay": section.weight_decay,
-    }
+    optimizer = {"lr": section.learning_rate, "betas": list(section.betas), "eps": section.eps}
     if section.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     else:
-        optimizer["torch_adam"] = True  # the same update, without a helper op to compile first
+        optimizer["torch_adam"] = True  # the same update, and nothing has to be compiled first
     return {
         "train_batch_size": section.micro_batch * section.accumulation * section.processes,
         "train_micro_batch_size_per_gpu": section.micro_batch,
@@ -61,7 +56,7 @@ def deepspeed_config(profile: config.Profile) -> dict:
         "gradient_clipping": section.gradient_clip,
         "bf16": {"enabled": profile.model.dtype == "bfloat16"},
         "zero_optimization": zero,
-        "optimizer": {"type": "AdamW", "params": optimizer},
+        "optimizer": {"type": "AdamW", "params": optimizer | {"weight_decay": section.weight_decay}},
         "steps_per_print": 2**31,  # our own log has every step
     }
 
@@ -123,25 +118,26 @@ def launch(
         hold(run.train).close()  # the first of the processes takes it
         config.save(profile, run.profile)
         config.save(profile, run.trained_with)
-        run.trained_on.write_text(_rows_hash(profile), encoding="utf-8")
+        run.trained_on.write_text(resume.checksum(dataset.annotation_file(profile, "train")), encoding="utf-8")
         stop.unlink(missing_ok=True)
         arguments = ["--profile", str(run.profile), "--run-dir", str(run.root)]
         job = launcher.Job("framseg.train", profile, run.train / "output.log", arguments)
     except OSError as error:
         raise TrainError(f"training cannot start: {launcher.sentence(error)}") from error
-    try:
-        with job:
+    with job:
+        try:
+            _watch(job, run, total, on_progress)
+        except KeyboardInterrupt:
+            stop.touch()
+            print("stopping after this step, with a state to go on from …")
             try:
-                _watch(job, run, total, on_progress)
-            except KeyboardInterrupt:
-                stop.touch()
-                print("stopping after this step, with a checkpoint …")
-                if not job.ends_within(PATIENCE):
-                    print(f"no answer within {PATIENCE} s: killed; the last checkpoint stands")
-                raise
-    finally:
-        stop.unlink(missing_ok=True)
-    if job.failed or len(read_log(run.step_log)) < total:
+                job.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                print(f"no answer within {PATIENCE} s: killed; the last state on disk stays")
+            raise
+        finally:
+            stop.unlink(missing_ok=True)
+    if job.process.returncode or len(read_log(run.step_log)) < total:
         raise TrainError(f"training failed: {job.failure()}")
 
 
@@ -152,40 +148,32 @@ def _changed(profile: config.Profile, run: Run) -> list[str]:
     """
     if not run.trained_with.is_file():
         return []
-    old, new = (
-        p.model_dump(mode="json", exclude={"inference", "name"}) for p in (config.load(run.trained_with), profile)
-    )
-    allowed = set(profile.training.may_change) | {"training.may_change"}
-    changes = _differences(old, new)
-    different = [words for key, words in changes.items() if key not in allowed]
-    if len(set(map(_samples_per_step, (old, new)))) > 1:  # the steps done would no longer say where in the data it is
-        different.append("as many samples per step there must be (processes x micro_batch x accumulation)")
-    if run.trained_on.is_file() and run.trained_on.read_text(encoding="utf-8") != _rows_hash(profile):
-        different.append(f"other rows in {dataset.annotation_file(profile, 'train').name}")
-    if different:
+    trained = config.load(run.trained_with)
+    old, new = (_flat(p.model_dump(mode="json", exclude={"inference", "name"})) for p in (trained, profile))
+    changes = {key: f"{key}: {old[key]} there, {value} now" for key, value in new.items() if old[key] != value}
+    changes.pop("training.may_change", None)
+    refused = [words for key, words in changes.items() if key not in profile.training.may_change]
+    sections = trained.training, profile.training
+    if len({section.processes * section.micro_batch * section.accumulation for section in sections}) > 1:
+        # The number of steps done would no longer say where in the data it is.
+        refused.append("as many samples per step there must be (processes x micro_batch x accumulation)")
+    file = dataset.annotation_file(profile, "train")
+    if run.trained_on.is_file() and run.trained_on.read_text(encoding="utf-8") != resume.checksum(file):
+        refused.append(f"other rows in {file.name}")
+    if refused:
         raise TrainError(
-            f"{run.train} was trained with other settings ({'; '.join(different)}): give another --run-dir, remove "
+            f"{run.train} was trained with other settings ({'; '.join(refused)}): give another --run-dir, remove "
             f"{run.train} to train anew, or name the keys in training.may_change to go on with the new values"
         )
-    return [words for key, words in changes.items() if key != "training.may_change"]
+    return list(changes.values())
 
 
-def _samples_per_step(profile: dict) -> int:
-    return math.prod(profile["training"][name] for name in ("processes", "micro_batch", "accumulation"))
-
-
-def _rows_hash(profile: config.Profile) -> str:
-    return hashlib.sha256(dataset.annotation_file(profile, "train").read_bytes()).hexdigest()
-
-
-def _differences(old: dict, new: dict, at: str = "") -> dict[str, str]:
-    out: dict[str, str] = {}
-    for key, value in new.items():
-        if isinstance(value, dict):
-            out |= _differences(old[key], value, f"{at}{key}.")
-        elif old[key] != value:
-            out[f"{at}{key}"] = f"{at}{key}: {old[key]} there, {value} now"
-    return out
+def _flat(section: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, object] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _watch(

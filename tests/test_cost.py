@@ -81,7 +81,7 @@ def test_a_window_leaves_fewer_pairs(profile):
 
 
 def test_matrix_rate_counts_the_products_that_the_clock_gave_time_for():
-    """Each look at this clock takes 1/16 s, one look for each product and two at the end; the warm-up does not count."""
+    """Each look at the clock takes 1/16 s: one look per product, and two at the end; the warm-up does not count."""
     looks = itertools.count()
     rate = cost.matrix_rate("cpu", torch.float32, width=32, clock=lambda: next(looks) / 16)
     assert rate == 15 * 2 * 32**3 / (17 / 16)

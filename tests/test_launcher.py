@@ -66,7 +66,7 @@ def test_what_a_process_leaves_in_the_log_is_told(tmp_path, monkeypatch, code):
     log.write_text("Traceback (most recent call last):\nof an earlier run\n")
     with launcher.Job("started", config.load("demo", {"training.processes": 1}), log, []) as job:
         assert list(job.polls())[-1]
-    assert job.failed
+    assert job.process.returncode
     assert re.match(MODULES[code], job.failure()), job.failure()
 
 
@@ -81,7 +81,7 @@ if sys.argv[2] == "unchanged":
     own, launcher._environment = launcher._environment, lambda profile: own(profile) | {"PATH": path}
 with launcher.Job("this", config.load("demo"), Path(sys.argv[1]) / "log", []) as job:
     list(job.polls())
-print(job.failure() if job.failed else "well")
+print(job.failure() if job.process.returncode else "well")
 """
 
 

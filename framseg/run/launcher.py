@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,26 +37,18 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 T = TypeVar("T")
 
 
-class Reason(StrEnum):
-    """Why a process failed, as its exception tells; `diagnosis` finds it and SENTENCES says it."""
+class Reason(Enum):
+    """Why a process failed, and the sentence for a user, with a place for what the reason concerns."""
 
-    DISK_FULL = "disk full"
-    OUT_OF_MEMORY = "out of memory"
-    NOT_WRITABLE = "not writable"
-    READER_DIED = "reader died"  # a process of torch's DataLoader
-    PEER_GONE = "another process ended"  # which has written its own reason, or was killed
-    OTHER = "other"
-
-
-SENTENCES = {
-    Reason.DISK_FULL: "the disk is full ({}): make room and start again, finished steps are kept",
-    Reason.OUT_OF_MEMORY: "out of memory ({}): halve training.micro_batch (or inference.batch, if it was decoding) and "
-    "double training.accumulation, or set training.gradient_checkpointing=true",
-    Reason.NOT_WRITABLE: "cannot write {}: give another --run-dir or data.folder",
-    Reason.READER_DIED: "a process that reads frames has died ({}): lower training.workers if memory is short",
-    Reason.PEER_GONE: "another process has ended ({})",
-    Reason.OTHER: "{}",
-}
+    DISK_FULL = "the disk is full ({}): make room and start again, finished steps are kept"
+    OUT_OF_MEMORY = (
+        "out of memory ({}): halve training.micro_batch (or inference.batch, if it was decoding) and double "
+        "training.accumulation, or set training.gradient_checkpointing=true"
+    )
+    NOT_WRITABLE = "cannot write {}: give another --run-dir or data.folder"
+    READER_DIED = "a process that reads frames has died ({}): lower training.workers if memory is short"
+    PEER_GONE = "another process has ended ({})"  # that one has written its own reason, or was killed
+    OTHER = "{}"
 
 
 def diagnosis(error: Exception) -> tuple[Reason, str]:
@@ -89,8 +81,8 @@ def diagnosis(error: Exception) -> tuple[Reason, str]:
 
 def sentence(error: Exception) -> str:
     """What to tell a user about an error of this process: what happened and, where that is known, what to do."""
-    reason, concerned = diagnosis(error)
-    return SENTENCES[reason].format(concerned)
+    reason, what = diagnosis(error)
+    return reason.value.format(what)
 
 
 # --- in the process that starts the others ---------------------------------------------------------------------
@@ -131,30 +123,17 @@ class Job:
             time.sleep(POLL)
         yield True
 
-    def ends_within(self, seconds: float) -> bool:
-        """Wait for the end; False if the launcher still runs after so long."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    @property
-    def failed(self) -> bool:
-        """True once the launcher has ended with an error."""
-        return bool(self.process.returncode)
-
     def failure(self) -> str:
         """Why the processes ended, in one sentence that names the log."""
         with open(self.log, "rb") as file:
             file.seek(self.begin)
             lines = file.read().decode("utf-8", errors="replace").splitlines()
         given = [pair for line in lines if (pair := _reason(line))]
-        if own := [pair for pair in given if pair[0] is not Reason.PEER_GONE]:
-            reason, concerned = own[0]
-            why = SENTENCES[reason].format(concerned)
+        own = [reason.value.format(what) for reason, what in given if reason is not Reason.PEER_GONE]
+        if own:
+            why = own[0]
         elif shutil.disk_usage(self.log.parent).free < 2**20:  # too full for a last line
-            why = SENTENCES[Reason.DISK_FULL].format(self.log.parent)
+            why = Reason.DISK_FULL.value.format(self.log.parent)
         elif not given and 0 < self.process.returncode < 128 and (error := _traceback_end(lines)):
             why = f"a process or the DeepSpeed launcher ended with {error}"
         else:
@@ -170,8 +149,8 @@ def _reason(line: str) -> tuple[Reason, str] | None:
     if not line.startswith(LAST_LINE):
         return None
     record = parse_object(line.removeprefix(LAST_LINE))[0] or {}
-    reason = record.get("reason")
-    return (Reason(reason), str(record.get("what"))) if reason in list(Reason) else None
+    name = str(record.get("reason"))
+    return (Reason[name], str(record.get("what"))) if name in Reason.__members__ else None
 
 
 def _traceback_end(lines: list[str]) -> str | None:
@@ -191,7 +170,7 @@ def _launcher(processes: int) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # The launcher's own scripts start "python": it must be this one.
+    # Its own first line starts "python": it must be this one.
     return [
         sys.executable, launcher, f"--num_gpus={processes}", "--master_addr=127.0.0.1", f"--master_port={port}",
         "--no_local_rank",
@@ -259,6 +238,6 @@ def last_line() -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
-        reason, concerned = diagnosis(error)
-        print(f"{LAST_LINE}{json.dumps({'reason': reason, 'what': concerned})}", file=sys.stderr, flush=True)
+        reason, what = diagnosis(error)
+        print(f"{LAST_LINE}{json.dumps({'reason': reason.name, 'what': what})}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -1,5 +1,7 @@
 """What a profile needs and this machine lacks, found before anything starts and without loading the model's code."""
 
+import importlib.util
+
 import torch
 
 from framseg import config, dataset, prompt
@@ -42,7 +44,7 @@ def missing(profile: config.Profile, trains: bool = True) -> list[str]:
         except prompt.PromptError as error:
             out.append(f"tokenizer: {error}")
     out += gpus(profile) if trains else []
-    if profile.model.attention == "flash_attention_2" and not _flash_attention():
+    if profile.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         out.append("flash attention: the package flash-attn is not installed; install it or set model.attention=sdpa")
     return out
 
@@ -76,9 +78,3 @@ def _on_hub(name: str, file: str) -> bool:
     except Exception:  # the HTTP library's errors share no base class with the hub's
         return False
     return True
-
-
-def _flash_attention() -> bool:
-    from transformers.utils import is_flash_attn_2_available
-
-    return is_flash_attn_2_available()
