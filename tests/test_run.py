@@ -76,6 +76,12 @@ def test_a_notebook_looks_names_up_where_the_run_was_started_and_loads_nothing_t
     assert start(tmp_path, "--only", "01", "--set", "model.weights=weights") == 0
 
 
+def test_a_notebook_imports_the_repository_from_within_it(notebooks, tmp_path, monkeypatch):
+    monkeypatch.chdir(config.REPOSITORY)
+    notebook(notebooks, "01_one", f"import sys; assert {str(config.REPOSITORY)!r} in sys.path")
+    assert start(tmp_path, "--only", "01") == 0
+
+
 def test_a_part_goes_on_with_the_runs_own_profile(notebooks, tmp_path):
     config.save(config.load("paper", {"training.epochs": 4}), _made(tmp_path / "a run") / "profile.yaml")
     assert start(tmp_path, "--only", "2") == 0

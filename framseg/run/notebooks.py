@@ -111,8 +111,10 @@ def execute(notebook: Path, run: Run) -> None:
         parameters["live"] = False  # no widgets: nobody can use them while papermill executes
     with tempfile.TemporaryDirectory() as folder:
         # Jupyter may know another interpreter's kernel by this name: this folder, first on its path, has this Python's.
-        # Its modules do not come from the current folder, where a file of the user's may have a library's name.
-        write_kernel_spec(Path(folder) / "kernels" / KERNEL, {"env": {"PYTHONSAFEPATH": "1"}})
+        # It loads no module from the current folder, where a file may have a library's name, unless that is PYTHONPATH:
+        # the usual command, `ipykernel_launcher`, takes that away, too.
+        command = [sys.executable, "-m", "ipykernel", "-f", "{connection_file}"]
+        write_kernel_spec(Path(folder) / "kernels" / KERNEL, {"argv": command, "env": {"PYTHONSAFEPATH": "1"}})
         os.environ["JUPYTER_PATH"] = folder
         papermill.execute_notebook(
             _literal(notebook),
