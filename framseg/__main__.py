@@ -1,11 +1,11 @@
-"""The command line: ``framseg COMMAND …``, or ``python -m framseg COMMAND …`` where the package is not installed."""
+"""The command line: ``framseg COMMAND …``; ``python -m framseg COMMAND …`` where the package is not installed."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from framseg import FramsegError, __version__
+import framseg
 
 COMMANDS = {  # name: the module whose `main` does it, what it does
     "predict": ("framseg.predictor", "find moments and highlights in your own video"),
@@ -25,18 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="framseg",
-        description="Moments and highlights of videos, found by a multimodal LLM that segments frames.",
-        epilog="framseg COMMAND --help lists a command's options.",
+        "framseg", description=framseg.__doc__, epilog="framseg COMMAND --help lists its options."
     )
-    parser.add_argument("--version", action="version", version=f"framseg {__version__}")
+    parser.add_argument("--version", action="version", version=f"framseg {framseg.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, (_, purpose) in COMMANDS.items():
         commands.add_parser(name, help=purpose, add_help=False)
     command = parser.parse_args(arguments[:1]).command
     try:
         return import_module(COMMANDS[command][0]).main(arguments[1:]) or 0
-    except (FramsegError, OSError) as error:
+    except (framseg.FramsegError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

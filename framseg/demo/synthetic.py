@@ -141,10 +141,8 @@ def render(scene: Scene, times: np.ndarray, noise: float = 1.0) -> np.ndarray:
         angle = path[0][:, None] * now + path[1][:, None]
         centre_x = (width / height) * (0.5 + 0.32 * np.sin(angle[0]))
         centre_y = 0.5 + 0.24 * np.cos(angle[1])
-        dx, dy = (
-            ((grid - centre[:, None, None]) / radius[:, None, None]).astype(np.float32)
-            for grid, centre in ((x, centre_x), (y, centre_y))
-        )
+        dx = ((x - centre_x[:, None, None]) / radius[:, None, None]).astype(np.float32)
+        dy = ((y - centre_y[:, None, None]) / radius[:, None, None]).astype(np.float32)
         part = frames[shown]
         part[_inside(activity.shape, dx, dy)] = colour
         frames[shown] = part
@@ -241,14 +239,9 @@ def make(data: Data, folder: Path) -> None:
     videos = folder / data.videos
     try:
         videos.mkdir(parents=True, exist_ok=True)
-        missing = {
-            videos / f"{vid}.mp4": scene
-            for split in VIDEOS
-            for vid, scene in scenes(split).items()
-            if not (videos / f"{vid}.mp4").is_file()
-        }
+        paths = {videos / f"{vid}.mp4": scene for split in VIDEOS for vid, scene in scenes(split).items()}
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-            jobs = [pool.submit(write_video, path, scene) for path, scene in missing.items()]
+            jobs = [pool.submit(write_video, path, scene) for path, scene in paths.items() if not path.is_file()]
             for job in tqdm(as_completed(jobs), "demo videos", len(jobs), disable=not jobs, unit="video"):
                 job.result()
         for split in VIDEOS:

@@ -106,8 +106,9 @@ def execute(notebook: Path, run: Run) -> None:
 
     The kernel works in the current folder, so that a relative path in the profile means the same there as here.
     """
+    source, copy = _literal(notebook), _literal(run.notebooks / notebook.name)
     parameters: dict[str, str | bool] = {"profile": str(run.profile), "run_dir": str(run.root)}
-    if "live" in papermill.inspect_notebook(_literal(notebook)):
+    if "live" in papermill.inspect_notebook(source):
         parameters["live"] = False  # no widgets: nobody can use them while papermill executes
     with tempfile.TemporaryDirectory() as folder:
         # Jupyter may know another interpreter's kernel by this name: this folder, first on its path, has this Python's.
@@ -116,13 +117,7 @@ def execute(notebook: Path, run: Run) -> None:
         command = [sys.executable, "-m", "ipykernel", "-f", "{connection_file}"]
         write_kernel_spec(Path(folder) / "kernels" / KERNEL, {"argv": command, "env": {"PYTHONSAFEPATH": "1"}})
         os.environ["JUPYTER_PATH"] = folder
-        papermill.execute_notebook(
-            _literal(notebook),
-            _literal(run.notebooks / notebook.name),
-            parameters=parameters,
-            kernel_name=KERNEL,
-            language="python",
-        )
+        papermill.execute_notebook(source, copy, parameters, kernel_name=KERNEL, language="python")
 
 
 def failure(notebook: Path, run: Run) -> str | None:
