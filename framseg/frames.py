@@ -217,7 +217,7 @@ class Store:
     neighbour_distance: float
     quality: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
 
     def path(self, vid: str) -> Path:
