@@ -44,7 +44,7 @@ class Operations:
 def operations(profile: config.Profile, positions: int) -> Operations:
     """Operations of a sample with `positions` positions of the language model (`prompt.Report.sample_positions`)."""
     vision, resampler, language = profile.model.vision, profile.model.resampler, profile.model.language
-    frames, patches, width = profile.frames.count, _patches(vision), vision.hidden_size
+    frames, patches, width = profile.frames.count, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
     layer = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * patches**2 * width
     encoder = frames * (2 * patches * 3 * vision.patch_size**2 * width + vision.layers * layer)
 
@@ -57,11 +57,14 @@ def operations(profile: config.Profile, positions: int) -> Operations:
     )
     tokens = frames * (resampler.layers * layer + 2 * latents * width * language.hidden_size)
 
+    # Of a layer's four linear maps (qkv, output, gate and up, down): the weights, and the number of inputs and outputs.
+    weights = 4 * language.hidden_size**2 + 3 * language.hidden_size * language.intermediate_size
+    borders = 8 * language.hidden_size + 3 * language.intermediate_size
     window = min(language.sliding_window or positions, positions)
     pairs = window * (window + 1) / 2 + (positions - window) * window
     attention = language.layers * 4 * pairs * language.hidden_size
-    linear = language.layers * 2 * positions * _layer_weights(language)
-    adapter = language.layers * 2 * positions * profile.adapter.rank * _layer_borders(language)
+    linear = language.layers * 2 * positions * weights
+    adapter = language.layers * 2 * positions * profile.adapter.rank * borders
     head = 2 * (frames + 1) * language.hidden_size * (language.used_vocab + language.extra_rows)
     forward = linear + attention + adapter + head
     return Operations(
@@ -86,7 +89,6 @@ def matrix_rate(
     seconds: how long to measure, after a warm-up. clock: the one that times what is compared.
     """
     left, right = torch.randn(2, width, width, device=device).to(dtype)
-    done, began = 0, clock()
     for warm_up in (True, False):
         done, began = 0, clock()
         while clock() - began < (seconds / 4 if warm_up else seconds):
@@ -106,17 +108,3 @@ def device_name() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {os.cpu_count()} cores"
-
-
-def _patches(vision: config.Vision) -> int:
-    return (vision.image_size // vision.patch_size) ** 2
-
-
-def _layer_weights(language: config.Language) -> int:
-    """Weights of one layer's four linear maps: qkv, output, gate and up, down."""
-    return 4 * language.hidden_size**2 + 3 * language.hidden_size * language.intermediate_size
-
-
-def _layer_borders(language: config.Language) -> int:
-    """Inputs and outputs of these four maps: what a pair of rank 1 has as parameters."""
-    return 8 * language.hidden_size + 3 * language.intermediate_size

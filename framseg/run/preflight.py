@@ -3,6 +3,7 @@
 import importlib.util
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
 from framseg import config, dataset, prompt
 
@@ -61,20 +62,13 @@ def gpus(profile: config.Profile) -> list[str]:
 
 
 def _cached(name: str, file: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
     return isinstance(try_to_load_from_cache(name, file), str)
 
 
 def _on_hub(name: str, file: str) -> bool:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     if name.count("/") != 1:
         return False
-    if _cached(name, file):
-        return True
     try:
-        get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_PATIENCE)
+        return _cached(name, file) or bool(get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_PATIENCE))
     except Exception:  # the HTTP library's errors share no base class with the hub's
         return False
-    return True
