@@ -22,13 +22,13 @@ def profile() -> config.Profile:
 
 def test_the_papers_sample():
     """About 17 + 5 + 59 TFLOP to train, 29 more with recomputation, 47 at inference."""
-    found = cost.operations(config.load("paper"), 3621)
-    assert found.encoder / cost.TERA == pytest.approx(17, abs=0.5)
-    assert (found.resampler + found.resampler_backward) / cost.TERA == pytest.approx(5, abs=0.5)
-    assert (found.language + found.language_backward) / cost.TERA == pytest.approx(59, abs=1)
-    assert found.recomputation / cost.TERA == pytest.approx(29, abs=0.5)
-    assert found.inference / cost.TERA == pytest.approx(47, abs=0.5)
-    assert cost.operations(config.load("h100"), 3621).training == found.training - found.recomputation
+    counted_work = cost.operations(config.load("paper"), 3621)
+    assert counted_work.encoder / cost.TERA == pytest.approx(17, abs=0.5)
+    assert (counted_work.resampler + counted_work.resampler_backward) / cost.TERA == pytest.approx(5, abs=0.5)
+    assert (counted_work.language + counted_work.language_backward) / cost.TERA == pytest.approx(59, abs=1)
+    assert counted_work.recomputation / cost.TERA == pytest.approx(29, abs=0.5)
+    assert counted_work.inference / cost.TERA == pytest.approx(47, abs=0.5)
+    assert cost.operations(config.load("h100"), 3621).training == counted_work.training - counted_work.recomputation
 
 
 @sdpa_kernel(SDPBackend.MATH)  # torch does not count the CPU's fused attention

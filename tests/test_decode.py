@@ -78,16 +78,16 @@ def log_softmax(model, vision, ids, answers):
 
 def plain_search(model, vision, ids, steps, beams):
     """[(mask, score, probabilities of '1'), ...], best first."""
-    found = [((), np.float32(0), [])]
+    best = [((), np.float32(0), [])]
     for _ in range(steps):
-        after = log_softmax(model, vision, ids, [answer for answer, *_ in found])
+        after = log_softmax(model, vision, ids, [answer for answer, *_ in best])
         longer = [
             ((*answer, digit), score + log_p[digit], [*ones, np.exp(log_p[1])])
-            for (answer, score, ones), log_p in zip(found, after, strict=True)
+            for (answer, score, ones), log_p in zip(best, after, strict=True)
             for digit in (0, 1)
         ]
-        found = sorted(longer, key=lambda beam: -beam[1])[:beams]
-    return found
+        best = sorted(longer, key=lambda beam: -beam[1])[:beams]
+    return best
 
 
 def assert_same(decoded, row, expected):
@@ -306,14 +306,14 @@ def test_split_answers_every_row_in_order_and_encodes_a_video_once(setup):
     encoded = []
     setup.model.vision_tokenizer.register_forward_hook(lambda _, args, out: encoded.append(len(out) // FRAMES))
     setup.model.train()
-    found = run(setup)
+    records = run(setup)
     assert not setup.model.training
     assert sum(encoded) == 3  # six queries about three videos, of which none stands with all of its own
-    assert [record["qid"] for record in found] == [row.qid for row in ROWS]
-    assert found == [json.loads(line) for line in setup.path.read_text().splitlines()]
+    assert [record["qid"] for record in records] == [row.qid for row in ROWS]
+    assert records == [json.loads(line) for line in setup.path.read_text().splitlines()]
     assert list(setup.path.parent.iterdir()) == [setup.path]
     inference = setup.profile.inference
-    for row, record in zip(ROWS, found, strict=True):
+    for row, record in zip(ROWS, records, strict=True):
         expected = alone(setup, row)
         mask, t = record["mask"], row.duration
         assert {name: record[name] for name in ("query", "vid", "duration")} == {
@@ -327,8 +327,8 @@ def test_split_answers_every_row_in_order_and_encodes_a_video_once(setup):
         assert record["pred_relevant_windows"] == moments.windows(mask, record["probability"], t, inference.windows)
         chosen = moments.saliency(record["probability"], t, inference.saliency).tolist()
         assert record["pred_saliency_scores"] == chosen
-    assert len({record["mask"] for record in found}) > 1
-    matched(found, ROWS)
+    assert len({record["mask"] for record in records}) > 1
+    matched(records, ROWS)
 
 
 def test_profile_chooses_windows_and_saliency(setup):
@@ -379,10 +379,10 @@ def test_interrupted_split_goes_on_where_it_was(setup, monkeypatch):
     with part.open("a") as file:
         file.write(part.read_text().splitlines()[-1][:50])  # killed in the middle of a line
     sizes = interrupt(monkeypatch, calls=100)
-    found = run(setup)
+    records = run(setup)
     assert sum(sizes) == 4 and not part.exists()
-    assert [record["mask"] for record in found] == [record["mask"] for record in whole]
-    for one, other in zip(found, whole, strict=True):
+    assert [record["mask"] for record in records] == [record["mask"] for record in whole]
+    for one, other in zip(records, whole, strict=True):
         np.testing.assert_allclose(one["probability"], other["probability"], atol=1e-5)
 
 
@@ -402,8 +402,8 @@ def test_what_other_settings_left_is_not_used(setup, monkeypatch, change):
         run(setup, profile=setup.profile.model_copy(update={"inference": inference}))
     else:  # of the two rows that were done, one asks something else now
         other = Row(3, "a cat sleeps", 126, "a")
-        found = run(setup, [other if row.qid == 3 else row for row in ROWS])
-        assert found[1]["query"] == "a cat sleeps"
+        records = run(setup, [other if row.qid == 3 else row for row in ROWS])
+        assert records[1]["query"] == "a cat sleeps"
     assert sum(sizes) == {"weights": 6, "beams": 6, "query": 5}[change]
 
 
@@ -411,17 +411,17 @@ def test_unreadable_video_fails_its_queries_alone(setup, capsys):
     setup.store.path("b").write_bytes(b"no zip file")
     setup.store.path("c").unlink()
     (setup.store.folder / frames.FAILURES).write_text(json.dumps({"vid": "c", "reason": "c.mp4: is cut off"}) + "\n")
-    found = run(setup)
-    for record in (found[0], *found[2:]):
+    records = run(setup)
+    for record in (records[0], *records[2:]):
         assert record["valid"] is False and record["mask"] == "1" * FRAMES and record["probability"] == [1.0] * FRAMES
         assert record["pred_relevant_windows"] == [[0, record["duration"], 1.0]]
         assert set(record["pred_saliency_scores"]) == {1.0}
-    assert "damaged" in found[0]["error"] and found[2]["error"] == "c.mp4: is cut off"
-    assert "error" not in found[1]
+    assert "damaged" in records[0]["error"] and records[2]["error"] == "c.mp4: is cut off"
+    assert "error" not in records[1]
     printed = capsys.readouterr()
     warnings = [line for line in (printed.out + printed.err).splitlines() if "warning" in line]
     assert len(warnings) == 2 and "c.mp4: is cut off" in warnings[1]
-    matched(found, ROWS)
+    matched(records, ROWS)
 
 
 def test_failed_videos_are_tried_again(setup, monkeypatch):

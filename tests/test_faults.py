@@ -25,8 +25,8 @@ from framseg.run.paths import BusyError, Run
 
 def processes_of(run: Run) -> list[psutil.Process]:
     """The launcher and the training processes of a run, oldest first."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if str(run.root) in " ".join(p.info["cmdline"] or [])]
-    return sorted((p for p in found if p.pid != os.getpid()), key=lambda process: process.pid)
+    running = [p for p in psutil.process_iter(["cmdline"]) if str(run.root) in " ".join(p.info["cmdline"] or [])]
+    return sorted((p for p in running if p.pid != os.getpid()), key=lambda process: process.pid)
 
 
 def alive(run: Run) -> list[psutil.Process]:
@@ -234,10 +234,10 @@ def test_a_full_disk_ends_with_one_sentence(small_set, tmp_path):
         pytest.skip("root may mount the disk of 1 MB that this needs; the next test does with files that may not grow")
     run = Run(profile, tmp_path / "disk" / "run")
     process = start_elsewhere(profile, run, *alone, f'{mount} && exec "$@"', "sh")
-    said = process.communicate(timeout=120)[1].strip()
+    message = process.communicate(timeout=120)[1].strip()
     assert process.returncode == 1 and not alive(run)
-    assert said.startswith("training failed: the disk is full (") and "make room and start again" in said
-    assert len(said.splitlines()) == 1
+    assert message.startswith("training failed: the disk is full (") and "make room and start again" in message
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -266,9 +266,9 @@ def test_a_read_only_folder_ends_with_one_sentence(trained, tmp_path):
     (tmp_path / "shut").mkdir(mode=0o555)
     run = Run(profile, tmp_path / "shut" / "run")
     process = start_elsewhere(profile, run, *without_override())
-    said = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and not run.root.exists()
-    [sentence] = said.strip().splitlines()
+    [sentence] = message.strip().splitlines()
     assert (
         sentence.startswith("training cannot start: ")
         and f"cannot write {run.root}" in sentence
@@ -278,10 +278,10 @@ def test_a_read_only_folder_ends_with_one_sentence(trained, tmp_path):
 
 
 def test_a_missing_gpu_is_said_before_anything_starts(small_set, tmp_path):
-    there = torch.cuda.device_count()
-    profile = small_profile(small_set, model__dtype="bfloat16", training__processes=there + 1)
+    count = torch.cuda.device_count()
+    profile = small_profile(small_set, model__dtype="bfloat16", training__processes=count + 1)
     run = Run(profile, tmp_path / "no GPU")
-    with pytest.raises(train.TrainError, match=f"trains on {there + 1}, this machine has {there}; set training.proc"):
+    with pytest.raises(train.TrainError, match=f"trains on {count + 1}, this machine has {count}; set training.proc"):
         train.launch(profile, run)
     assert not run.root.exists()
 
@@ -291,9 +291,9 @@ def test_out_of_memory_ends_with_one_sentence(small_set, tmp_path):
     profile = small_profile(small_set, inference__batch=2**20, training__micro_batch=6, training__accumulation=1)
     run = Run(profile, tmp_path / "narrow")
     process = start_elsewhere(profile, run, limit=3 * 2**30)
-    said = process.communicate(timeout=300)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and not alive(run)
-    assert "training failed: out of memory" in said and "halve training.micro_batch" in said
+    assert "training failed: out of memory" in message and "halve training.micro_batch" in message
 
 
 @pytest.mark.slow

@@ -157,11 +157,13 @@ def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tm
         for begin in begins:
             with torch.inference_mode():
                 part = torch.from_numpy(images[begin : begin + FRAMES]).permute(0, 3, 1, 2)
-                found = decode.beam_search(model, model.vision_tokens(part[None]), ids, torch.ones_like(ids), FRAMES, 2)
+                decoded_part = decode.beam_search(
+                    model, model.vision_tokens(part[None]), ids, torch.ones_like(ids), FRAMES, 2
+                )
             for place, share in enumerate([1, 2, 3, 2, 1]):
                 weight[begin + place] += share
-                ones[begin + place] += share * int(found.mask[0, place])
-                probability[begin + place] += share * float(found.probability[0, place])
+                ones[begin + place] += share * int(decoded_part.mask[0, place])
+                probability[begin + place] += share * float(decoded_part.probability[0, place])
         assert len(answer.probability) == n
         np.testing.assert_allclose(answer.probability, probability / weight, atol=1e-4)
         mask = "".join("1" if one >= of / 2 else "0" for one, of in zip(ones, weight, strict=True))

@@ -176,16 +176,16 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, caps
     done = len(train.read_log(run.step_log))
     assert 2 <= done < len(train.read_log(whole.step_log))
     assert list(run.resume.glob("step_*/state.json")) and not run.checkpoint.exists()
-    said = capsys.readouterr()
-    assert said.out.count("epoch 0: R1@0.5") == 1 and "step/s" not in said.err  # no bar: this is no terminal
+    printed = capsys.readouterr()
+    assert printed.out.count("epoch 0: R1@0.5") == 1 and "step/s" not in printed.err  # no bar: this is no terminal
 
     seen = []
     train.launch(profile, run, on_progress=lambda *logs: seen.append(logs))
     assert seen[-1] == (train.read_log(run.step_log), train.read_log(run.validation_log))
     assert [len(steps) for steps, _ in seen] == sorted(len(steps) for steps, _ in seen)
-    said = capsys.readouterr()
-    assert "epoch 0" not in said.out and "epoch 2: R1@0.5" in said.out and "GiB)" in said.out
-    assert "step/s" in said.err
+    printed = capsys.readouterr()
+    assert "epoch 0" not in printed.out and "epoch 2: R1@0.5" in printed.out and "GiB)" in printed.out
+    assert "step/s" in printed.err
     assert logged(run) == logged(whole)
     assert same_weights(run, whole)
     assert validated(run) == validated(whole)
@@ -318,18 +318,18 @@ def test_training_videos_without_frames_are_refused_or_left_out_by_name(small_se
     try:
         with pytest.raises(train.TrainError, match=f"{rows[0].vid}.*training.may_lack=1 trains without them"):
             train.readable(profile)
-        kept, said = train.readable(small_profile(small_set, training__may_lack=1))
+        kept, sentence = train.readable(small_profile(small_set, training__may_lack=1))
     finally:
         aside.rename(store.path(rows[0].vid))
-    assert rows[0].vid in said and kept == [row for row in rows if row.vid != rows[0].vid]
+    assert rows[0].vid in sentence and kept == [row for row in rows if row.vid != rows[0].vid]
     assert train.readable(profile) == (rows, "")
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     profile = config.load("paper", {"data.folder": str(tmp_path), "model.weights": str(tmp_path / "none")})
-    said = "\n".join(preflight.missing(profile))
+    sentences = "\n".join(preflight.missing(profile))
     for what in ("highlight_train_release.jsonl", "videos", "weights", "tokenizer", "GPU"):
-        assert what in said
-    assert said.count(f"python -m framseg.download {tmp_path}") == 5  # four annotation files and the videos
+        assert what in sentences
+    assert sentences.count(f"python -m framseg.download {tmp_path}") == 5  # four annotation files and the videos
     assert preflight.missing(config.load("demo")) == []
