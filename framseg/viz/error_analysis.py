@@ -43,16 +43,15 @@ def by_frame(rows: Sequence[Row], predictions: Sequence[dict]) -> dict[str, np.n
     lacking = [record["qid"] for record in records if not record.get("probability")]
     if lacking:
         raise PredictionError(f"{len(lacking)} predictions have no frame probabilities (qid {lacking[0]}, …)")
-    columns: dict[str, list[np.ndarray]] = {"probability": [], "digit": [], "label": [], "distance": []}
+    queries = []
     for record, row in zip(records, with_labels, strict=True):
         probability = np.asarray(record["probability"], dtype=np.float64)
         times = frame_times(row.duration, len(probability))
         digits = np.array([*map(int, record["mask"])]) if "mask" in record else (probability >= 0.5).astype(int)
-        columns["probability"].append(probability)
-        columns["digit"].append(digits)
-        columns["label"].append(frame_labels(row, len(probability)))
-        columns["distance"].append(np.abs(np.subtract.outer(times, np.ravel(row.relevant_windows))).min(axis=1))
-    return {name: np.concatenate(values) for name, values in columns.items()}
+        distance = np.abs(np.subtract.outer(times, np.ravel(row.relevant_windows))).min(axis=1)
+        queries.append((probability, digits, frame_labels(row, len(probability)), distance))
+    columns = map(np.concatenate, zip(*queries, strict=True))
+    return dict(zip(("probability", "digit", "label", "distance"), columns, strict=True))
 
 
 def calibration(probability: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -85,12 +84,11 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
     moment's position. Frames: calibration, precision and recall, errors by the distance to the nearest end of a moment,
     and each distance's share of all errors; without frame probabilities the figure says so. Raises as `by_frame` does.
     """
-    records, with_labels = matched(predictions, labelled(rows))
     out = figures.new_figure(4.6)
     above, below = out.subplots(2, 4)
-    _by_query(above, with_labels, np.array([query["iou"] for query in evaluate.per_query(records, with_labels)]))
-    if all(record.get("probability") for record in records):
-        frames = by_frame(with_labels, records)
+    _by_query(above, labelled(rows), np.array([query["iou"] for query in evaluate.per_query(predictions, rows)]))
+    if all(record.get("probability") for record in predictions):
+        frames = by_frame(rows, predictions)
         _calibration_and_recall(below[0], below[1], frames)
         _errors_by_distance(below[2], below[3], frames)
     else:
@@ -166,9 +164,8 @@ def _calibration_and_recall(left: Axes, right: Axes, frames: Mapping[str, np.nda
 
 def _errors_by_distance(rate: Axes, share: Axes, frames: Mapping[str, np.ndarray]) -> None:
     """Missed and false frames by distance to a moment's end: of the frames at that distance, and of all errors."""
-    edges = np.array([0, 3, 6, 15, np.inf])  # seconds; 3 are half of the 6 that a frame of 25 stands for
-    group = np.searchsorted(edges, frames["distance"], side="right") - 1
-    names = [f"{low:g}–{high:g}" for low, high in zip(edges[:-2], edges[1:-1], strict=True)] + [f"{edges[-2]:g}+"]
+    group = np.digitize(frames["distance"], (3, 6, 15))  # seconds; 3 are half of the 6 that a frame of 25 stands for
+    names = ["0–3", "3–6", "6–15", "15+"]
     total = np.maximum(np.bincount(group, minlength=len(names)), 1)
     missed, false = frames["digit"] < frames["label"], frames["digit"] > frames["label"]
     errors = max(int(missed.sum() + false.sum()), 1)

@@ -94,12 +94,18 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
 
 # The data
 
-Rows = Mapping[str, Sequence[Row]]  # by the name of the split, as are colours
-LabelledRows = Mapping[str, Sequence[LabelledRow]]
+_WORD = re.compile(r"[^\W\d_]+")
+# Words of English that say nothing of what a query is about.
+_FUNCTION_WORDS = frozenset(
+    "a an the and or but of in on at to into onto from with without for by as about is are was be been being has have "
+    "had do does her his him he she it its they them their there this that while who which up down out off over some "
+    "one s".split()
+)
+_READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
 
 
 @styled
-def data_overview(splits: Rows, frames: int) -> Figure:
+def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
     """Nine panels that compare splits (name -> rows) in what their videos, queries, moments and annotators are like.
 
     The last one shows the class balance of `frames` frames per video next to the paper's. Splits without labels are
@@ -111,31 +117,33 @@ def data_overview(splits: Rows, frames: int) -> Figure:
         raise ValueError(f"none of the splits {', '.join(splits)} has labels; give at least one that has")
     colours = dict(zip(splits, sns.color_palette("colorblind", len(splits)).as_hex(), strict=True))
     figure = new_figure(6.6)
-    panels = figure.subplots(3, 3).flat
-    videos = {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}
-    windows = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
-    _counts(next(panels), videos, colours, "Queries per video", "queries", "share of videos")
-    _counts(next(panels), windows, colours, "Windows per query", "windows", "share of queries")
-    _window_lengths(next(panels), labelled, colours)
-    _clip_saliency(next(panels), labelled, colours)
-    _annotator_distance(next(panels), labelled, colours)
-    _moment_positions(next(panels), labelled, colours, frames)
-    _words_per_query(next(panels), splits, colours)
-    _commonest_words(next(panels), splits)
-    _class_balance(next(panels), labelled, colours, frames)
+    videos, windows, lengths, saliency, distances, positions, words, common, balance = figure.subplots(3, 3).flat
+    queries = {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}
+    _counts(videos, queries, colours, "Queries per video", "queries", "share of videos")
+    moments = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
+    _counts(windows, moments, colours, "Windows per query", "windows", "share of queries")
+    for name, rows in labelled.items():
+        _window_lengths(lengths, rows, colours[name])
+        _annotators(saliency, distances, rows, colours[name])
+        covered = np.mean([annotations.frame_labels(row, frames) for row in rows], axis=0)
+        positions.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
+    for limit in (10, 30):  # between short, middle and long
+        lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
+    label_shares(lengths, "Window lengths", "seconds (dotted: 10 and 30)", "share of windows", xlim=(0, None))
+    label_shares(saliency, "Clip saliency", "mean of three annotators", "share of relevant clips")
+    label_shares(distances, "Annotators differ", "points apart (dotted: by chance)", "pairs of annotators")
+    label_shares(positions, "Where moments lie", "position in the video", "queries covering it")
+    for name, split in splits.items():
+        count = np.bincount([min(len(row.query.split()), 30) for row in split], minlength=31)
+        words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
+    label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
+    _commonest_words(common, [row.query for rows in splits.values() for row in rows])
+    _class_balance(balance, labelled, colours, frames)
+    for axes in (positions, common, balance):
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [Patch(color=colours[name], label=f"{name} ({len(rows):,} queries)") for name, rows in splits.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
-
-
-_WORD = re.compile(r"[^\W\d_]+")
-# Words of English that say nothing of what a query is about.
-_FUNCTION_WORDS = frozenset(
-    "a an the and or but of in on at to into onto from with without for by as about is are was be been being has have "
-    "had do does her his him he she it its they them their there this that while who which up down out off over some "
-    "one s".split()
-)
-_READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
 
 
 def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, str], *labels: str) -> None:
@@ -150,58 +158,33 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
     label_shares(axes, *labels)
 
 
-def _window_lengths(axes: Axes, splits: LabelledRows, colours: Mapping[str, str]) -> None:
-    for name, rows in splits.items():
-        seconds = [end - start for row in rows for start, end in row.relevant_windows]
-        longest = max(row.duration for row in rows)
-        count, edges = np.histogram(seconds, bins=np.arange(0, longest + 10, 10))
-        axes.stairs(count / len(seconds), edges, color=colours[name], linewidth=1.5)
-    for limit in (10, 30):  # between short, middle and long
-        axes.axvline(limit, color=GREY, linestyle=":", linewidth=1)
-    label_shares(axes, "Window lengths", "seconds (dotted: 10 and 30)", "share of windows", xlim=(0, None))
+def _window_lengths(axes: Axes, rows: Sequence[LabelledRow], colour: str) -> None:
+    seconds = [end - start for row in rows for start, end in row.relevant_windows]
+    count, edges = np.histogram(seconds, bins=np.arange(0, max(row.duration for row in rows) + 10, 10))
+    axes.stairs(count / len(seconds), edges, color=colour, linewidth=1.5)
 
 
-def _clip_saliency(axes: Axes, splits: LabelledRows, colours: Mapping[str, str]) -> None:
-    for name, rows in splits.items():
-        sums = [sum(scores) for row in rows for scores in row.saliency_scores]
-        share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
-        axes.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colours[name])
-    label_shares(axes, "Clip saliency", "mean of three annotators", "share of relevant clips")
+def _annotators(saliency: Axes, distances: Axes, rows: Sequence[LabelledRow], colour: str) -> None:
+    """Two curves: how often clips have a saliency, and how often two annotators are how far apart."""
+    sums = [sum(scores) for row in rows for scores in row.saliency_scores]
+    share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
+    saliency.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colour)
+    distance = annotations.annotator_distance(rows)
+    distances.plot(distance.measured, marker="o", markersize=3, color=colour)
+    distances.plot(distance.chance, linestyle=":", color=colour)
 
 
-def _annotator_distance(axes: Axes, splits: LabelledRows, colours: Mapping[str, str]) -> None:
-    for name, rows in splits.items():
-        distance = annotations.annotator_distance(rows)
-        axes.plot(distance.measured, marker="o", markersize=3, color=colours[name])
-        axes.plot(distance.chance, linestyle=":", color=colours[name])
-    label_shares(axes, "Annotators differ", "points apart (dotted: by chance)", "pairs of annotators")
-
-
-def _moment_positions(axes: Axes, splits: LabelledRows, colours: Mapping[str, str], frames: int) -> None:
-    for name, rows in splits.items():
-        covered = np.mean([annotations.frame_labels(row, frames) for row in rows], axis=0)
-        axes.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    label_shares(axes, "Where moments lie", "position in the video", "queries covering it")
-
-
-def _words_per_query(axes: Axes, splits: Rows, colours: Mapping[str, str]) -> None:
-    for name, rows in splits.items():
-        count = np.bincount([min(len(row.query.split()), 30) for row in rows], minlength=31)
-        axes.stairs(count / len(rows), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
-    label_shares(axes, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
-
-
-def _commonest_words(axes: Axes, splits: Rows) -> None:
-    queries = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
-    common = Counter(word for query in queries for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
+def _commonest_words(axes: Axes, queries: Sequence[str]) -> None:
+    sets = [set(_WORD.findall(query.lower())) for query in queries]
+    common = Counter(word for words in sets for word in sorted(words - _FUNCTION_WORDS)).most_common(8)
     axes.barh([word for word, _ in common], [count / len(queries) for _, count in common], color=GREY)
     axes.invert_yaxis()
     axes.set(title="Commonest words", xlabel="share of all queries")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _class_balance(axes: Axes, splits: LabelledRows, colours: Mapping[str, str], frames: int) -> None:
+def _class_balance(
+    axes: Axes, splits: Mapping[str, Sequence[LabelledRow]], colours: Mapping[str, str], frames: int
+) -> None:
     balance = {name: annotations.class_balance(rows, frames) for name, rows in splits.items()}
     bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in balance.items()]
     bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
@@ -210,7 +193,6 @@ def _class_balance(axes: Axes, splits: LabelledRows, colours: Mapping[str, str],
         axes.text(0.02, place, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
     axes.invert_yaxis()
     axes.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
 @styled
@@ -298,8 +280,9 @@ def _show_frame(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
 
 # The prompt
 
-_KINDS = {"text": ("#f2f2f2", "#e2e2e2"), "control token": (SKY,), "image (its vectors go here)": (ORANGE,)}
-_DIGITS = {"1": GREEN, "0": "#b9b9b9"}
+_TEXT = ("#f2f2f2", "#e2e2e2")  # in turn, so that neighbours can be told apart
+_IMAGE = "image (its vectors go here)"
+_KINDS = {"text": _TEXT[0], "control token": SKY, _IMAGE: ORANGE, "answer 1": GREEN, "answer 0": "#b9b9b9"}
 
 
 @styled
@@ -311,15 +294,12 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
     """
     boxes, line, column, answer = [], 0, 0, False
     for place, (_, spelling) in enumerate(pieces):
-        control = spelling.startswith("<|") and spelling.endswith("|>")
-        if control:
-            colour = _KINDS["control token"][0]
+        if spelling.startswith("<|") and spelling.endswith("|>"):
+            colour = _KINDS["control token"]
         elif spelling == "<image>":
-            colour = _KINDS["image (its vectors go here)"][0]
-        elif answer and spelling in _DIGITS:
-            colour = _DIGITS[spelling]
+            colour = _KINDS[_IMAGE]
         else:
-            colour = _KINDS["text"][place % 2]
+            colour = _KINDS.get(f"answer {spelling}" if answer else "", _TEXT[place % 2])
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
@@ -327,10 +307,9 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         column += len(text) + 1
         answer = answer or spelling == "<|assistant|>"
 
-    lines = boxes[-1][1] + 1 if boxes else 1
-    figure = new_figure(lines * 0.165 + 0.35)
+    figure = new_figure((line + 1) * 0.165 + 0.35)
     axes = figure.add_subplot()
-    axes.set(xlim=(0, columns), ylim=(lines, 0))
+    axes.set(xlim=(0, columns), ylim=(line + 1, 0))
     axes.set_axis_off()
     # DejaVu Sans Mono is 0.602 em wide: the size at which a character fills its column, with a little air.
     size = 0.9 * (WIDTH - 0.1) * 72 / columns / 0.602
@@ -338,8 +317,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         axes.add_patch(Rectangle((left, line + 0.08), len(text) + 0.75, 0.84, facecolor=colour, edgecolor="none"))
         axes.text(left + (len(text) + 0.75) / 2, line + 0.52, text, family="DejaVu Sans Mono", fontsize=size,
                   ha="center", va="center", parse_math=False)  # fmt: skip
-    handles = [Patch(color=colours[0], label=kind) for kind, colours in _KINDS.items()]
-    handles += [Patch(color=colour, label=f"answer {digit}") for digit, colour in _DIGITS.items()]
+    handles = [Patch(color=colour, label=kind) for kind, colour in _KINDS.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize="small")
     return figure
 
@@ -357,17 +335,12 @@ EPOCH_METRICS = {  # marker and colour of a metric by epoch
 def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
     """Time-weighted exponential moving average of y at ascending x, float64 [n].
 
-    A point's weight halves with every `half_life` of the whole range of x, so uneven spacing does no harm; the weights
-    up to each point sum to 1.
+    A point's weight halves with every `half_life` (at least 0.001) of the whole range of x, so uneven spacing does no
+    harm; the weights up to each point sum to 1.
     """
-    span = (x[-1] - x[0]) * half_life if len(x) > 1 else 0
-    out = np.empty(len(y))
-    total = weight = 0.0
-    for i, value in enumerate(y):
-        keep = 0.5 ** ((x[i] - x[i - 1]) / span) if i and span else 0.0
-        total, weight = keep * total + value, keep * weight + 1
-        out[i] = total / weight
-    return out
+    span = np.ptp(x) * half_life if len(np.unique(x)) > 1 else 1
+    weight = 2.0 ** (np.subtract(x, x[:1]) / span)
+    return np.cumsum(weight * y) / np.cumsum(weight)
 
 
 @styled
@@ -560,7 +533,7 @@ def confidence(prediction: dict, duration: float) -> float:
         return 0.0
     start, end, score = prediction[WINDOWS][0]
     probability = np.asarray(prediction.get("probability") or [], dtype=np.float64)
-    times = frame_times(duration, len(probability)) if len(probability) else probability
+    times = frame_times(duration, len(probability))
     inside = probability[(times >= start) & (times <= end)]
     return float(inside.mean()) if len(inside) else float(score)
 
@@ -705,7 +678,7 @@ RULES = {
     "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
     "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
 }
-# The same in the columns of `_measures`: which queries qualify, and the column whose largest value is taken.
+# The same in columns of numbers: which queries qualify, and the column whose largest value is taken.
 _RULES = {
     "good highlight, weak moment": (f"hit and iou < {WRONG}", "likeness"),
     "perfect moment, over-inclusive highlight": ("iou >= 0.9", "excess"),
@@ -725,25 +698,8 @@ def choose(
     `improvement`. Of equals the smaller qid is taken; a name whose rule no query meets is left out. Raises
     AnnotationError for rows without labels.
     """
-    measures = _measures(annotations.labelled(rows), predictions, numbers, earlier or [])
-    chosen: dict[str, int] = {}
-    for name, (condition, column) in _RULES.items():
-        qualified = measures[~measures["qid"].isin(chosen.values())].query(condition)
-        if len(qualified):
-            chosen[name] = int(qualified["qid"].iloc[qualified[column].argmax()])  # the first of equals
-    return chosen
-
-
-def _measures(
-    rows: Sequence[LabelledRow], predictions: Sequence[dict], numbers: Sequence[dict], earlier: Sequence[dict]
-) -> pd.DataFrame:
-    """What the rules look at, a line for each query, by qid.
-
-    likeness: correlation of the predicted curve with the true saliency over the clips; excess: the curve's mean height
-    above it in the true windows; gain: growth of the IoU since the earlier predictions, 0 for a query without.
-    """
-    rows_by, records = {row.qid: row for row in rows}, {record["qid"]: record for record in predictions}
-    before = {number["qid"]: number.get("iou", 0.0) for number in earlier}
+    rows_by, records = {row.qid: row for row in annotations.labelled(rows)}, {p["qid"]: p for p in predictions}
+    before = {number["qid"]: number.get("iou", 0.0) for number in earlier or []}
     lines = []
     for number in sorted(numbers, key=lambda number: number["qid"]):
         qid, iou, hit = number["qid"], number.get("iou", 0.0), number.get("hit", False)
@@ -751,7 +707,13 @@ def _measures(
         sure, gain = confidence(records[qid], rows_by[qid].duration), iou - before.get(qid, iou)
         lines.append((qid, iou, hit, sure, likeness, -likeness, excess, gain))
     names = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
-    return pd.DataFrame(lines, columns=names)
+    measures = pd.DataFrame(lines, columns=names)
+    chosen: dict[str, int] = {}
+    for name, (condition, column) in _RULES.items():
+        qualified = measures[~measures["qid"].isin(chosen.values())].query(condition)
+        if len(qualified):
+            chosen[name] = int(qualified["qid"].iloc[qualified[column].argmax()])  # the first of equals
+    return chosen
 
 
 def _likeness(row: LabelledRow, prediction: dict) -> tuple[float, float]:

@@ -35,12 +35,10 @@ def shown(frame: pd.DataFrame, caption: str = "", floats: str = "{:.2f}") -> Sty
     def text(value: object) -> str:
         if isinstance(value, str):
             return value
-        if value is None or value != value:  # NaN alone differs from itself
-            return "–"
         return f"{value:,}" if isinstance(value, Integral) else floats.format(value)
 
     words = [place for place, column in enumerate(frame) if all(isinstance(value, str) for value in frame[column])]
-    style = frame.style.format(text, escape="html").set_caption(caption)
+    style = frame.style.format(text, na_rep="–", escape="html").set_caption(caption)
     return style.set_table_styles([{"selector": f".col{place}", "props": "text-align: left"} for place in words])
 
 
@@ -58,8 +56,8 @@ def splits(rows: Mapping[str, Sequence[annotations.Row]]) -> pd.DataFrame:
             facts["moments per query"] = float(np.mean([len(row.relevant_windows) for row in labelled]))
             facts["annotators give equal scores, %"] = 100 * float(distance.measured[0])
             facts["equal scores by chance, %"] = 100 * float(distance.chance[0])
-        counted[name] = pd.Series(facts, dtype=object)
-    return pd.DataFrame(counted, index=max(counted.values(), key=lambda facts: len(facts)).index)
+        counted[name] = facts
+    return pd.DataFrame(list(counted.values()), index=list(counted), dtype=object).T
 
 
 def digit_positions(report: prompt.Report, mask: str) -> pd.DataFrame:
@@ -78,11 +76,11 @@ def parameters(*profiles: config.Profile) -> pd.DataFrame:
     for profile in profiles:
         with init_empty_weights():
             model = blip3.Blip3(profile.model)
-            parts = dict(model.named_children())
-            base = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+            base = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
             model.adapt(profile.adapter.model_copy(update={"init": False}), profile.seed)
-        parts = dict(model.named_children())
-        trained = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
+        trained = {
+            name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()
+        }
         counts |= {(profile.name, "base model"): base, (profile.name, "trained"): trained}
     table = pd.DataFrame(counts).rename(index=PARTS)
     return pd.concat([table, table.sum().to_frame("all").T])
