@@ -1,7 +1,8 @@
 """QVHighlights rows: read, check, count, and the frame labels that follow from them.
 
 A row is a query on a video. Its labels are *moments* (windows in seconds) and, for every 2-second *clip* that
-a moment touches, the saliency three annotators gave it (0..4). The test split comes without labels.
+a moment touches, the saliency three annotators gave it (0..4). The test split comes without labels; what needs them
+raises AnnotationError for a row that has none.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,8 +54,7 @@ class LabelledRow(Row):
     saliency_scores: tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ClassBalance:
+class ClassBalance(NamedTuple):
     """Frames of a split by their label; the paper reports ratio 2.3378 and background share 70.04 %."""
 
     ratio: float  # background frames per foreground frame
@@ -62,8 +63,7 @@ class ClassBalance:
     background: int
 
 
-@dataclass(frozen=True, slots=True)
-class AnnotatorDistance:
+class AnnotatorDistance(NamedTuple):
     """Shares of pairs of annotators whose scores of a clip are 0, 1, ... 4 points apart, float64 [5] each."""
 
     measured: np.ndarray
@@ -76,10 +76,7 @@ def clips(duration: float) -> int:
 
 
 def read(path: str | Path) -> list[Row]:
-    """Read and check a file of one JSON object per line; fields that a row does not have are ignored.
-
-    Raises AnnotationError that lists file:line, qid and the reasons for every bad row, not only the first.
-    """
+    """Checked rows of a file of one JSON object per line; other fields are ignored. Raises AnnotationError."""
     records, bad = jsonl.checked_records(jsonl.parsed(jsonl.numbered_lines(path)), f"{path}:", _reasons)
     if bad:
         raise AnnotationError("\n".join(bad))
@@ -87,7 +84,7 @@ def read(path: str | Path) -> list[Row]:
 
 
 def from_dict(record: dict) -> Row:
-    """The row of one decoded JSON object, checked; raises AnnotationError with the qid and every reason."""
+    """The row of a decoded JSON object, checked; raises AnnotationError with the qid and every reason."""
     if reasons := list(_reasons(record)):
         raise AnnotationError(f"qid {record.get('qid', 'unknown')}: {'; '.join(reasons)}")
     return _row(record)
@@ -95,9 +92,9 @@ def from_dict(record: dict) -> Row:
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as `read` reads them, fields in the order of the public files; AnnotationError if JSON cannot."""
-    names = {Row: FIELDS, LabelledRow: FIELDS + LABELS}
+    names = FIELDS + LABELS
     try:
-        jsonl.write_lines(path, ({name: getattr(row, name) for name in names[type(row)]} for row in rows))
+        jsonl.write_lines(path, ({name: getattr(row, name) for name in names if hasattr(row, name)} for row in rows))
     except jsonl.LinesError as error:
         raise AnnotationError(str(error)) from None
 
@@ -109,10 +106,7 @@ def frame_times(duration: float, frames: int) -> np.ndarray:
 
 
 def frame_labels(row: LabelledRow, frames: int) -> np.ndarray:
-    """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included.
-
-    Raises AnnotationError for a row without labels.
-    """
+    """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included."""
     [row] = labelled([row])
     times = frame_times(row.duration, frames)
     windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
@@ -122,8 +116,7 @@ def frame_labels(row: LabelledRow, frames: int) -> np.ndarray:
 def clip_saliency(row: LabelledRow) -> np.ndarray:
     """Mean of the annotators' scores over 4 of every clip, float64 [ceil(duration / 2)] in 0..1.
 
-    It is 0 outside the relevant clips; a last clip shorter than 2 seconds has its place too. Raises AnnotationError
-    for a row without labels.
+    It is 0 outside the relevant clips; a last clip shorter than 2 seconds has its place too.
     """
     [row] = labelled([row])
     saliency = np.zeros(math.ceil(row.duration / CLIP_SECONDS))
@@ -133,10 +126,7 @@ def clip_saliency(row: LabelledRow) -> np.ndarray:
 
 
 def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
-    """Segmentation targets, float64 [frames] in 0..1: the annotators' saliency of the clip that holds the frame's time.
-
-    Raises AnnotationError for a row without labels.
-    """
+    """Segmentation targets, float64 [frames] in 0..1: the annotators' saliency of the clip that the frame lies in."""
     return clip_saliency(row)[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
 
 
@@ -170,8 +160,7 @@ def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
 def labelled(rows: Iterable[Row]) -> list[LabelledRow]:
     """The rows, as rows with labels. Raises AnnotationError with the qids of those that have none."""
     rows = list(rows)
-    without = [row.qid for row in rows if not isinstance(row, LabelledRow)]
-    if without:
+    if without := [row.qid for row in rows if not isinstance(row, LabelledRow)]:
         qids = jsonl.shortlist(without)
         raise AnnotationError(f"{len(without)} rows have no labels (qid {qids}); take a split with relevant_windows")
     return [row for row in rows if isinstance(row, LabelledRow)]
@@ -206,12 +195,13 @@ def _reasons(record: dict) -> Iterator[str]:
         if missing := [name for name in LABELS if name not in given]:
             yield f"{', '.join(missing)} missing, although {', '.join(given)} are given"
         else:
-            yield from _label_reasons(duration, *(record[name] for name in LABELS))
+            yield from _label_reasons(record)
 
 
-def _label_reasons(duration: float, ids: object, scores: object, windows: object) -> Iterator[str]:
-    wrong = [*_window_reasons(windows, duration), *_clip_reasons(ids, duration)]
-    yield from wrong
+def _label_reasons(record: dict) -> Iterator[str]:
+    ids, scores, windows = (record[name] for name in LABELS)
+    wrong = [*_window_reasons(windows, record["duration"]), *_clip_reasons(ids, record["duration"])]
+    yield from wrong or _agreement_reasons(windows, ids)
     if not isinstance(scores, list):
         yield f"saliency_scores must be a list, not {_short(scores)}"
         return
@@ -221,8 +211,6 @@ def _label_reasons(duration: float, ids: object, scores: object, windows: object
             yield f"saliency scores {_short(votes)} are not {ANNOTATORS} integers 0..{TOP_SALIENCY}"
     if isinstance(ids, list) and len(scores) != len(ids):
         yield f"{len(scores)} saliency scores for {len(ids)} relevant clips"
-    if isinstance(windows, list) and isinstance(ids, list) and not wrong:
-        yield from _agreement_reasons(windows, ids)
 
 
 def _window_reasons(windows: object, duration: float) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """The dataset's metrics for moments and highlights, and trivial answers to compare a model with.
 
-`framseg evaluate PREDICTIONS.jsonl ANNOTATIONS.jsonl` prints them as JSON in the official layout. Predictions are
-records as in `framseg.predictions`.
+`framseg evaluate PREDICTIONS.jsonl ANNOTATIONS.jsonl` prints them as JSON in the official layout.
 """
 
 import argparse
@@ -123,16 +122,16 @@ def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> lis
     largest = int(np.bincount([place[row.vid] for row in rows]).max())
     if 2 * largest > len(rows):
         raise PredictionError("one video has more than half of the queries, so they cannot all get another video's")
-    out: dict[int, dict] = {}
-    for target, source in zip(order, np.roll(order, largest).tolist(), strict=True):
+    out = []
+    for target, source in sorted(zip(order, np.roll(order, largest).tolist(), strict=True)):
         row, scale = rows[target], rows[target].duration / rows[source].duration
         windows = [[start * scale, end * scale, score] for start, end, score in predictions[source][WINDOWS]]
         scores, count = predictions[source][SALIENCY], clips(row.duration)
         if len(scores) != count:
-            middles, old = (np.arange(count) + 0.5) / count, (np.arange(len(scores)) + 0.5) / len(scores)
+            middles, old = ((np.arange(n) + 0.5) / n for n in (count, len(scores)))
             scores = np.interp(middles, old, scores)
-        out[target] = prediction_record(row, windows, scores)
-    return [out[i] for i in range(len(rows))]
+        out.append(prediction_record(row, windows, scores))
+    return out
 
 
 class _Pairs:
@@ -152,16 +151,12 @@ def _moment_metrics(pairs: _Pairs, above: float, up_to: float) -> dict:
     """MR-mAP and MR-R1 of the queries with true windows longer than `above` and at most `up_to` seconds, on these."""
     kept = pairs.is_true & (pairs.lengths > above) & (pairs.lengths <= up_to)
     queries = kept.any(axis=1)
-    if not queries.any():
-        zeros = {str(t): 0.0 for t in THRESHOLDS}
-        return {"MR-mAP": zeros | {"average": 0.0}, "MR-R1": dict(zeros)}
     kept = kept[queries]
     iou = np.where(kept[:, None], pairs.iou[queries], 0.0)
-    first = iou[:, 0].max(axis=1)
+    recall = {str(t): _percent(iou[:, 0].max(axis=1) >= t) for t in THRESHOLDS}
     iou = np.take_along_axis(iou, pairs.rank[queries][:, :, None], axis=1)
     precision = _moment_precision(iou, kept.sum(axis=1))
     mean = {str(t): _percent(precision[:, i]) for i, t in enumerate(THRESHOLDS)}
-    recall = {str(t): _percent(first >= t) for t in THRESHOLDS}
     return {"MR-mAP": mean | {"average": _percent(precision)}, "MR-R1": recall}
 
 
@@ -173,12 +168,10 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
     right = np.zeros((queries, len(thresholds), listed))
     for rank in range(listed):
         # The best free true window is taken if its IoU reaches the threshold.
-        match = iou[:, rank, None, :]
-        match = np.where(free & (match >= thresholds[:, None]), match, -1.0)
-        taken = match.argmax(axis=2)[..., None]
-        matched = np.take_along_axis(match, taken, axis=2) >= 0
-        right[..., rank] = matched[..., 0]
-        np.put_along_axis(free, taken, np.take_along_axis(free, taken, axis=2) & ~matched, axis=2)
+        match = np.where(free, iou[:, rank, None, :], -1.0)
+        reached = match.max(axis=2) >= thresholds
+        right[..., rank] = reached
+        free &= ~(reached[..., None] & (match.argmax(axis=2)[..., None] == np.arange(windows)))
     precision = right.cumsum(axis=2) / np.arange(1, listed + 1)
     precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
     return (precision * right).sum(axis=2) / true[:, None]
@@ -186,28 +179,23 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
     """Average precision [queries, levels, annotators] of the clip scores."""
-    counts = np.array([clips(row.duration) for row in rows])
     width = truth.shape[1]
-    scores = np.zeros((len(rows), width))  # short lists are padded with zeros, long ones cut
-    for i, record in enumerate(predictions):
-        given = record[SALIENCY][: counts[i]]
-        scores[i, : len(given)] = given
-    past_end = np.arange(width) >= counts[:, None]
-    order = np.argsort(np.where(past_end, np.inf, -scores), axis=1, kind="stable")
+    scores = np.full((len(rows), width), -np.inf)  # past the end
+    for line, record, row in zip(scores, predictions, rows, strict=True):
+        given = record[SALIENCY][: clips(row.duration)]  # long lists are cut, short ones padded with zeros
+        line[: clips(row.duration)] = 0
+        line[: len(given)] = given
+    order = np.argsort(-scores, axis=1, kind="stable")
     scores, truth = np.take_along_axis(scores, order, axis=1), np.take_along_axis(truth, order[:, :, None], axis=1)
     # Clips of equal score count together: the curve has a point only after the last of them.
-    last = np.ones(scores.shape, dtype=bool)
-    last[:, :-1] = scores[:, 1:] != scores[:, :-1]
-    last[np.arange(len(rows)), counts - 1] = True
-    last &= ~past_end
+    last = scores > np.pad(scores[:, 1:], ((0, 0), (0, 1)))
     levels = np.array(list(LEVELS.values()))
     positive = truth[:, None] >= levels[:, None, None]  # [queries, levels, clips, annotators]
-    hits = positive.cumsum(axis=2)
-    precision = np.where(last[:, None, :, None], hits / np.arange(1, width + 1)[:, None], 0.0)
+    hits = np.where(last[:, None, :, None], positive.cumsum(axis=2), 0)
+    precision = hits / np.arange(1, width + 1)[:, None]
     precision = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
     # Recall changes at a point if more positives are found than at any point before.
-    so_far = np.maximum.accumulate(np.where(last[:, None, :, None], hits, 0), axis=2)
-    changes = np.diff(so_far, axis=2, prepend=0) > 0
+    changes = np.diff(np.maximum.accumulate(hits, axis=2), axis=2, prepend=0) > 0
     return (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
 
 
@@ -228,15 +216,14 @@ def _truth(rows: list[LabelledRow]) -> np.ndarray:
     return truth
 
 
-def _constant_window(rows: Sequence[LabelledRow], steps: int) -> tuple[float, float]:
+def _constant_window(rows: Sequence[LabelledRow], steps: int) -> list[float]:
     """The fractions of the duration whose window has the best R1@0.7 on `rows`; the first of equals."""
     first, after = np.triu_indices(steps + 1, k=1)
     grid = np.stack([first, after], axis=1) / steps
     true = np.concatenate([np.divide(row.relevant_windows, row.duration) for row in rows])
     counts = np.array([len(row.relevant_windows) for row in rows])
     best = np.maximum.reduceat(moments.iou(grid[:, None], true), counts.cumsum() - counts, axis=1)
-    start, end = grid[(best >= 0.7).sum(axis=1).argmax()].tolist()
-    return start, end
+    return grid[(best >= 0.7).sum(axis=1).argmax()].tolist()
 
 
 def _padded(lists: Sequence[Sequence[Sequence[float]]], columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +236,7 @@ def _padded(lists: Sequence[Sequence[Sequence[float]]], columns: int) -> tuple[n
 
 
 def _percent(values: np.ndarray) -> float:
-    return round(100 * float(np.mean(values)), 2)
+    return round(100 * float(np.mean(values)), 2) if values.size else 0.0
 
 
 def _matched(
