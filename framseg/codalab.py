@@ -5,7 +5,7 @@
 
 The competition's server is shut down and the test labels are public now, so `check` does what the server did: it
 refuses what the server refused and gives the metrics of both splits. Archives are not trusted: they are not
-unpacked to disk, and sizes are counted while reading.
+unpacked to disk, and no more is read than a submission may have.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,9 +50,8 @@ def pack(val: str | Path, test: str | Path, out: str | Path) -> Path:
     with whole_file(out) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         for name, content in files.items():
             entry = zipfile.ZipInfo(name)  # always dated 1980, so that the bytes do not depend on the time
-            entry.compress_type = zipfile.ZIP_DEFLATED
             entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-            archive.writestr(entry, content)
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return Path(out)
 
 
@@ -67,12 +67,12 @@ def check(
     Raises SubmissionError naming everything that is wrong with the archive (names, links, encryption, sizes, damage),
     the text, a record (file, line, qid) or the set of qids; AnnotationError for annotations that cannot be read.
     """
-    rows = {VAL_NAME: read(Path(annotations) / val), TEST_NAME: read(Path(annotations) / test)}
+    splits = {"val": (VAL_NAME, read(Path(annotations) / val)), "test": (TEST_NAME, read(Path(annotations) / test))}
     contents = _contents(Path(submission))
     report, bad = {}, []
-    for split, name in (("val", VAL_NAME), ("test", TEST_NAME)):
+    for split, (name, rows) in splits.items():
         try:
-            report[split] = _split_report(name, contents[name], rows[name])
+            report[split] = _split_report(name, contents[name], rows)
         except (PredictionError, SubmissionError) as error:
             bad.append(str(error) if name in str(error) else f"{name}: {error}")
     if bad:
@@ -103,19 +103,19 @@ def _contents(path: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             reasons = [f"{path}: {reason}" for entry in entries if (reason := _entry_reason(entry))]
-            names = [entry.orig_filename for entry in entries]
+            times = Counter(entry.orig_filename for entry in entries)
             for name in (VAL_NAME, TEST_NAME):
-                if names.count(name) != 1:
-                    reasons.append(f"{path}: holds {names.count(name)} files named {name}, expected 1")
-            if not reasons:
-                return {entry.orig_filename: _bounded(archive, entry) for entry in entries}
+                if times[name] != 1:
+                    reasons.append(f"{path}: holds {times[name]} files named {name}, expected 1")
+            if reasons:
+                raise SubmissionError(shortlist(reasons, "\n"))
+            return {entry.orig_filename: _bounded(archive, entry) for entry in entries}
     except SubmissionError:
         raise
     except OSError as error:
         raise SubmissionError(f"{path}: cannot be read: {error.strerror or error}") from None
     except DAMAGE as error:
         raise SubmissionError(f"{path}: is damaged or not a zip archive: {error}") from None
-    raise SubmissionError(shortlist(reasons, "\n"))
 
 
 def _entry_reason(entry: zipfile.ZipInfo) -> str | None:
@@ -132,13 +132,11 @@ def _entry_reason(entry: zipfile.ZipInfo) -> str | None:
 
 
 def _bounded(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    content = bytearray()
     with archive.open(entry) as file:
-        while part := file.read(2**16):
-            content += part
-            if len(content) > FILE_BYTES:
-                raise SubmissionError(f"{entry.filename}: unpacks to more than the {FILE_BYTES} bytes a split may have")
-    return bytes(content)
+        content = file.read(FILE_BYTES + 1)
+    if len(content) > FILE_BYTES:
+        raise SubmissionError(f"{entry.filename}: unpacks to more than the {FILE_BYTES} bytes a split may have")
+    return content
 
 
 def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
@@ -168,12 +166,10 @@ def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:
     """What a submission must not have, and what the protocol tolerates."""
     if reason := _lacking(record):
         return [reason], []
-    odd = []
-    wrong = [
-        f"{field} is {record[field]!r}, the annotation has {getattr(row, field)!r}"
-        for field in ("vid", "query")
-        if field in record and record[field] != getattr(row, field)
-    ]
+    wrong, odd = [], []
+    for field, right in (("vid", row.vid), ("query", row.query)):
+        if record.get(field, right) != right:
+            wrong.append(f"{field} is {record[field]!r}, the annotation has {right!r}")
     ends = [f"[{start:g}, {end:g}]" for start, end, _ in record[WINDOWS] if start < 0 or end > row.duration]
     if any(start > row.duration or end < 0 for start, end, _ in record[WINDOWS]):
         wrong.append(f"windows lie outside the video's {row.duration} s: {', '.join(ends[:5])}")

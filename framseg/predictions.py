@@ -29,15 +29,14 @@ class PredictionError(FramsegError, ValueError):
 
 
 def read_predictions(path: str | Path) -> list[dict]:
-    """Read and check a prediction file; raises PredictionError with file, line and qid of the bad records."""
+    """The checked records of a prediction file; raises PredictionError."""
     return checked(jsonl.parsed(numbered_lines(path)), f"{path}:")
 
 
 def checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], Iterable[str]] | None = None) -> list[dict]:
     """The records of numbered entries; raises PredictionError with the bad ones, or if there are no records.
 
-    place: what stands in front of a number in the messages, as "predictions.jsonl:". reasons: gives everything that
-    is wrong with a record, by default what keeps `framseg.evaluate` from using it.
+    place, reasons: as in `jsonl.checked_records`; by default the reasons that keep `evaluate` from using a record.
     """
     records, bad = jsonl.checked_records(entries, place, reasons or _reasons)
     if bad:
@@ -191,8 +190,7 @@ def _released_reasons(record: dict) -> Iterator[str]:
 
 
 def _valid(predictions: Iterable[dict]) -> list[dict]:
-    entries: Iterator[Entry] = ((number, record, []) for number, record in enumerate(predictions, 1))
-    return checked(entries, "prediction ")
+    return checked(((number, record, []) for number, record in enumerate(predictions, 1)), "prediction ")
 
 
 def _reasons(record: dict) -> Iterator[str]:
