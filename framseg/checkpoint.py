@@ -166,44 +166,24 @@ def _adapter_settings(file: Path) -> tuple[list[str], float]:
 
 
 def model_card(profile: config.Profile, metrics: dict) -> str:
-    """Model card of a checkpoint in the hub's format, with its metrics on val as `evaluate` gives them."""
+    """Model card of a checkpoint in the hub's format: model_card.md, with the metrics on val that `evaluate` gives."""
     training, base = profile.training, profile.model.weights
     published = base.count("/") == 1 and config.local_weights(base) is None
-    samples = training.micro_batch * training.accumulation * training.processes
-    measured = " | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS)
     demo = profile.data.source == "demo"
-    rows = "the synthetic demo set of framseg" if demo else "QVHighlights or other rows in its format"
-    base_line = f"base_model: {base}\n" if published else ""
-    return f"""---
-library_name: peft
-{base_line}tags: [video-moment-retrieval, highlight-detection, framseg]
----
-# framseg checkpoint, profile `{profile.name}`
-
-Finds moments (windows in seconds) and highlights (a score for every 2-second clip) of a query in a video: the model is
-shown {profile.frames.count} frames and answers with a digit for each. Made by framseg, a reproduction of *Moment and
-Highlight Detection via MLLM Frame Segmentation* (Jiwanta and Purwarianti).
-
-- Base model: `{base}`; this folder holds the trained resampler and a plain LoRA adapter (PiSSA of rank
-  {profile.adapter.rank}, exported), both as safetensors, with the tokenizer and the whole profile.
-- Trained for {training.epochs} epochs with {samples} samples per step and a peak learning rate of
-  {training.learning_rate:g} on {rows} (`{profile.data.folder.name}`).
-
-Validation, every answer decoded (percent):
-
-| {" | ".join(METRICS.values())} |
-|{" --- |" * len(METRICS)}
-| {measured} |
-
-```python
-import framseg
-
-answer = framseg.predict("video.mp4", "a girl cooks while talking on facetime", checkpoint="this folder or repository")
-```
-
-QVHighlights' annotations are licensed CC BY-NC-SA 4.0; mind this and the base model's licence before you use or pass on
-weights trained on them.
-"""
+    return (
+        Path(__file__)
+        .with_name("model_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            profile=profile,
+            base_line=f"base_model: {base}\n" if published else "",
+            samples=training.micro_batch * training.accumulation * training.processes,
+            rows="the synthetic demo set of framseg" if demo else "QVHighlights or other rows in its format",
+            names=" | ".join(METRICS.values()),
+            rules=" | ".join("---" for _ in METRICS),
+            values=" | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
+        )
+    )
 
 
 def local_folder(checkpoint: Path | str) -> Path:
