@@ -7,6 +7,7 @@ import base64
 import glob
 import html
 import io
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,37 +40,36 @@ class Entry:
 
     row: Row
     prediction: dict
-    iou: float | None  # of the first window; None without labels or windows
+    iou: float  # of the first window; NaN, which no comparison holds for, without labels or windows
     hit: bool | None  # whether the best-scored clip is very good; None without labels or clip scores
     confidence: float
-    gain: float | None = None  # IoU above that of the compared prediction
+    gain: float = math.nan  # IoU above that of the compared prediction; NaN if there is none
 
     def has_moment(self, above: float, up_to: float) -> bool:
         """Whether a true moment is longer than `above` and at most `up_to` seconds."""
-        windows = self.row.relevant_windows if isinstance(self.row, LabelledRow) else ()
-        return any(above < end - start <= up_to for start, end in windows)
+        return any(above < end - start <= up_to for start, end in getattr(self.row, "relevant_windows", ()))
 
 
 FILTERS: dict[str, Callable[[Entry], bool]] = {
     "all": lambda e: True,
-    f"correct (IoU ≥ {figures.CORRECT})": lambda e: e.iou is not None and e.iou >= figures.CORRECT,
-    f"missed (IoU < {figures.MISSED})": lambda e: e.iou is not None and e.iou < figures.MISSED,
+    f"correct (IoU ≥ {figures.CORRECT})": lambda e: e.iou >= figures.CORRECT,
+    f"missed (IoU < {figures.MISSED})": lambda e: e.iou < figures.MISSED,
     f"over-confident (IoU < {figures.WRONG}, confidence ≥ {figures.CONFIDENT})": lambda e: (
-        e.iou is not None and e.iou < figures.WRONG and e.confidence >= figures.CONFIDENT
+        e.iou < figures.WRONG and e.confidence >= figures.CONFIDENT
     ),
     "invalid mask": lambda e: e.prediction.get("valid") is False,
     "short moment (up to 10 s)": lambda e: e.has_moment(0, 10),
     "middle (10 to 30 s)": lambda e: e.has_moment(10, 30),
     "long (over 30 s)": lambda e: e.has_moment(30, np.inf),
 }
-SORTS: dict[str, Callable[[Entry], tuple]] = {
-    "query id": lambda e: (e.row.qid,),
-    "IoU, worst first": lambda e: (e.iou is None, e.iou, e.row.qid),
-    "IoU, best first": lambda e: (e.iou is None, -(e.iou or 0), e.row.qid),
-    "highlight missed first": lambda e: (bool(e.hit), e.row.qid),
-    "confidence, highest first": lambda e: (-e.confidence, e.row.qid),
-    "better than the compared, most first": lambda e: (e.gain is None, -(e.gain or 0), e.row.qid),
-    "worse than the compared, most first": lambda e: (e.gain is None, e.gain, e.row.qid),
+SORTS: dict[str, Callable[[Entry], float]] = {  # smallest first, NaN last; of equals the smaller qid
+    "query id": lambda e: 0,
+    "IoU, worst first": lambda e: e.iou,
+    "IoU, best first": lambda e: -e.iou,
+    "highlight missed first": lambda e: bool(e.hit),
+    "confidence, highest first": lambda e: -e.confidence,
+    "better than the compared, most first": lambda e: -e.gain,
+    "worse than the compared, most first": lambda e: e.gain,
 }
 
 
@@ -139,10 +139,9 @@ class Browser:
 
     def show(self, qid: int) -> None:
         """Show a query; raises KeyError if search and filter have left it out."""
-        place = next((place for place, entry in enumerate(self.shown) if entry.row.qid == qid), None)
-        if place is None:
+        if qid not in self.places:
             raise KeyError(f"query {qid} is not in the list shown")
-        self._go(place)
+        self._go(self.places[qid])
 
     def next(self) -> None:
         """Go to the next query of the list; the last one stays."""
@@ -204,14 +203,11 @@ class Browser:
             control.observe(lambda _: self._refresh(), "value")
         self.compare.observe(lambda _: self._try(self._compare), "value")
         self.list.observe(self._picked, "index")
-        left = [self.search, self.filter, self.sort, self.compare, self.count, self.list]
-        right = [widgets.HBox(list(self.buttons.values())), self.message, self.picture]
-        self.widget = widgets.HBox(
-            [
-                widgets.VBox(left, layout=widgets.Layout(flex="0 0 300px")),
-                widgets.VBox(right, layout=widgets.Layout(flex="1 1 0", min_width="0", padding="0 0 0 12px")),
-            ]
-        )
+        left = widgets.VBox([self.search, self.filter, self.sort, self.compare, self.count, self.list])
+        left.layout = widgets.Layout(flex="0 0 300px")
+        right = widgets.VBox([widgets.HBox(list(self.buttons.values())), self.message, self.picture])
+        right.layout = widgets.Layout(flex="1 1 0", min_width="0", padding="0 0 0 12px")
+        self.widget = widgets.HBox([left, right])
         self.widget.add_class("framseg")  # `player.js` takes the arrow keys of what has this class
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -225,24 +221,28 @@ class Browser:
         self.compared = {entry.row.qid: entry for entry in _entries(file, self.rows)} if file else {}
         for entry in self.entries:
             other = self.compared.get(entry.row.qid)
-            entry.gain = None
-            if other and other.iou is not None and entry.iou is not None:
-                entry.gain = entry.iou - other.iou
+            entry.gain = entry.iou - other.iou if other else math.nan
         self._refresh()
 
     def _refresh(self) -> None:
-        before = self.shown[self.place].row.qid if self.shown else None
+        before = self.shown[self.place].row.qid if self.shown else -1
         words = self.search.value.lower().split()
         kept = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
-        self.shown = sorted(filter(FILTERS[self.filter.value], kept), key=SORTS[self.sort.value])
+        kept = sorted(filter(FILTERS[self.filter.value], kept), key=lambda e: e.row.qid)
+        order = np.argsort([SORTS[self.sort.value](entry) for entry in kept], kind="stable")
+        self.shown = [kept[place] for place in order]
+        self.places = {entry.row.qid: place for place, entry in enumerate(self.shown)}
         self.list.options = ()
-        self._go(next((place for place, entry in enumerate(self.shown) if entry.row.qid == before), 0))
+        self._go(self.places.get(before, 0))
 
     def _go(self, place: int) -> None:
         """Show the query at this place, or at the nearest that exists, and the page of the list that holds it."""
         self.place = min(max(place, 0), max(len(self.shown) - 1, 0))
         first = self.place - self.place % PAGE
-        page = [(_label(entry), entry.row.qid) for entry in self.shown[first : first + PAGE]]
+        page = [
+            (("  –  " if math.isnan(entry.iou) else f"{entry.iou:.2f}") + f"  {entry.row.query}", entry.row.qid)
+            for entry in self.shown[first : first + PAGE]
+        ]
         self.list.unobserve(self._picked, "index")
         if tuple(self.list.options) != tuple(page):
             self.list.options = page
@@ -318,13 +318,9 @@ def _entries(file: Path, rows: list[Row]) -> list[Entry]:
     labelled = all(isinstance(row, LabelledRow) for row in rows)
     numbers = evaluate.per_query(predictions, rows) if labelled else [{} for _ in rows]
     return [
-        Entry(row, record, number.get("iou"), number.get("hit"), figures.confidence(record, row.duration))
+        Entry(row, record, number.get("iou", math.nan), number.get("hit"), figures.confidence(record, row.duration))
         for row, record, number in zip(rows, predictions, numbers, strict=True)
     ]
-
-
-def _label(entry: Entry) -> str:
-    return f"{'  –  ' if entry.iou is None else f'{entry.iou:.2f}'}  {entry.row.query}"
 
 
 def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
@@ -334,7 +330,6 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     shrinks and grows with the page.
     """
     duration, right = row.duration, LEFT + width
-    labelled = row if isinstance(row, LabelledRow) else None
 
     def x(seconds: float) -> float:
         return LEFT + width * seconds / duration
@@ -342,30 +337,27 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     # From top to bottom; y is the upper edge of what comes next. Windows go last, so that they can be clicked.
     out, bars, y = [], [], 4
     if frames is not None:
+        edges = "".join(f"M{x(i * duration / len(frames)):.1f},0v{STRIP}" for i in range(1, len(frames)))
         out.append(
             f'<image x="{LEFT}" y="0" width="{width}" height="{STRIP}" preserveAspectRatio="none" '
-            f'data-frames="{len(frames)}" href="{_strip(frames)}"/>'
+            f'data-frames="{len(frames)}" href="{_strip(frames)}"/><path d="{edges}" stroke="white"/>'
         )
-        edges = "".join(f"M{x(i * duration / len(frames)):.1f},0v{STRIP}" for i in range(1, len(frames)))
-        out.append(f'<path d="{edges}" stroke="white"/>')
         y += STRIP
 
     lanes, left_out = figures.lanes(prediction, duration)
-    named = [("true", [(0, start, end, 1.0) for start, end in labelled.relevant_windows])] if labelled else []
+    labelled = row if isinstance(row, LabelledRow) else None
+    named = [("true", [(0, *window, 1.0) for window in labelled.relevant_windows])] if labelled else []
     named += [("" if i else "predicted", lane) for i, lane in enumerate(lanes)]
+    named += [(f"{left_out} more windows, not drawn", [])] if left_out else []
     for name, lane in named:
         out.append(f'<text x="0" y="{y + 13}">{name}</text>')
         for rank, start, end, score in lane:  # rank 0: a true window
-            colour, tip = figures.TRUE, f"{start:g} to {end:g} s"
-            if rank:
-                colour, tip = figures.PREDICTED, f"{tip}, rank {rank}, score {score:.3f}"
+            colour, about = (figures.PREDICTED, f", rank {rank}, score {score:.3f}") if rank else (figures.TRUE, "")
             bars.append(
                 f'<rect x="{x(start):.1f}" y="{y}" width="{max(x(end) - x(start), 1):.1f}" height="{LANE - 5}" '
-                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}" data-end="{end:g}"><title>{tip}</title></rect>'
+                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}" data-end="{end:g}">'
+                f"<title>{start:g} to {end:g} s{about}</title></rect>"
             )
-        y += LANE
-    if left_out:
-        out.append(f'<text x="0" y="{y + 13}">{left_out} more windows, not drawn</text>')
         y += LANE
 
     bottom = y + 8 + PLOT  # of the curves

@@ -123,8 +123,15 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
     moments = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
     _counts(windows, moments, colours, "Windows per query", "windows", "share of queries")
     for name, rows in labelled.items():
-        _window_lengths(lengths, rows, colours[name])
-        _annotators(saliency, distances, rows, colours[name])
+        seconds = [end - start for row in rows for start, end in row.relevant_windows]
+        count, edges = np.histogram(seconds, bins=np.arange(0, max(row.duration for row in rows) + 10, 10))
+        lengths.stairs(count / len(seconds), edges, color=colours[name], linewidth=1.5)
+        sums = [sum(scores) for row in rows for scores in row.saliency_scores]
+        share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
+        saliency.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colours[name])
+        distance = annotations.annotator_distance(rows)
+        distances.plot(distance.measured, marker="o", markersize=3, color=colours[name])
+        distances.plot(distance.chance, linestyle=":", color=colours[name])
         covered = np.mean([annotations.frame_labels(row, frames) for row in rows], axis=0)
         positions.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
     for limit in (10, 30):  # between short, middle and long
@@ -138,7 +145,9 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
     label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
     _commonest_words(common, [row.query for rows in splits.values() for row in rows])
-    _class_balance(balance, labelled, colours, frames)
+    classes = {name: annotations.class_balance(rows, frames) for name, rows in labelled.items()}
+    _class_balance(balance, classes, colours)
+    balance.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
     for axes in (positions, common, balance):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [Patch(color=colours[name], label=f"{name} ({len(rows):,} queries)") for name, rows in splits.items()]
@@ -158,22 +167,6 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
     label_shares(axes, *labels)
 
 
-def _window_lengths(axes: Axes, rows: Sequence[LabelledRow], colour: str) -> None:
-    seconds = [end - start for row in rows for start, end in row.relevant_windows]
-    count, edges = np.histogram(seconds, bins=np.arange(0, max(row.duration for row in rows) + 10, 10))
-    axes.stairs(count / len(seconds), edges, color=colour, linewidth=1.5)
-
-
-def _annotators(saliency: Axes, distances: Axes, rows: Sequence[LabelledRow], colour: str) -> None:
-    """Two curves: how often clips have a saliency, and how often two annotators are how far apart."""
-    sums = [sum(scores) for row in rows for scores in row.saliency_scores]
-    share = np.bincount(sums, minlength=ANNOTATORS * TOP_SALIENCY + 1) / len(sums)
-    saliency.plot(np.arange(len(share)) / ANNOTATORS, share, marker="o", markersize=3, color=colour)
-    distance = annotations.annotator_distance(rows)
-    distances.plot(distance.measured, marker="o", markersize=3, color=colour)
-    distances.plot(distance.chance, linestyle=":", color=colour)
-
-
 def _commonest_words(axes: Axes, queries: Sequence[str]) -> None:
     sets = [set(_WORD.findall(query.lower())) for query in queries]
     common = Counter(word for words in sets for word in sorted(words - _FUNCTION_WORDS)).most_common(8)
@@ -182,17 +175,13 @@ def _commonest_words(axes: Axes, queries: Sequence[str]) -> None:
     axes.set(title="Commonest words", xlabel="share of all queries")
 
 
-def _class_balance(
-    axes: Axes, splits: Mapping[str, Sequence[LabelledRow]], colours: Mapping[str, str], frames: int
-) -> None:
-    balance = {name: annotations.class_balance(rows, frames) for name, rows in splits.items()}
+def _class_balance(axes: Axes, balance: Mapping[str, annotations.ClassBalance], colours: Mapping[str, str]) -> None:
     bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in balance.items()]
     bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
     for place, (name, share, ratio, colour, hatch) in enumerate(bars):
         axes.barh(name, share, color=colour, edgecolor=GREY, hatch=hatch)
         axes.text(0.02, place, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
     axes.invert_yaxis()
-    axes.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
 
 
 @styled
