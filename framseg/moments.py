@@ -44,8 +44,12 @@ LIKELY = 64  # the policy `ranked` chooses among this many of the most likely ru
 
 def valid(mask: Mask, frames: int) -> bool:
     """True if the answer is `frames` characters (or numbers) 0 and 1 with at least one 1."""
-    characters = _characters(mask)
-    return len(characters) == frames and set(characters) <= {"0", "1"} and "1" in characters
+    return len(mask) == frames and set(mask) in ({"0", "1"}, {"1"}, {0, 1}, {1})
+
+
+def counted(mask: Mask, frames: int) -> str:
+    """The mask that counts, as `frames` characters: all ones for an invalid one."""
+    return "".join(str(int(digit)) for digit in mask) if valid(mask, frames) else "1" * frames
 
 
 def windows(
@@ -233,11 +237,6 @@ def gaussian(values: np.ndarray, duration: float, width: float = KERNEL) -> np.n
     return weight @ values / weight.sum(axis=1)
 
 
-def _characters(mask: Mask) -> str:
-    # A number of several digits would become several characters, so it becomes a foreign one.
-    return mask if isinstance(mask, str) else "".join("01"[int(n)] if n in (0, 1) else "?" for n in mask)
-
-
 def _known(what: str, name: str, names: object) -> None:
     if name not in get_args(names):
         raise ValueError(f"no {what} named {name!r}: there are {', '.join(get_args(names))}")
@@ -256,8 +255,7 @@ def _checked(probability: Sequence[float] | np.ndarray, duration: float) -> np.n
 
 
 def _mask_runs(mask: Mask, frames: int) -> list[tuple[int, int]]:
-    """Runs of ones; an invalid mask is a single run."""
-    return _runs(np.array([c == "1" for c in _characters(mask)])) if valid(mask, frames) else [(0, frames)]
+    return _runs(np.array([digit == "1" for digit in counted(mask, frames)]))
 
 
 def _on_clips(frame_windows: np.ndarray, duration: float, frames: int) -> np.ndarray:

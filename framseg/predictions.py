@@ -74,7 +74,8 @@ def read_released(path: str | Path) -> list[dict]:
         record[WINDOWS] = moments.filled(sorted(record[WINDOWS], key=lambda window: -window[2]), duration)
         record[SALIENCY] = moments.saliency(probability, duration).tolist()
         if "mask" in record:
-            record["valid"], record["mask"] = _counted(record["mask"], len(probability))
+            record["valid"] = moments.valid(record["mask"], len(probability))
+            record["mask"] = moments.counted(record["mask"], len(probability))
     return records
 
 
@@ -128,21 +129,14 @@ def answer_record(row: Row, mask: str, probability: np.ndarray, inference: confi
     mask: its characters; an invalid mask counts, and is stored, as all ones (`valid` is False then). probability:
     float64 [f], of foreground. inference: names the policy for the windows and the method for clip saliency.
     """
-    valid, mask = _counted(mask, len(probability))
+    frames = len(probability)
     windows = moments.windows(mask, probability, row.duration, inference.windows)
     saliency = moments.saliency(probability, row.duration, inference.saliency)
-    answer = {"mask": mask, "probability": probability.tolist(), "valid": valid}
-    return prediction_record(row, windows, saliency) | answer
-
-
-def _counted(mask: str, frames: int) -> tuple[bool, str]:
-    """Whether the mask is valid, and the mask that counts: all ones for an invalid one."""
-    valid = moments.valid(mask, frames)
-    return valid, mask if valid else "1" * frames
+    answer = {"mask": moments.counted(mask, frames), "probability": probability.tolist()}
+    return prediction_record(row, windows, saliency) | answer | {"valid": moments.valid(mask, frames)}
 
 
 def _json_rows(path: str | Path) -> Iterator[Entry]:
-    """The objects of the authors' JSON with the names of our fields."""
     listed, reasons = parse_json("".join(text for _, text in numbered_lines(path)))
     if reasons or not isinstance(listed, list):
         raise LinesError(f"{path}: {'; '.join(reasons) or 'expected a JSON list of predictions'}")
@@ -156,7 +150,6 @@ def _json_rows(path: str | Path) -> Iterator[Entry]:
 
 
 def _csv_rows(path: str | Path) -> Iterator[Entry]:
-    """The rows of a CSV of the authors' predictions as records."""
     names: list[str] = []
     for number, text in numbered_lines(path):
         try:
@@ -200,24 +193,24 @@ def _reasons(record: dict) -> Iterator[str]:
     if WINDOWS not in record and SALIENCY not in record:
         yield f"has neither {WINDOWS} nor {SALIENCY}"
     if WINDOWS in record:
-        listed = record[WINDOWS]
-        if not isinstance(listed, list | tuple) or not listed:
-            yield f"{WINDOWS} must be a list of [start, end, score]"
-        else:
-            yield from (f"window {i} {reason}" for i, window in enumerate(listed, 1) if (reason := _window(window)))
+        yield from _window_reasons(record[WINDOWS])
     if SALIENCY in record:
         yield from _list_reasons(SALIENCY, record[SALIENCY], "clip", "finite number")
     if record.get("probability") is not None:
         yield from _list_reasons("probability", record["probability"], "frame", "number in 0..1", 0, 1)
 
 
-def _window(window: object) -> str | None:
-    """What is wrong with [start, end, score]; None if nothing is."""
-    if not isinstance(window, list | tuple | np.ndarray) or len(window) != 3:
-        return f"is not [start, end, score]: {str(window)[:60]}"
-    if _odd(window) is not None:
-        return f"is not three finite numbers: {str(list(window))[:60]}"
-    return f"ends before it starts: {list(window)}" if window[1] < window[0] else None
+def _window_reasons(windows: object) -> Iterator[str]:
+    if not isinstance(windows, list | tuple) or not windows:
+        yield f"{WINDOWS} must be a list of [start, end, score]"
+        return
+    for number, window in enumerate(windows, 1):
+        if not isinstance(window, list | tuple | np.ndarray) or len(window) != 3:
+            yield f"window {number} is not [start, end, score]: {str(window)[:60]}"
+        elif _odd(window) is not None:
+            yield f"window {number} is not three finite numbers: {str(list(window))[:60]}"
+        elif window[1] < window[0]:
+            yield f"window {number} ends before it starts: {list(window)}"
 
 
 def _list_reasons(name: str, values: object, item: str, kind: str, *bounds: float) -> Iterator[str]:
