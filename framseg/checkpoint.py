@@ -170,19 +170,15 @@ def model_card(profile: config.Profile, metrics: dict) -> str:
     training, base = profile.training, profile.model.weights
     published = base.count("/") == 1 and config.local_weights(base) is None
     demo = profile.data.source == "demo"
-    return (
-        Path(__file__)
-        .with_name("model_card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            profile=profile,
-            base_line=f"base_model: {base}\n" if published else "",
-            samples=training.micro_batch * training.accumulation * training.processes,
-            rows="the synthetic demo set of framseg" if demo else "QVHighlights or other rows in its format",
-            names=" | ".join(METRICS.values()),
-            rules=" | ".join("---" for _ in METRICS),
-            values=" | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
-        )
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        profile=profile,
+        base_line=f"base_model: {base}\n" if published else "",
+        samples=training.micro_batch * training.accumulation * training.processes,
+        rows="the synthetic demo set of framseg" if demo else "QVHighlights or other rows in its format",
+        names=" | ".join(METRICS.values()),
+        rules=" | ".join("---" for _ in METRICS),
+        values=" | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
     )
 
 

@@ -11,7 +11,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from framseg import FramsegError, config, dataset, prompt
@@ -93,17 +92,6 @@ class _SharedLayer(DynamicLayer):
         return out
 
 
-@contextmanager
-def _own_mask(language: PreTrainedConfig) -> Iterator[None]:
-    """Meanwhile attention takes a mask of ours, which says which beam came from which; flash attention takes none."""
-    chosen = language._attn_implementation
-    language._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        language._attn_implementation = chosen
-
-
 @torch.inference_mode()
 def beam_search(
     model: blip3.Blip3, vision_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, frames: int, beams: int
@@ -144,7 +132,10 @@ def beam_search(
     masks = real.new_zeros(batch, 1, 0, dtype=torch.int8)
     probabilities = hidden.new_zeros(batch, 1, 0, dtype=torch.float32)
     scores = hidden.new_zeros(batch, 1, dtype=torch.float32)
-    with _own_mask(language.config):
+    chosen = language.config._attn_implementation
+    # Attention has to take the mask below, which says which beam came from which; flash attention takes none.
+    language.config._attn_implementation = "sdpa"
+    try:
         for frame in range(frames):
             logits = F.linear(hidden, weight, bias).float()
             total = (scores[..., None] + logits.log_softmax(-1)).flatten(1)
@@ -169,6 +160,8 @@ def beam_search(
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+    finally:
+        language.config._attn_implementation = chosen
     return Decoded(masks, scores, probabilities)
 
 
@@ -244,8 +237,7 @@ def split(
     new = []
     with own.open("a", encoding="utf-8") as file:
         for record in records(model, tokenizer, profile, mine, progress):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+            print(json.dumps(record), file=file, flush=True)
             new.append(record)
     done |= {record["qid"]: record for processed in launcher.gathered(new) for record in processed}
     predictions = [done[row.qid] for row in rows]
@@ -329,11 +321,11 @@ def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple
             return error
 
     with ThreadPoolExecutor(max_workers=min(ahead, 8)) as pool:
-        coming = iter(vids)
-        waiting = deque((vid, pool.submit(outcome, vid)) for vid in islice(coming, ahead))
+        tasks = ((vid, pool.submit(outcome, vid)) for vid in vids)
+        waiting = deque(islice(tasks, ahead))
         while waiting:
             vid, task = waiting.popleft()
-            waiting.extend((later, pool.submit(outcome, later)) for later in islice(coming, 1))
+            waiting.extend(islice(tasks, 1))
             yield vid, task.result()
 
 

@@ -337,23 +337,19 @@ class Blip3(nn.Module):
         PiSSA moved s B0 A0 out of each weight, so training changed it by s (B A - B0 A0): one pair of twice the rank.
         `start`: what `adapt` returned.
         """
-        state, scaling = self.state_dict(), 1.0
-        tensors: dict[str, Tensor] = {}
-        targets: list[str] = []
-        for name, layer in self.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            targets.append(name)
-            scaling = layer.scaling[ADAPTER]
+        state, tensors = self.state_dict(), {}
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, LoraLayer)}
+        for name in layers:
             for half, dim, sign in (("lora_A", 0, 1), ("lora_B", 1, -1)):
                 key = f"{name}.{half}.{ADAPTER}.weight"
                 pair = [state[key].float().cpu(), sign * start[key].float().cpu()]
                 tensors[f"base_model.model.{name}.{half}.weight"] = torch.cat(pair, dim).contiguous()
-        rank = len(tensors[f"base_model.model.{targets[0]}.lora_A.weight"])
+        layer = next(iter(layers.values()))
+        rank = 2 * layer.r[ADAPTER]
         settings = LoraConfig(
             r=rank,
-            lora_alpha=scaling * rank,  # type: ignore[arg-type]  # peft computes with any number
-            target_modules=targets,
+            lora_alpha=layer.scaling[ADAPTER] * rank,
+            target_modules=list(layers),
             inference_mode=True,
         )
         return settings, tensors
