@@ -141,7 +141,7 @@ def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
 
 
 def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
-    """How far two annotators of the same clip are apart, over all relevant clips; rows without labels are skipped.
+    """How far two annotators of the same clip are apart, over all relevant clips of the rows that have labels.
 
     Raises AnnotationError if no row has a relevant clip.
     """

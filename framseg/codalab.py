@@ -43,8 +43,8 @@ class SubmissionError(FramsegError, ValueError):
 def pack(val: str | Path, test: str | Path, out: str | Path) -> Path:
     """Write two prediction files as a competition archive and return its path.
 
-    Only the official fields go in. The same predictions always give the same bytes; the archive appears whole or
-    not at all. Raises PredictionError for predictions that cannot be scored or lack windows or saliency scores.
+    Only the official fields go in; the same predictions always give the same bytes. Raises PredictionError for
+    predictions that cannot be scored or lack windows or saliency scores.
     """
     files = {VAL_NAME: _official(val), TEST_NAME: _official(test)}
     with whole_file(out) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
@@ -62,10 +62,8 @@ def check(
 
     Returns {"val": split, "test": split}, a split being {"file", "queries", "windows": how many in all, "metrics": as
     `evaluate` gives them, or None for annotations without labels, "notes": list of what the protocol tolerates: a clip
-    count off by one, windows beyond the video's end, more than ten windows}.
-
-    Raises SubmissionError naming everything that is wrong with the archive (names, links, encryption, sizes, damage),
-    the text, a record (file, line, qid) or the set of qids; AnnotationError for annotations that cannot be read.
+    count off by one, windows beyond the video's end, more than ten windows}. Raises SubmissionError for whatever is
+    wrong with the archive, the text, a record or the set of qids; AnnotationError for annotations that cannot be read.
     """
     splits = {"val": (VAL_NAME, read(Path(annotations) / val)), "test": (TEST_NAME, read(Path(annotations) / test))}
     contents = _contents(Path(submission))

@@ -39,8 +39,7 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
     """
     records, rows = _matched(predictions, annotations, intersection)
     brief: dict[str, float] = {}
-    highlights: dict[str, dict] = {}
-    lengths: dict[str, dict] = {}
+    highlights, lengths = {}, {}
     if all_have(records, WINDOWS):
         pairs = _Pairs(records, rows)
         lengths = {name: _moment_metrics(pairs, *bounds) for name, bounds in LENGTHS.items()}

@@ -86,8 +86,7 @@ def checked_records(
     """The good records of a file, and for every bad one a sentence with its place, its qid and every reason.
 
     place: what stands in front of an entry's number in the sentences, as "rows.jsonl:". check: gives everything that
-    is wrong with a record, except that its qid comes twice. A LinesError while reading becomes the last sentence, and
-    so does that there are no records.
+    is wrong with a record, except a qid that comes twice. The last sentence may be a LinesError, or "no records".
     """
     records: list[dict] = []
     bad: list[str] = []

@@ -61,16 +61,15 @@ def windows(
 ) -> list[list[float]]:
     """Moments [[start, end, score], ...] in seconds, best score first, earlier first on ties.
 
-    mask: the answer, f characters or numbers 0 and 1; an invalid mask (see `valid`) counts as all ones.
-    probability: [f], of foreground, 0..1. duration: t in seconds.
+    mask: the answer; an invalid one (see `valid`) counts as all ones. probability: [f], of foreground, 0..1. duration:
+    t in seconds.
 
     Frames a to b give [floor(a * t/f), floor((b+1) * t/f)] and their mean probability as score; a run that would be
     left without a whole second keeps its exact ends. Policies:
     `mask`: every run of ones in the mask (the paper's).
     `thresholds`: the authors' competition entry. Every run of frames with a probability of at least .25, .5 or .75,
     each pair of ends once, the first ten, filled up to ten with [0, t, 0]; the mask is not used.
-    `ranked`: the mask's best run with its ends moved, then up to nine other runs (see `ranked`). Ends are multiples of
-    the dataset's 2-second clips, and the score is the share of true windows that the window adds.
+    `ranked`: the mask's best run with its ends moved, then up to nine other runs (see `ranked`).
 
     rounding: the paper's formula and the authors' masks of epoch 11 have `floor`; the windows of their final
     predictions are rounded to the `nearest` second, which differs in 19 of 1,561. `ranked` uses neither.
@@ -174,7 +173,8 @@ def ranked(best: tuple[float, float], likely: np.ndarray, duration: float) -> li
 
     best: (start, end) in frames. likely: float64 [f * (f + 1) / 2], from `run_probability`. A list finds a true window
     by the share of the IoU thresholds .5 to .95 that its best window reaches, taken as linear in the IoU. Each further
-    window is the run that adds most to the expected share, so near-duplicates stay out and the scores fall.
+    window is the run that adds most to the expected share, which is its score, so near-duplicates stay out and the
+    scores fall. Ends are multiples of the dataset's 2-second clips.
     """
     frames = (math.isqrt(8 * len(likely) + 1) - 1) // 2
     top = np.argsort(-likely, kind="stable")[:LIKELY]
@@ -211,17 +211,15 @@ def saliency(probability: Sequence[float] | np.ndarray, duration: float, method:
     probability: [f], of foreground. `overlap`: mean of the frames' probabilities weighted by the seconds each shares
     with the clip (the authors' code, used for the paper's Table I). `interpolation`: linear between the frames' times,
     read at the clip's middle, constant at the ends (the paper's text). `gaussian`: mean of the frames' probabilities
-    weighted by a normal density, 0.8 frames wide, of the distance from frame to clip's middle.
-
-    Raises ValueError for probabilities of another shape or out of 0..1, a duration <= 0, an unknown method.
+    weighted by a normal density, 0.8 frames wide, of a frame's distance from the clip's middle. Raises as `windows`.
     """
-    probability, count = _checked(probability, duration), clips(duration)
+    probability = _checked(probability, duration)
     _known("saliency method", method, Method)
-    starts = np.arange(count) * float(CLIP_SECONDS)
-    if method == "interpolation":
-        return np.interp(starts + CLIP_SECONDS / 2, frame_times(duration, len(probability)), probability)
     if method == "gaussian":
         return gaussian(probability, duration)
+    starts = np.arange(clips(duration)) * float(CLIP_SECONDS)
+    if method == "interpolation":
+        return np.interp(starts + CLIP_SECONDS / 2, frame_times(duration, len(probability)), probability)
     edges = np.arange(len(probability) + 1) * (duration / len(probability))
     shared = np.minimum(starts[:, None] + CLIP_SECONDS, edges[1:]) - np.maximum(starts[:, None], edges[:-1])
     shared = shared.clip(min=0)

@@ -34,9 +34,9 @@ def read_predictions(path: str | Path) -> list[dict]:
 
 
 def checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], Iterable[str]] | None = None) -> list[dict]:
-    """The records of numbered entries; raises PredictionError with the bad ones, or if there are no records.
+    """The records of `jsonl.checked_records`; raises PredictionError with the bad ones, or if there are no records.
 
-    place, reasons: as in `jsonl.checked_records`; by default the reasons that keep `evaluate` from using a record.
+    reasons: everything that is wrong with a record, by default what keeps `framseg.evaluate` from using it.
     """
     records, bad = jsonl.checked_records(entries, place, reasons or _reasons)
     if bad:
@@ -45,10 +45,7 @@ def checked(entries: Iterable[Entry], place: str, reasons: Callable[[dict], Iter
 
 
 def reference(folder: str | Path, split: str) -> Path:
-    """The file with the authors' predictions for `split` (val or test) in a folder of reference material.
-
-    Raises PredictionError if the folder has neither the CSV nor the authors' JSON.
-    """
+    """The CSV or JSON of the authors' predictions for `split` in a folder of reference material, or PredictionError."""
     folder = Path(folder)
     table, original = folder / f"golden/released_{split}_scores.csv", folder / f"released/hl_{split}_predictions.json"
     if not table.is_file() and not original.is_file():
@@ -64,8 +61,7 @@ def read_released(path: str | Path) -> list[dict]:
     pred_relevant_windows. CSV: columns qid, duration, windows (start/end/score, several joined by |), p0, p1, ...
 
     The windows are put best first and filled up to ten, and clip saliency follows from the probabilities (`overlap`),
-    as the authors submitted them. Records from the JSON also have mask and valid. Raises PredictionError with the
-    file, line (or row of the list) and qid of the bad records.
+    as the authors submitted them. Records from the JSON also have mask and valid. Raises PredictionError.
     """
     rows = _json_rows(path) if Path(path).suffix == ".json" else _csv_rows(path)
     records = checked(rows, f"{path}:", _released_reasons)
@@ -90,10 +86,7 @@ def write_predictions(path: str | Path, predictions: Iterable[dict]) -> None:
 def matched(
     predictions: Iterable[dict], rows: Sequence[AnyRow], intersection: bool = False
 ) -> tuple[list[dict], list[AnyRow]]:
-    """Checked predictions and their rows, in pairs, in the order of the rows; labels are not needed.
-
-    Raises PredictionError as `evaluate.evaluate` does.
-    """
+    """Checked predictions and their rows, in the order of the rows. Raises PredictionError as `evaluate` does."""
     by_qid = {record["qid"]: record for record in _valid(predictions)}
     times = Counter(row.qid for row in rows)
     problems = {"annotated twice": [qid for qid in times if times[qid] > 1]}
