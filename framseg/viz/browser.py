@@ -118,7 +118,7 @@ class Browser:
             raise annotations.AnnotationError(f"{file}: give the annotations that belong to it (rows=…)")
         self.rows = annotations.read(rows) if isinstance(rows, str | Path) else list(rows)
         self.store, self.videos = store, Path(videos) if videos is not None else None
-        self.entries, self.title = _entries(file, self.rows), _title(file)
+        self.entries, self.title = sorted(_entries(file, self.rows), key=lambda e: e.row.qid), _title(file)
         others = [_source(compare)[0]] if compare is not None else []
         others += [other for other in sorted(file.parent.glob("val*.jsonl")) if profile is not None and other != file]
         self.others: dict[str, Path] = {}  # files to compare with, by title, or by path where titles are the same
@@ -165,10 +165,7 @@ class Browser:
         return path
 
     def save_figure(self) -> list[Path]:
-        """Save the shown query's figure, with the compared prediction, as PNG and PDF into the folder.
-
-        Returns the files, none if no query is shown.
-        """
+        """Save the shown query's figure as PNG and PDF into the folder; returns the files, none without a query."""
         if not self.shown:
             self.message.value = "no query is shown, so there is no figure to save"
             return []
@@ -225,15 +222,15 @@ class Browser:
         self._refresh()
 
     def _refresh(self) -> None:
-        before = self.shown[self.place].row.qid if self.shown else -1
+        before = self.shown[self.place].row.qid if self.shown else None
         words = self.search.value.lower().split()
-        kept = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
-        kept = sorted(filter(FILTERS[self.filter.value], kept), key=lambda e: e.row.qid)
+        matching = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
+        kept = list(filter(FILTERS[self.filter.value], matching))
         order = np.argsort([SORTS[self.sort.value](entry) for entry in kept], kind="stable")
         self.shown = [kept[place] for place in order]
         self.places = {entry.row.qid: place for place, entry in enumerate(self.shown)}
         self.list.options = ()
-        self._go(self.places.get(before, 0))
+        self._go(0 if before is None else self.places.get(before, 0))
 
     def _go(self, place: int) -> None:
         """Show the query at this place, or at the nearest that exists, and the page of the list that holds it."""

@@ -84,9 +84,9 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
     moment's position. Frames: calibration, precision and recall, errors by the distance to the nearest end of a moment,
     and each distance's share of all errors; without frame probabilities the figure says so. Raises as `by_frame` does.
     """
-    out = figures.new_figure(4.6)
-    above, below = out.subplots(2, 4)
-    _by_query(above, labelled(rows), np.array([query["iou"] for query in evaluate.per_query(predictions, rows)]))
+    out, panels = figures.new_figure(4.6, 2, 4)
+    below = panels[4:]
+    _by_query(panels[:4], labelled(rows), np.array([query["iou"] for query in evaluate.per_query(predictions, rows)]))
     if all(record.get("probability") for record in predictions):
         frames = by_frame(rows, predictions)
         _calibration_and_recall(below[0], below[1], frames)
@@ -105,16 +105,15 @@ def reach(metrics: Mapping[int, Mapping[str, dict]], reached: dict | None = None
     metrics: frames -> name of the answers -> metrics, as `evaluate` scores `reachable`. `reached`: metrics of a model,
     drawn as a line.
     """
-    out = figures.new_figure(2.3)
-    shown = list(figures.METRICS.items())[:3]
-    for axes, (key, title) in zip(out.subplots(1, 3, sharey=True), shown, strict=True):
+    out, panels = figures.new_figure(2.3, 1, 3, share="y")
+    for axes, (key, title) in zip(panels, figures.METRICS.items(), strict=False):
         for answers, style in (("best digits", "-"), ("true labels", "--")):
             values = [scores[answers]["brief"][key] for scores in metrics.values()]
             axes.plot(list(metrics), values, style, marker="o", color=figures.TRUE, label=answers)
         if reached:
             axes.axhline(reached["brief"][key], color=figures.PREDICTED, label="reached")
         axes.set(title=title, xlabel="frames", xticks=list(metrics), ylim=(0, 103))
-    out.axes[0].legend(fontsize="small", loc="lower right")
+    panels[0].legend(fontsize="small", loc="lower right")
     return out
 
 

@@ -6,6 +6,8 @@ stays open. All share one style: seaborn's colour-blind palette, and what must b
 """
 
 import io
+import itertools
+import math
 import re
 import textwrap
 from collections import Counter
@@ -70,9 +72,17 @@ class Picture(Figure):
         return out.getvalue()
 
 
-def new_figure(height: float) -> Picture:
-    """An empty figure as wide as a page's text and `height` inches high, for a function that is `styled`."""
-    return Picture(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+def new_figure(
+    height: float, rows: int = 1, columns: int = 1, share: str = "", ratios: Sequence[float] | None = None
+) -> tuple[Picture, list[Axes]]:
+    """A figure as wide as a page's text and `height` inches high, and its panels row by row, for a `styled` function.
+
+    share: the axis, "x" or "y", that all panels have in common; ratios: heights of the rows.
+    """
+    figure = Picture(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+    x, y = share == "x", share == "y"
+    panels = figure.subplots(rows, columns, sharex=x, sharey=y, squeeze=False, height_ratios=ratios)
+    return figure, panels.ravel().tolist()
 
 
 def label_shares(axes: Axes, title: str, xlabel: str, ylabel: str = "", **limits: tuple[float, float | None]) -> None:
@@ -116,8 +126,8 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
     if not labelled:
         raise ValueError(f"none of the splits {', '.join(splits)} has labels; give at least one that has")
     colours = dict(zip(splits, sns.color_palette("colorblind", len(splits)).as_hex(), strict=True))
-    figure = new_figure(6.6)
-    videos, windows, lengths, saliency, distances, positions, words, common, balance = figure.subplots(3, 3).flat
+    figure, panels = new_figure(6.6, 3, 3)
+    videos, windows, lengths, saliency, distances, positions, words, common, balance = panels
     queries = {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}
     _counts(videos, queries, colours, "Queries per video", "queries", "share of videos")
     moments = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
@@ -185,18 +195,14 @@ def _class_balance(axes: Axes, balance: Mapping[str, annotations.ClassBalance], 
 
 
 @styled
-def frame_strip(
-    frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None, columns: int = 13
-) -> Figure:
-    """All frames of a video in rows of `columns`, each with its time in seconds.
+def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None) -> Figure:
+    """All frames of a video in rows of 13, each with its time in seconds.
 
     frames: uint8 [f, H, W, 3]; times: [f]. With `labels` (0 and 1, [f]) the digit stands next to the time, and frames
     with a 1 have a border.
     """
-    rows = -(-len(frames) // columns)
-    columns = min(columns, len(frames))
-    figure = new_figure(rows * (0.78 * WIDTH / columns + 0.25))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    rows, columns = math.ceil(len(frames) / 13), min(13, len(frames))
+    figure, panels = new_figure(rows * (0.78 * WIDTH / columns + 0.25), rows, columns)
     for axes in panels[len(frames) :]:
         axes.set_axis_off()
     for place, axes in enumerate(panels[: len(frames)]):
@@ -214,8 +220,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
     Scores are divided by 4; the moments are shaded. Raises AnnotationError for a row without labels.
     """
     targets = annotations.soft_targets(row, frames)
-    figure = new_figure(2.4)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(2.4)
     for start, end in row.relevant_windows:
         axes.axvspan(start, end, color="0.92")
     middles = CLIP_SECONDS * (np.array(row.relevant_clip_ids) + 0.5)
@@ -244,17 +249,15 @@ def variations(
     """
     shown = np.unique(np.linspace(0, len(times) - 1, columns).round().astype(int))
     middle = len(frames) // 2
-    figure = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35)
-    grid = figure.subplots(len(frames), len(shown), squeeze=False)
-    for variation, line in enumerate(grid):
-        for axes, position in zip(line, shown, strict=True):
-            drawn = choice is not None and choice[position] == variation
-            _show_frame(axes, frames[variation, position], PREDICTED if drawn else None)
-            if variation == len(frames) - 1:
-                axes.set_xlabel(f"{times[position]:.0f} s")
-        seconds = (variation - middle) * distance
-        name = "frame $v_i$" if variation == middle else f"{seconds:+.1f} s"
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure, panels = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35, len(frames), len(shown))
+    for axes, (variation, position) in zip(panels, itertools.product(range(len(frames)), shown), strict=True):
+        drawn = choice is not None and choice[position] == variation
+        _show_frame(axes, frames[variation, position], PREDICTED if drawn else None)
+    for variation, axes in enumerate(panels[:: len(shown)]):
+        name = "frame $v_i$" if variation == middle else f"{(variation - middle) * distance:+.1f} s"
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    for axes, position in zip(panels[-len(shown) :], shown, strict=True):
+        axes.set_xlabel(f"{times[position]:.0f} s")
     if choice is not None:
         figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
     return figure
@@ -296,8 +299,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         column += len(text) + 1
         answer = answer or spelling == "<|assistant|>"
 
-    figure = new_figure((line + 1) * 0.165 + 0.35)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure((line + 1) * 0.165 + 0.35)
     axes.set(xlim=(0, columns), ylim=(line + 1, 0))
     axes.set_axis_off()
     # DejaVu Sans Mono is 0.602 em wide: the size at which a character fills its column, with a little air.
@@ -334,27 +336,22 @@ def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.n
 
 @styled
 def losses(steps: Sequence[dict]) -> Figure:
-    """The paper's Figure 10: the four losses by optimizer step, a faint raw curve under its time-weighted EMA.
-
-    steps: lines of the step log, ValueError if there are none. Values that are not finite are left out.
-    """
+    """The paper's Figure 10: losses by optimizer step, raw and averaged, from the step log (ValueError if empty)."""
     _require(steps, "steps")
-    figure = new_figure(3.8)
-    grid = figure.subplots(2, 2, sharex=True)
-    for axes, (key, name) in zip(grid.flat, LOSSES.items(), strict=True):
+    figure, panels = new_figure(3.8, 2, 2, share="x")
+    for axes, (key, name) in zip(panels, LOSSES.items(), strict=True):
         _loss_curve(axes, steps, key)
         axes.set_title(name)
-    for axes in grid[1]:
+    for axes in panels[2:]:
         axes.set_xlabel("optimizer step")
     return figure
 
 
 @styled
 def schedule(steps: Sequence[dict]) -> Figure:
-    """Learning rate and four loss weights by optimizer step; `steps` are lines of the step log (ValueError if none)."""
+    """Learning rate and four loss weights by optimizer step, from the step log (ValueError if empty)."""
     _require(steps, "steps")
-    figure = new_figure(2.2)
-    rate, weights = figure.subplots(1, 2)
+    figure, [rate, weights] = new_figure(2.2, 1, 2)
     _learning_rate(rate, steps)
     rate.set_ylim(0, None)
     x = [line["step"] for line in steps]
@@ -369,13 +366,9 @@ def schedule(steps: Sequence[dict]) -> Figure:
 
 @styled
 def validation(records: Sequence[dict]) -> Figure:
-    """R1@0.5, R1@0.7, mAP and HIT@1 (very good) on val by epoch; epoch 0 is the untouched base.
-
-    records: lines of the validation log, {"epoch": int, "metrics": official layout} (ValueError if none).
-    """
+    """`EPOCH_METRICS` on val by epoch, 0 being the untouched base, from the validation log (ValueError if empty)."""
     _require(records, "validations")
-    figure = new_figure(2.9)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(2.9)
     _metric_curves(axes, records, EPOCH_METRICS)
     labels = [f"{METRICS[key]}  {records[-1]['metrics']['brief'].get(key, np.nan):.2f}" for key in EPOCH_METRICS]
     axes.legend(axes.lines, labels, title="after the last", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -386,8 +379,7 @@ def validation(records: Sequence[dict]) -> Figure:
 def progress(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
     """A training so far, from the lines of its two logs: the losses, the learning rate, and the validations."""
     _require(steps, "steps")
-    figure = new_figure(2.7)
-    loss, rate, metrics = figure.subplots(1, 3)
+    figure, [loss, rate, metrics] = new_figure(2.7, 1, 3)
     for key in LOSSES:
         _loss_curve(loss, steps, key)
     loss.set(title="Losses", xlabel="optimizer step")
@@ -455,12 +447,9 @@ def _require(lines: Sequence[dict], what: str) -> None:
 
 @styled
 def comparison(metrics: Mapping[str, dict]) -> Figure:
-    """The first set of answers (the model's) compared with the others, a panel for each metric.
-
-    metrics: name of the answers -> metrics in the official layout; "–" for a metric that has no value.
-    """
-    figure = new_figure(0.6 + 0.24 * len(metrics))
-    for axes, (key, title) in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS.items(), strict=True):
+    """Metrics in the official layout by name of the answers, the first being the model's, a panel for each metric."""
+    figure, panels = new_figure(0.6 + 0.24 * len(metrics), 1, len(METRICS), share="y")
+    for axes, (key, title) in zip(panels, METRICS.items(), strict=True):
         values = [scored["brief"].get(key) for scored in metrics.values()]
         colours = [PROBABILITY] + ["#c4c4c4"] * (len(values) - 1)
         axes.barh(list(metrics), [value or 0 for value in values], color=colours, height=0.75)
@@ -470,7 +459,7 @@ def comparison(metrics: Mapping[str, dict]) -> Figure:
         axes.set(title=title, xlim=(0, 125), xticks=[])
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(left=False)
-    axes.invert_yaxis()  # shared
+    panels[0].invert_yaxis()  # shared
     return figure
 
 
@@ -480,9 +469,9 @@ def intervals(systems: Mapping[str, dict]) -> Figure:
 
     systems: name -> {"scores": {metric: percent}, "interval": {metric: (low, high)}}, all with the same metrics.
     """
-    figure = new_figure(0.7 + 0.24 * len(systems))
     metrics = list(next(iter(systems.values()))["scores"])
-    for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True):
+    figure, panels = new_figure(0.7 + 0.24 * len(systems), 1, len(metrics), share="y")
+    for axes, metric in zip(panels, metrics, strict=True):
         for place, system in enumerate(systems.values()):
             colour = PROBABILITY if place == len(systems) - 1 else "#8a8a8a"
             axes.plot(system["interval"][metric], [place, place], color=colour, linewidth=1.5)
@@ -567,11 +556,10 @@ def qualitative(
     frames: np.ndarray | None = None,
     times: Sequence[float] | np.ndarray | None = None,
     against: tuple[str, dict] | None = None,
-    shown: int = 9,
 ) -> Figure:
     """The paper's Figures 2, 3, 5 to 9: frames, true and predicted windows, predicted curve over the true saliency.
 
-    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts), of which `shown` are
+    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts), of which nine are
     drawn; without frames the figure says so and has the curves only. `against`: name and record of another prediction
     (of an earlier epoch, another model), which is drawn as well. A row without labels has no true windows and saliency;
     a qid below 0 (your own video) is not shown.
@@ -581,8 +569,7 @@ def qualitative(
     levels = sum(max(len(lanes(record, t)[0]), 1) for _, record in named) + isinstance(row, LabelledRow)
     title = textwrap.wrap(f"“{row.query}”", 88) or [""]
     heights = [0.62 if frames is not None else 0.16, 0.17 * levels + 0.08, 1.35]
-    figure = new_figure(sum(heights) + 0.75 + 0.17 * len(title))
-    strip, spans, curve = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+    figure, [strip, spans, curve] = new_figure(sum(heights) + 0.75 + 0.17 * len(title), 3, share="x", ratios=heights)
     figure.suptitle("\n".join(title), x=0.01, ha="left", fontweight="bold", fontsize="medium", parse_math=False)
     about = ([f"qid {row.qid}"] if row.qid >= 0 else []) + [row.vid, scores(row, prediction)]
     strip.set_title(" · ".join(about), fontsize="small", fontweight="normal", parse_math=False)
@@ -590,7 +577,7 @@ def qualitative(
         strip.text(0, 0.5, "No frames are shown: there are none of this video.", va="center", fontsize="small",
                    style="italic", transform=strip.transAxes)  # fmt: skip
     else:
-        _frames_on_axis(strip, frames, frame_times(t, len(frames)) if times is None else np.asarray(times), t, shown)
+        _frames_on_axis(strip, frames, frame_times(t, len(frames)) if times is None else np.asarray(times), t)
     strip.tick_params(left=False, bottom=False, labelleft=False)
     strip.spines[:].set_visible(False)
     _windows_on_axis(spans, row, named)
@@ -599,10 +586,11 @@ def qualitative(
     return figure
 
 
-def _frames_on_axis(axes: Axes, frames: np.ndarray, times: np.ndarray, duration: float, shown: int) -> None:
-    """`shown` equal slots along the time axis, each with the frame that is nearest to its middle."""
-    slot = duration / min(shown, len(frames))
-    for middle in (np.arange(min(shown, len(frames))) + 0.5) * slot:
+def _frames_on_axis(axes: Axes, frames: np.ndarray, times: np.ndarray, duration: float) -> None:
+    """Nine equal slots along the time axis, each with the frame that is nearest to its middle."""
+    slots = min(9, len(frames))
+    slot = duration / slots
+    for middle in (np.arange(slots) + 0.5) * slot:
         nearest = int(np.abs(times - middle).argmin())
         axes.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
         axes.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
@@ -656,7 +644,6 @@ def _curves_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> 
 
 # The queries of the qualitative figures
 
-
 RULES = {
     "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
     "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
@@ -687,16 +674,17 @@ def choose(
     `improvement`. Of equals the smaller qid is taken; a name whose rule no query meets is left out. Raises
     AnnotationError for rows without labels.
     """
-    rows_by, records = {row.qid: row for row in annotations.labelled(rows)}, {p["qid"]: p for p in predictions}
+    row_of = {row.qid: row for row in annotations.labelled(rows)}
+    record_of = {record["qid"]: record for record in predictions}
     before = {number["qid"]: number.get("iou", 0.0) for number in earlier or []}
     lines = []
     for number in sorted(numbers, key=lambda number: number["qid"]):
         qid, iou, hit = number["qid"], number.get("iou", 0.0), number.get("hit", False)
-        likeness, excess = _likeness(rows_by[qid], records[qid])
-        sure, gain = confidence(records[qid], rows_by[qid].duration), iou - before.get(qid, iou)
+        likeness, excess = _likeness(row_of[qid], record_of[qid])
+        sure, gain = confidence(record_of[qid], row_of[qid].duration), iou - before.get(qid, iou)
         lines.append((qid, iou, hit, sure, likeness, -likeness, excess, gain))
-    names = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
-    measures = pd.DataFrame(lines, columns=names)
+    columns = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
+    measures = pd.DataFrame(lines, columns=columns)
     chosen: dict[str, int] = {}
     for name, (condition, column) in _RULES.items():
         qualified = measures[~measures["qid"].isin(chosen.values())].query(condition)
