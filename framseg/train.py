@@ -8,15 +8,16 @@ import contextlib
 import functools
 import json
 import math
-import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from framseg import FramsegError, annotations, config, dataset, decode, evaluate, losses, prompt
 from framseg.backbones import device
 from framseg.checkpoint import load_base, save_trained
-from framseg.jsonl import is_number, parse_object, write_lines
+from framseg.jsonl import is_number, parse_object, shortlist, write_lines
 from framseg.predictions import write_predictions
 from framseg.run import launcher, preflight, resume
 from framseg.run.paths import Run, hold
@@ -78,8 +79,8 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
     if not lost:
         return rows, ""
     lacking = (
-        f"{len(lost)} of the training videos are not in the frame store {store.folder}: {', '.join(lost[:5])}"
-        f"{' …' if len(lost) > 5 else ''}; notebook 01 extracts them, failures.jsonl there says what failed"
+        f"{len(lost)} of the training videos are not in the frame store {store.folder}: {shortlist(lost, most=5)}; "
+        f"notebook 01 extracts them, failures.jsonl there says what failed"
     )
     if len(lost) > profile.training.may_lack:
         raise TrainError(f"{lacking}; training.may_lack={len(lost)} trains without them")
@@ -149,12 +150,12 @@ def _changed(profile: config.Profile, run: Run) -> list[str]:
     if not run.trained_with.is_file():
         return []
     trained = config.load(run.trained_with)
-    old, new = (_flat(p.model_dump(mode="json", exclude={"inference", "name"})) for p in (trained, profile))
+    dumps = (p.model_dump(mode="json", exclude={"inference", "name"}) for p in (trained, profile))
+    old, new = (pd.json_normalize(dump).to_dict("records")[0] for dump in dumps)  # keys like training.epochs
     changes = {key: f"{key}: {old[key]} there, {value} now" for key, value in new.items() if old[key] != value}
     changes.pop("training.may_change", None)
     refused = [words for key, words in changes.items() if key not in profile.training.may_change]
-    sections = trained.training, profile.training
-    if len({section.processes * section.micro_batch * section.accumulation for section in sections}) > 1:
+    if len({p.training.processes * p.training.micro_batch * p.training.accumulation for p in (trained, profile)}) > 1:
         # The number of steps done would no longer say where in the data it is.
         refused.append("as many samples per step there must be (processes x micro_batch x accumulation)")
     file = dataset.annotation_file(profile, "train")
@@ -166,14 +167,6 @@ def _changed(profile: config.Profile, run: Run) -> list[str]:
             f"{run.train} to train anew, or name the keys in training.may_change to go on with the new values"
         )
     return list(changes.values())
-
-
-def _flat(section: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, object] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _watch(
@@ -404,7 +397,8 @@ class Trainer:
         if self.rank == 0:
             seconds = time.monotonic() - began
             means = [x if math.isfinite(x) else None for x in (sums / (section.accumulation * self.world)).tolist()]
-            memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident()
+            # The GPU's peak; without a GPU that is 0, and this process's peak counts.
+            memory = torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss
             _append(
                 self.run.step_log,
                 {
@@ -416,7 +410,7 @@ class Trainer:
                     "learning_rate": rate,
                     "gradient_norm": float(self.engine.get_global_grad_norm()) if applied else None,
                     "samples_per_second": section.micro_batch * section.accumulation * self.world / seconds,
-                    "memory_gib": memory,
+                    "memory_gib": memory / 2**30,
                     "seconds": seconds,
                 },
             )
@@ -459,15 +453,8 @@ class Trainer:
 
 
 def _append(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def _resident() -> float:
-    """This process's memory in GiB, as Linux counts it."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,8 +6,10 @@ it makes the sentence for the user.
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,6 +36,8 @@ WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks afte
 LAST_LINE = "framseg: "  # begins the line in which a failing process says why
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A traceback: whether Python has ignored the error, and the error at its end.
+TRACEBACK = re.compile(r"^(Exception ignored.*\n)?Traceback \(most recent call last\).*\n(?:[ \t].*\n|\n)*(\S.*)", re.M)
 T = TypeVar("T")
 
 
@@ -68,9 +72,8 @@ def diagnosis(error: Exception) -> tuple[Reason, str]:
         return Reason.DISK_FULL, str(error.filename or text)
     if any(f"(os error {number})" in text for number in FULL):  # safetensors: its error has no errno
         return Reason.DISK_FULL, text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return Reason.OUT_OF_MEMORY, text
-    if "can't allocate memory" in text:  # torch, on the CPU: a RuntimeError
+    # On the CPU torch raises a RuntimeError.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return Reason.OUT_OF_MEMORY, text
     if isinstance(error, OSError) and error.errno in REFUSED:
         return Reason.NOT_WRITABLE, f"{error.filename} ({error.strerror})"
@@ -91,17 +94,23 @@ def sentence(error: Exception) -> str:
 class Job:
     """`python -m module arguments` in `training.processes` processes, whose output is appended to `log`.
 
-    They are killed when its context is left. Raises FramsegError if there is no DeepSpeed launcher, OSError if the log
-    cannot be written.
+    They are killed when its context is left. FramsegError without DeepSpeed, OSError for a log that cannot be written.
     """
 
     def __init__(self, module: str, profile: config.Profile, log: Path, arguments: list[str]):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise FramsegError("DeepSpeed is not installed with this Python: install what environment.yml lists")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={profile.training.processes}"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank", "--module", module]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with open(log, "a", encoding="utf-8") as output:
             self.begin = output.tell()
             self.process = subprocess.Popen(
-                [*_launcher(profile.training.processes), "--module", module, *arguments],
+                [*command, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=_environment(profile),
@@ -125,17 +134,18 @@ class Job:
 
     def failure(self) -> str:
         """Why the processes ended, in one sentence that names the log."""
-        with open(self.log, "rb") as file:
+        with open(self.log, encoding="utf-8", errors="replace") as file:
             file.seek(self.begin)
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-        given = [pair for line in lines if (pair := _reason(line))]
+            text = file.read()
+        given = [pair for line in text.splitlines() if (pair := _reason(line))]
+        errors = [error for ignored, error in TRACEBACK.findall(text) if not ignored]
         own = [reason.value.format(what) for reason, what in given if reason is not Reason.PEER_GONE]
         if own:
             why = own[0]
         elif shutil.disk_usage(self.log.parent).free < 2**20:  # too full for a last line
             why = Reason.DISK_FULL.value.format(self.log.parent)
-        elif not given and 0 < self.process.returncode < 128 and (error := _traceback_end(lines)):
-            why = f"a process or the DeepSpeed launcher ended with {error}"
+        elif errors and not given and 0 < self.process.returncode < 128:
+            why = f"a process or the DeepSpeed launcher ended with {errors[-1]}"
         else:
             why = (
                 f"a process was killed or crashed without a word (exit code {self.process.returncode}), by somebody or "
@@ -151,30 +161,6 @@ def _reason(line: str) -> tuple[Reason, str] | None:
     record = parse_object(line.removeprefix(LAST_LINE))[0] or {}
     name = str(record.get("reason"))
     return (Reason[name], str(record.get("what"))) if name in Reason.__members__ else None
-
-
-def _traceback_end(lines: list[str]) -> str | None:
-    """The error at the end of the last traceback, e.g. "PermissionError: [Errno 13] Permission denied: 'numactl'"."""
-    begins = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    begins = [number for number in begins if not (number and lines[number - 1].startswith("Exception ignored"))]
-    after = lines[begins[-1] + 1 :] if begins else []
-    return next((line for line in after if line and not line[0].isspace()), None)
-
-
-def _launcher(processes: int) -> list[str]:
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
-    if launcher is None:
-        raise FramsegError(
-            "the DeepSpeed launcher is not installed next to this Python: install what environment.yml lists"
-        )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Its own first line starts "python": it must be this one.
-    return [
-        sys.executable, launcher, f"--num_gpus={processes}", "--master_addr=127.0.0.1", f"--master_port={port}",
-        "--no_local_rank",
-    ]  # fmt: skip
 
 
 def _environment(profile: config.Profile) -> dict[str, str]:

@@ -53,14 +53,20 @@ def save(
             tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
             save_file(tensors, unfinished / f"{name}.safetensors")
     torch.distributed.barrier()
-    save_file(_partition(optimizer) | generators(), unfinished / f"process_{rank}.safetensors")
+    # This process's part of the float32 weights ("master") and of AdamW's two moments and step, by group and name.
+    partition = {
+        f"{i}.{key}": torch.as_tensor(value).detach().cpu().clone()
+        for i, master in enumerate(optimizer.single_partition_of_fp32_groups)
+        for key, value in {"master": master, **optimizer.optimizer.state[master]}.items()
+    }
+    save_file(partition | generators(), unfinished / f"process_{rank}.safetensors")
     torch.distributed.barrier()
     if rank == 0:
         sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
         about = {"step": step, "world": world, "sha256": sums}
         (unfinished / "state.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(folder / f"step_{step:06d}")
-        for old in _states(folder)[:-KEPT]:
+        for old in sorted(folder.glob("step_*"))[:-KEPT]:
             shutil.rmtree(old)
     torch.distributed.barrier()
 
@@ -69,7 +75,7 @@ def newest(folder: Path) -> Path | None:
     """The newest state in `folder` whose files are whole, the same on all processes; damaged ones are removed."""
     chosen: list[Path | None] = [None]
     if torch.distributed.get_rank() == 0:
-        for state in reversed(_states(folder)):
+        for state in sorted(folder.glob("step_*"), reverse=True):
             if reason := damage(state):
                 print(f"warning: {state} is damaged ({reason}): going on from the state before it", flush=True)
                 shutil.rmtree(state)
@@ -121,33 +127,24 @@ def load_process(state: Path, rank: int, optimizer: "DeepSpeedZeroOptimizer") ->
     """Put this process's share of a state into DeepSpeed's optimizer and the random generators."""
     saved = load_file(state / f"process_{rank}.safetensors")
     for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
-        master.data.copy_(saved[f"{i}.master"])
         own = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{i}.")}
+        master.data.copy_(own.pop("master"))
         optimizer.optimizer.state[master] = {
-            key: value.to(master.device) if value.dim() else value for key, value in own.items() if key != "master"
+            key: value.to(master.device) if value.dim() else value for key, value in own.items()
         }
     set_generators(saved)
-
-
-def _partition(optimizer: "DeepSpeedZeroOptimizer") -> dict[str, Tensor]:
-    """This process's part of the float32 weights and of AdamW's two moments and step, by group and name."""
-    out = {}
-    for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
-        for key, value in {"master": master, **optimizer.optimizer.state[master]}.items():
-            out[f"{i}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
-    return out
 
 
 def generators() -> dict[str, Tensor]:
     """The states of all random generators of this process: torch's (dropout), the GPU's, Python's, NumPy's."""
     _, words, _ = random.getstate()  # the third is a spare value of random.gauss, which nothing here draws
     numpy = np.random.get_state(legacy=False)["state"]
-    out = {
+    out = {"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return out | {
         "random.torch": torch.get_rng_state(),
         "random.python": torch.tensor(words),
         "random.numpy": torch.from_numpy(np.append(numpy["key"].astype(np.int64), numpy["pos"])),
     }
-    return out | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def set_generators(saved: dict[str, Tensor]) -> None:
@@ -164,7 +161,3 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*"))
