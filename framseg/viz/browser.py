@@ -118,7 +118,7 @@ class Browser:
             raise annotations.AnnotationError(f"{file}: give the annotations that belong to it (rows=…)")
         self.rows = annotations.read(rows) if isinstance(rows, str | Path) else list(rows)
         self.store, self.videos = store, Path(videos) if videos is not None else None
-        self.entries, self.title = sorted(_entries(file, self.rows), key=lambda e: e.row.qid), _title(file)
+        self.entries, self.title = _entries(file, self.rows), _title(file)
         others = [_source(compare)[0]] if compare is not None else []
         others += [other for other in sorted(file.parent.glob("val*.jsonl")) if profile is not None and other != file]
         self.others: dict[str, Path] = {}  # files to compare with, by title, or by path where titles are the same
@@ -159,7 +159,6 @@ class Browser:
     def export(self) -> Path:
         """Write the selection as JSON lines into the folder; returns the file."""
         path = self.folder / "selection.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_predictions(path, self.selection())
         self.message.value = f"{len(self.shown)} predictions written to {html.escape(str(path))}"
         return path
@@ -225,7 +224,7 @@ class Browser:
         before = self.shown[self.place].row.qid if self.shown else None
         words = self.search.value.lower().split()
         matching = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
-        kept = list(filter(FILTERS[self.filter.value], matching))
+        kept = sorted(filter(FILTERS[self.filter.value], matching), key=lambda e: e.row.qid)
         order = np.argsort([SORTS[self.sort.value](entry) for entry in kept], kind="stable")
         self.shown = [kept[place] for place in order]
         self.places = {entry.row.qid: place for place, entry in enumerate(self.shown)}
