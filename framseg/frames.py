@@ -13,13 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from framseg import FramsegError
+from framseg.jsonl import whole_file, write_lines
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -52,21 +53,15 @@ class StoreError(VideoError):
 
 
 def frame_numbers(
-    duration: float,
-    fps: float,
-    count: int,
-    neighbours: int,
-    neighbour_distance: float,
-    start: float = 0.0,
-    available: int | None = None,
+    duration: float, fps: float, count: int, neighbours: int, neighbour_distance: float, available: int | None = None
 ) -> np.ndarray:
     """Frame numbers of a video with a constant frame rate: v_i = (t/f) * fps * (0.5 + i), floored, and its variations.
 
-    `duration` t and `start` are seconds, `count` is f. Each v_i has `neighbours` variations on either side, which are
+    `duration` is t in seconds, `count` is f. Each v_i has `neighbours` variations on either side, which are
     `neighbour_distance` seconds (0.1 s is 3 frames at 30 fps), but at least one frame, from each other. Returns int64
     [f, 2 * neighbours + 1] in time order, the middle column being v_i, clipped to 0 .. `available` - 1.
     """
-    seconds = start + duration / count * (0.5 + np.arange(count))
+    seconds = duration / count * (0.5 + np.arange(count))
     middle = np.floor(seconds * fps + 1e-6).astype(np.int64)  # a product meant to be whole may come out just below
     step = max(1, round(neighbour_distance * fps))
     numbers = middle[:, None] + step * np.arange(-neighbours, neighbours + 1)
@@ -115,18 +110,16 @@ class Video:
     def _reader(self) -> decord.VideoReader:
         return decord.VideoReader(str(self.path), num_threads=1, fault_tol=NO_REPEATED_FRAMES)
 
-    def numbers(
-        self, duration: float, count: int, neighbours: int = 0, neighbour_distance: float = 0.1, start: float = 0.0
-    ) -> np.ndarray:
+    def numbers(self, duration: float, count: int, neighbours: int = 0, neighbour_distance: float = 0.1) -> np.ndarray:
         """`frame_numbers` of this video, int64 [count, 2 * neighbours + 1].
 
-        Where the frame rate varies, v_i is the frame shown at second start + (t/f) * (0.5 + i), and its neighbours are
-        those shown `neighbour_distance` seconds earlier and later, or the frames next to it if these are further away.
+        Where the frame rate varies, v_i is the frame shown at second (t/f) * (0.5 + i), and its neighbours are those
+        shown `neighbour_distance` seconds earlier and later, or the frames next to it if these are further away.
         """
         if self.constant:
-            return frame_numbers(duration, self.fps, count, neighbours, neighbour_distance, start, self.count)
+            return frame_numbers(duration, self.fps, count, neighbours, neighbour_distance, self.count)
         sides = np.arange(-neighbours, neighbours + 1)
-        middle = start + duration / count * (0.5 + np.arange(count))
+        middle = duration / count * (0.5 + np.arange(count))
         seconds = middle[:, None] + neighbour_distance * sides
         shown = np.searchsorted(self.starts, seconds + CLOCK, side="right") - 1
         adjacent = shown[:, neighbours, None] + sides
@@ -254,21 +247,17 @@ class Store:
                     out[frame] = np.asarray(picture)
         return out
 
-    def write(self, vid: str, frames: np.ndarray, about: dict, aside: Path | None = None) -> None:
+    def write(self, vid: str, frames: np.ndarray, about: dict) -> None:
         """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; `about` goes into the JSON member.
 
-        The file is written in the folder `aside` (on the same disk; by default the store's own) and renamed when it is
-        whole. Raises OSError if it cannot be written.
+        Raises OSError if the file, which appears when it is whole, cannot be written.
         """
-        path = self.path(vid)
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        with whole_file(self.path(vid)) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
             archive.writestr(zipfile.ZipInfo(ABOUT), json.dumps({"vid": vid, "settings": self._settings(), **about}))
             for frame, variation in np.ndindex(frames.shape[:2]):
                 picture = io.BytesIO()
                 Image.fromarray(frames[frame, variation]).save(picture, "JPEG", quality=self.quality, subsampling=0)
                 archive.writestr(zipfile.ZipInfo(MEMBER.format(frame, variation)), picture.getvalue())
-        _replace(path, content.getvalue(), aside or self.folder)
 
     def failures(self) -> dict[str, str]:
         """Videos whose extraction failed, with the reason."""
@@ -288,10 +277,12 @@ class Store:
             try:
                 with zipfile.ZipFile(file) as archive:
                     about = json.loads(archive.read(ABOUT))
-                    if about["settings"] != self._settings():
+                    settings = about["settings"], self._settings()
+                    if settings[0] != settings[1]:
+                        made, wanted = (", ".join(f"{name} {value}" for name, value in s.items()) for s in settings)
                         raise StoreError(
-                            f"{path}: was made with {_words(about['settings'])}, but {_words(self._settings())} are "
-                            f"asked for; use another folder for the frames, or delete this one and extract again"
+                            f"{path}: was made with {made}, but {wanted} are asked for; use another folder for the "
+                            f"frames, or delete this one and extract again"
                         )
                     yield archive, about
             except VideoError:
@@ -340,26 +331,29 @@ def extract(
     # A fresh interpreter per worker: a fork would copy the locks of torch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
-            pool = pebble.ProcessPool(min(workers or cpus, max(len(waiting), 1)), context=context)
-            try:
-                vids: dict[Future[str | None], str] = {}
-                for vid, duration in waiting.items():
-                    arguments = vid, duration, folder, store, duration_tolerance, Path(aside)
-                    vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
-                bar_off = not (progress and vids)
-                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
-                    if reason := _failure(task, folder / f"{vids[task]}.mp4", time_limit):
-                        report.failed[vids[task]] = reason
-                    else:
-                        report.done += 1
-            finally:
-                pool.stop()
-                pool.join()
-                rows = sorted({**failures, **report.failed}.items())
-                text = "".join(json.dumps({"vid": vid, "reason": reason}) + "\n" for vid, reason in rows)
-                _replace(store.folder / FAILURES, text.encode(), Path(aside))
+        pool = pebble.ProcessPool(min(workers or cpus, max(len(waiting), 1)), context=context)
+        try:
+            vids: dict[Future[None], str] = {}
+            for vid, duration in waiting.items():
+                arguments = vid, duration, folder, store, duration_tolerance
+                vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
+            bar_off = not (progress and vids)
+            for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
+                vid = vids[task]
+                try:
+                    task.result()
+                    report.done += 1
+                except VideoError as error:
+                    report.failed[vid] = str(error)
+                except TimeoutError:
+                    report.failed[vid] = f"{folder / vid}.mp4: decoding took more than {time_limit:g} s and was ended"
+                except pebble.ProcessExpired as error:
+                    report.failed[vid] = f"{folder / vid}.mp4: the decoder crashed (exit code {error.exitcode})"
+        finally:
+            pool.stop()
+            pool.join()
+            rows = sorted((failures | report.failed).items())
+            write_lines(store.folder / FAILURES, ({"vid": vid, "reason": reason} for vid, reason in rows))
     except OSError as error:
         raise StoreError(
             f"{store.folder}: the frame store cannot be written ({error.strerror or error}); make room or choose "
@@ -369,56 +363,29 @@ def extract(
     return report
 
 
-def _store_video(
-    vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path
-) -> str | None:
-    """In a worker process: store a video, or return the reason why it cannot be."""
-    try:
-        store.path(vid)
-        video = Video(folder / f"{vid}.mp4")
-        if abs(video.length - duration) > duration_tolerance:
-            raise VideoError(
-                f"{video.path}: {video.length:.2f} s can be decoded, but the annotations say {duration:g} s "
-                f"(tolerance {duration_tolerance:g} s); it is cut off or another video"
-            )
-        numbers = video.numbers(duration, store.count, store.neighbours, store.neighbour_distance)
-        frames = video.frames(numbers, store.image_size)
-    except VideoError as error:
-        return str(error)
+def _store_video(vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float) -> None:
+    """In a worker process: store a video, or raise VideoError with the reason why it cannot be."""
+    store.path(vid)
+    video = Video(folder / f"{vid}.mp4")
+    if abs(video.length - duration) > duration_tolerance:
+        raise VideoError(
+            f"{video.path}: {video.length:.2f} s can be decoded, but the annotations say {duration:g} s "
+            f"(tolerance {duration_tolerance:g} s); it is cut off or another video"
+        )
+    numbers = video.numbers(duration, store.count, store.neighbours, store.neighbour_distance)
     about = {"numbers": numbers.tolist(), "fps": video.fps, "duration": duration, "length": video.length}
-    store.write(vid, frames, about, aside)
-    return None
-
-
-def _failure(task: Future[str | None], path: Path, time_limit: float) -> str | None:
-    """Why the video of a finished task could not be stored, or None; raises what would end all other tasks too."""
-    try:
-        return task.result()
-    except TimeoutError:
-        return f"{path}: decoding took more than {time_limit:g} s and was ended"
-    except pebble.ProcessExpired as error:
-        return f"{path}: the decoder crashed (exit code {error.exitcode})"
+    store.write(vid, video.frames(numbers, store.image_size), about)
 
 
 def _is_stored(store: Store, vid: str) -> bool:
     """True for a whole file, False for a damaged one, which is then made again; StoreError for other settings."""
     try:
         store.about(vid)
-    except VideoError as error:
-        if isinstance(error, StoreError):
-            raise
+    except StoreError:
+        raise
+    except VideoError:
         return False
     return True
-
-
-def _replace(path: Path, content: bytes, aside: Path) -> None:
-    """Write a file in the folder `aside` and rename it, so that readers see it whole or not at all."""
-    part = aside / f"{os.getpid()}.part"
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _without_padding(frame: np.ndarray) -> np.ndarray:
@@ -427,17 +394,11 @@ def _without_padding(frame: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
 
 
-def _words(settings: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
 def _decode_request() -> None:
     """The process that `read_apart` starts: reads its JSON request, prints count and length (s) or an error as JSON."""
     request = json.loads(sys.argv[1])
-
-    def alive() -> None:
-        signal.setitimer(signal.ITIMER_REAL, request["time_limit"])  # its signal ends the process in native code too
-
+    # When the timer runs out, its signal ends the process in native code too.
+    alive = partial(signal.setitimer, signal.ITIMER_REAL, request["time_limit"])
     alive()
     try:
         video = Video(request["path"])
