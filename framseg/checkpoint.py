@@ -86,8 +86,7 @@ def save_trained(
 def require_complete(folder: Path | str) -> Path:
     """The folder, if it holds a trained checkpoint. Raises CheckpointError with what is missing."""
     folder = Path(folder)
-    needed = (PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER)
-    missing = [name for name in needed if not (folder / name).is_file()]
+    missing = [name for name in (PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
@@ -106,9 +105,8 @@ def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
     resampler, pairs = (_tensors(folder / name) for name in (RESAMPLER, ADAPTER))
     targets, scaling = _adapter_settings(folder / ADAPTER_SETTINGS)
     model = load_base(profile)
-    dtype = getattr(torch, profile.model.dtype)
     try:
-        model.vision_tokenizer.load_state_dict({name: value.to(dtype) for name, value in resampler.items()})
+        model.vision_tokenizer.load_state_dict(resampler)
         with torch.no_grad():
             for target in targets:
                 a, b = (pairs.pop(f"base_model.model.{target}.lora_{half}.weight").float() for half in "AB")

@@ -39,10 +39,8 @@ def lm(answer_logits: Tensor, answer_ids: Tensor) -> Tensor:
 def bce(logits: Tensor, soft_targets: Tensor, pos_weight: float) -> Tensor:
     """Binary cross-entropy of the logit z1 - z0 with s, foreground weighted by `pos_weight`; mean over all frames."""
     logits = _exact(logits)
-    weight = logits.new_tensor(pos_weight)
-    return F.binary_cross_entropy_with_logits(
-        logits[..., 1] - logits[..., 0], soft_targets.to(logits), pos_weight=weight
-    )
+    z, weight = logits[..., 1] - logits[..., 0], logits.new_tensor(pos_weight)
+    return F.binary_cross_entropy_with_logits(z, soft_targets.to(z), pos_weight=weight)
 
 
 def tversky(logits: Tensor, soft_targets: Tensor, alpha: float, beta: float, eps: float) -> Tensor:

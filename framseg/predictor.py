@@ -77,16 +77,14 @@ def predict(
     query: one text, or several about the same video (which is then decoded and encoded once); several give a list of
     Predictions in their order. checkpoint: the folder that a training has written (``runs/<profile>/checkpoint``), or
     the name of a repository on the Hugging Face hub that holds one. windows, saliency: policy and method of
-    framseg.moments, by default the best ones, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are
-    the authors'. The model stays loaded for the next call.
+    framseg.moments, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the authors'.
 
     The model has learned from f frames of 150 s. Of a longer video of t seconds it sees n = t * f / 150 frames
     (rounded), which are as dense. If n is more than f, the model is asked about f of them at a time: each time half of
     f (rounded down) further on, and at last about the last f. A frame's probability is the mean over the answers that
     include it, weighted by its place there: 1 for the first and last frame, 2 for the next ones, and so on towards the
-    middle. Its digit is 1 if the answers that say 1 have at least half of the weight. Windows and clip scores follow
-    as for a short video. The frames of a long video wait in a temporary file, so memory does not grow with the length.
-    The video is decoded in a separate process, which is ended if no frame comes for the profile's `frames.time_limit`.
+    middle. Its digit is 1 if the answers that say 1 have at least half of the weight. The frames wait in a temporary
+    file, so memory does not grow with the length. See `frames.read_apart` for how the video is decoded.
 
     Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that does not fit
     the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or method.

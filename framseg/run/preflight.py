@@ -17,19 +17,15 @@ def missing(profile: config.Profile, trains: bool = True) -> list[str]:
     At most a file's header is asked of the Hugging Face hub.
     """
     out = []
-    folder = config.data_folder(profile)
     if profile.data.source == "folder":
+        command = f"python -m framseg.download {config.data_folder(profile)}"
         for split in ("train", "val", "test", "test_labels"):
-            if not dataset.annotation_file(profile, split).is_file():
+            if not (file := dataset.annotation_file(profile, split)).is_file():
                 out.append(
-                    f"annotations: {dataset.annotation_file(profile, split)} is not there; fetch it with "
-                    f"python -m framseg.download {folder}, or set data.folder to a folder that has it"
+                    f"annotations: {file} is not there; fetch it with {command}, or set data.folder to where it is"
                 )
-        if not dataset.videos(profile).is_dir():
-            out.append(
-                f"videos: {dataset.videos(profile)} is not there; it must hold {{vid}}.mp4 of every row: fetch "
-                f"them with python -m framseg.download {folder}"
-            )
+        if not (videos := dataset.videos(profile)).is_dir():
+            out.append(f"videos: {videos} is not there; fetch {{vid}}.mp4 of every row with {command}")
     weights, tokenizer = profile.model.weights, profile.model.tokenizer
     unreachable = config.local_weights(weights) is None and not _on_hub(weights, WEIGHTS)
     if unreachable:
