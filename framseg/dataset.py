@@ -1,6 +1,5 @@
 """A profile's data: its rows, its frame store, and the samples that training reads."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 
 from framseg import annotations, config, frames, prompt
 from framseg.backbones import fingerprint
+from framseg.jsonl import whole_file
 
 if TYPE_CHECKING:
     from framseg.backbones.blip3 import Blip3
@@ -73,7 +73,6 @@ class Features:
 
     def make(self, profile: config.Profile, model: "Blip3", vids: Iterable[str]) -> None:
         """Encode every variation of every frame of the videos that have no file yet; files appear whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         frame_store, section = store(profile), profile.frames
         for vid in vids:
             if self.path(vid).is_file():
@@ -82,9 +81,8 @@ class Features:
                 model.vision_features(pixels(frame_store.read(vid, np.full(section.count, k))).to(model.device)).cpu()
                 for k in range(2 * section.neighbours + 1)
             ]
-            aside = self.folder / f".{vid}.{os.getpid()}"
-            save_file({"features": torch.stack(variations, dim=1)}, aside)
-            aside.replace(self.path(vid))
+            with whole_file(self.path(vid)) as unfinished:
+                save_file({"features": torch.stack(variations, dim=1)}, unfinished)
 
     def read(self, vid: str, choice: np.ndarray) -> Tensor:
         """Features of each frame's chosen variation, [f, patches, width]. VideoError for a damaged file."""

@@ -20,21 +20,20 @@ import shlex
 import shutil
 import sys
 import tarfile
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import pebble
 from tqdm.auto import tqdm
 
 from framseg import FramsegError, annotations, config, predictions
-from framseg.jsonl import shortlist, write_lines
+from framseg.jsonl import shortlist, whole_file, write_lines
 
 RAW = "https://raw.githubusercontent.com/"
 ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
@@ -105,9 +104,8 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
 
 def _transfer(address: str, part: Path, note: Path) -> None:
     """One connection: add to `part` until it is complete, or raise _Cut."""
-    known: dict = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    version: str = known.get("version") or ""
-    length: int = known.get("length", 0)
+    known: dict = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"version": "", "length": 0}
+    version, length = known["version"], known["length"]
     size = _size(part) if version else 0
     if size and size == length:
         return
@@ -154,16 +152,8 @@ def _transfer(address: str, part: Path, note: Path) -> None:
 
 def _answer(address: str, headers: dict[str, str]) -> HTTPResponse | HTTPError:
     """The server's answer of whatever status, its body still to be read. Raises _Unreachable if there is none."""
-    answer: Future[HTTPResponse] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(urlopen(Request(address, headers=headers), timeout=STALL))
-        except (OSError, HTTPException) as error:
-            answer.set_exception(error)
-
     # In a thread, because no time limit covers looking up a name and trying each of its addresses.
-    threading.Thread(target=ask, daemon=True).start()
+    answer = pebble.concurrent.thread(urlopen)(Request(address, headers=headers), timeout=STALL)
     try:
         return answer.result(timeout=ANSWER)
     except HTTPError as error:
@@ -180,8 +170,7 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
     A video that is there with its full size is skipped, so the call may be repeated. Returns the names of members that
     were not extracted: links, devices, other names, a name for the second time. Raises DownloadError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    names, taken, ignored = {f"{vid}.mp4" for vid in vids}, set(), []
+    names, ignored = {f"{vid}.mp4" for vid in vids}, []
     with archive.open("rb") as raw:
         try:
             with (
@@ -193,15 +182,13 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
                     bar.update(raw.tell() - bar.n)
                     name = PurePosixPath(member.name).name
                     source = members.extractfile(member) if member.isfile() else None
-                    if source is None or name in taken or name not in names:
+                    if source is None or name not in names:
                         ignored += [] if member.isdir() else [member.name]
                         continue
-                    taken.add(name)
+                    names.remove(name)  # a second member of this name is left out
                     if _size(folder / name) != member.size:
-                        part = folder / f"{name}.part"
-                        with part.open("wb") as file:
+                        with whole_file(folder / name) as unfinished, unfinished.open("wb") as file:
                             shutil.copyfileobj(source, file, CHUNK)
-                        part.replace(folder / name)
                 while stream.read(CHUNK):  # on to the end, where gzip keeps its checksum
                     pass
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
