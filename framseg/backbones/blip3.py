@@ -201,8 +201,8 @@ class Blip3(nn.Module):
         """
         is_image = ids == self.section.tokens.image
         frames, latents = vision_tokens.shape[1:3]
-        if not bool((is_image.sum(1) == frames).all()):
-            counts = is_image.sum(1).tolist()
+        counts = is_image.sum(1).tolist()
+        if set(counts) != {frames}:
             raise ValueError(f"the prompts hold {counts} <image> tokens, but {frames} frames per sample were given")
         repeats = torch.where(is_image, latents, 1)
         places = repeats.cumsum(1) - 1
@@ -271,31 +271,30 @@ class Blip3(nn.Module):
         if not files:
             raise CheckpointError(f"{folder}: no .safetensors file here; give the folder of a published checkpoint")
         expected = model.state_dict()
-        tied = section.language.tie_embeddings
-        if tied:
+        if section.language.tie_embeddings:
             del expected["lang_model.lm_head.weight"]
-        dtype = getattr(torch, section.dtype)
-        problems: list[str] = []
-        seen: set[str] = set()
+        missing = set(expected)
+        problems = []
         for file in files:
             try:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():
                         name = key.removeprefix(PREFIX)
-                        shape = tuple(opened.get_slice(key).get_shape())
+                        shape = opened.get_slice(key).get_shape()
                         if name not in expected:
-                            problems.append(f"unexpected {key} {list(shape)}")
-                        elif shape != tuple(expected[name].shape):
-                            problems.append(f"{key} is {list(shape)}, the profile's is {list(expected[name].shape)}")
+                            problems.append(f"unexpected {key} {shape}")
+                        elif shape != (own := list(expected[name].shape)):
+                            problems.append(f"{key} is {shape}, the profile's is {own}")
                         else:
-                            model.load_state_dict({name: opened.get_tensor(key).to(dtype)}, strict=False, assign=True)
-                        seen.add(name)
+                            tensor = opened.get_tensor(key).to(getattr(torch, section.dtype))
+                            model.load_state_dict({name: tensor}, strict=False, assign=True)
+                        missing.discard(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-        problems += [f"missing {PREFIX}{name}" for name in expected if name not in seen]
+        problems += [f"missing {PREFIX}{name}" for name in sorted(missing)]
         if problems:
             raise CheckpointError(f"{folder}: not a checkpoint of this model: " + "; ".join(problems))
-        if tied:
+        if section.language.tie_embeddings:
             model.lang_model.lm_head.weight = model.lang_model.model.embed_tokens.weight
         return model.eval()
 
@@ -346,10 +345,5 @@ class Blip3(nn.Module):
                 tensors[f"base_model.model.{name}.{half}.weight"] = torch.cat(pair, dim).contiguous()
         layer = next(iter(layers.values()))
         rank = 2 * layer.r[ADAPTER]
-        settings = LoraConfig(
-            r=rank,
-            lora_alpha=layer.scaling[ADAPTER] * rank,
-            target_modules=list(layers),
-            inference_mode=True,
-        )
-        return settings, tensors
+        alpha = layer.scaling[ADAPTER] * rank
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers), inference_mode=True), tensors

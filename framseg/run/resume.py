@@ -73,15 +73,11 @@ def save(
 
 def newest(folder: Path) -> Path | None:
     """The newest state in `folder` whose files are whole, the same on all processes; damaged ones are removed."""
-    chosen: list[Path | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        for state in sorted(folder.glob("step_*"), reverse=True):
-            if reason := damage(state):
-                print(f"warning: {state} is damaged ({reason}): going on from the state before it", flush=True)
-                shutil.rmtree(state)
-            else:
-                chosen[0] = state
-                break
+    states = sorted(folder.glob("step_*")) if torch.distributed.get_rank() == 0 else []
+    while states and (reason := damage(states[-1])):
+        print(f"warning: {states[-1]} is damaged ({reason}): going on from the state before it", flush=True)
+        shutil.rmtree(states.pop())
+    chosen = [states[-1] if states else None]
     torch.distributed.broadcast_object_list(chosen)
     return chosen[0]
 
