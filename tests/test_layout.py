@@ -22,8 +22,8 @@ IN_FRONT = 18  # modules at most, besides __init__ and __main__
 # From the bottom to the top: a module imports at its module level only from the rows above its own in this list.
 LAYERS = """
 framseg
-jsonl config frames run viz demo
-annotations prompt losses
+jsonl config run viz demo
+annotations frames prompt losses
 moments
 predictions
 evaluate
