@@ -26,7 +26,6 @@ Count = Annotated[int, Field(ge=1, le=2**20)]  # a larger number is a slip and w
 Layers = Annotated[int, Field(ge=1, le=1000)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Weights = tuple[NotNegative, NotNegative, NotNegative, NotNegative]
 
@@ -175,8 +174,7 @@ class Losses(Section):
     warmup_epochs: Count  # linear: `start` in epoch 1, `end` from epoch warmup_epochs + 1 on
     start: Weights
     end: Weights
-    # table: the weights of each epoch, the last entry's for all that follow
-    table: Annotated[tuple[Weights, ...], Field(min_length=1)]
+    table: Annotated[tuple[Weights, ...], Field(min_length=1)]  # of each epoch; the last for all that follow
 
     @model_validator(mode="after")
     def _no_weights_of_zero(self) -> Self:
@@ -202,7 +200,7 @@ class Training(Section):
     gradient_clip: Positive  # largest norm of the gradient
     warmup_steps: Annotated[int, Field(ge=0)]  # optimizer steps of linear warm-up
     planned_steps: Count  # optimizer steps until the cosine reaches `floor`; the run may stop before
-    floor: Share  # lowest learning rate as a share of the peak
+    floor: Annotated[float, Field(ge=0, le=1)]  # lowest learning rate as a share of the peak
     zero_stage: Literal[1, 2]
     offload_optimizer: bool  # the optimizer works in the CPU's memory
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
@@ -338,11 +336,10 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict:
 
 
 def _merge(base: dict, change: dict) -> dict:
-    out = dict(base)
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merge(out[key], value) if both else value
-    return out
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        base = base | {key: _merge(base[key], value) if both else value}
+    return base
 
 
 def _explain(path: Path, item: ErrorDetails) -> str:

@@ -80,18 +80,17 @@ class Video:
         self.path = Path(path)
         if not os.path.exists(self.path):
             raise VideoError(f"{self.path}: no such video file")
-        if self.path.is_file():  # opening a pipe would wait for whoever writes into it
-            try:
+        try:
+            if self.path.is_file():  # opening a pipe would wait for whoever writes into it
                 with self.path.open("rb") as file:
                     beginning = file.read(len(PROGRAM_STREAM))
-            except OSError as error:
-                raise VideoError(f"{self.path}: cannot be read ({error.strerror}); get the file again") from error
-            if beginning == PROGRAM_STREAM:
-                raise VideoError(f"{self.path}: MPEG program stream, whose frames decord miscounts; convert it to mp4")
-        try:
+                if beginning == PROGRAM_STREAM:
+                    raise VideoError(f"{self.path}: MPEG program stream, which decord miscounts; convert it to mp4")
             reader = self._reader()
             spans = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)
             self.fps = float(reader.get_avg_fps())
+        except OSError as error:
+            raise VideoError(f"{self.path}: cannot be read ({error.strerror}); get the file again") from error
         except DECODER_ERRORS as error:
             raise VideoError(f"{self.path}: cannot be opened as a video (empty, cut off or another format)") from error
         # A video that was cut without encoding it again holds packets from before the cut, with negative times: the
@@ -183,12 +182,11 @@ def read_apart(
     environment = os.environ | {"PYTHONPATH": import_path}
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     done = subprocess.run(command, env=environment, stdin=null, stdout=pipe, pass_fds=[file.fileno()])
-    if done.returncode == -signal.SIGALRM:
-        raise VideoError(
-            f"{path}: decoding stood still for {time_limit:g} s and was ended; get the file again or convert it"
-        )
     if done.returncode:
-        raise VideoError(f"{path}: the decoder crashed (exit code {done.returncode}); get the file again or convert it")
+        why = f"the decoder crashed (exit code {done.returncode})"
+        if done.returncode == -signal.SIGALRM:
+            why = f"decoding stood still for {time_limit:g} s and was ended"
+        raise VideoError(f"{path}: {why}; get the file again or convert it")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise VideoError(answer["error"])
@@ -209,9 +207,6 @@ class Store:
     neighbours: int
     neighbour_distance: float
     quality: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
 
     def path(self, vid: str) -> Path:
         """The video's file. Raises VideoError for a name that would leave the folder."""
@@ -248,10 +243,7 @@ class Store:
         return out
 
     def write(self, vid: str, frames: np.ndarray, about: dict) -> None:
-        """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; `about` goes into the JSON member.
-
-        Raises OSError if the file, which appears when it is whole, cannot be written.
-        """
+        """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; the JSON holds `about`. Raises OSError."""
         with whole_file(self.path(vid)) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
             archive.writestr(zipfile.ZipInfo(ABOUT), json.dumps({"vid": vid, "settings": self._settings(), **about}))
             for frame, variation in np.ndindex(frames.shape[:2]):
@@ -316,11 +308,10 @@ def extract(
     """Decode the videos `folder`/{vid}.mp4 into the store, each in a worker process, and report what failed.
 
     `videos` maps vid to the annotated duration in seconds, from which the frames' times are taken. A video fails if it
-    is missing or damaged, takes more than `time_limit` seconds, crashes the decoder, or if its decodable length and the
-    annotated duration differ by more than `duration_tolerance` seconds; the others are stored all the same, and
-    `failures.jsonl` in the store's folder lists vid and reason. Stored videos are skipped, so an interrupted call may
-    be repeated. `workers` processes, by default one per CPU. Raises StoreError, and keeps what is stored, if the store
-    cannot be written or holds frames made with other settings.
+    is missing or damaged, takes more than `time_limit` seconds, crashes the decoder, or is longer or shorter than
+    annotated by more than `duration_tolerance` seconds; `failures.jsonl` in the store's folder lists vid and reason.
+    Stored videos are skipped. `workers` processes, by default one per CPU. Raises StoreError, and keeps what is stored,
+    if the store cannot be written or holds frames made with other settings.
     """
     begin = time.monotonic()
     folder = Path(folder)

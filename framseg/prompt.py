@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from framseg import FramsegError, config
@@ -27,24 +26,8 @@ SYSTEM = (
     "You are a smart video retrieval assistant. You will receive a video and a human activity query given by the "
     "user. Return the frames that matches the activity query. Follow the output format given by the user. "
 )
-OPENING = (
-    "You are given {frames} frames sampled from a video, ordered and separated by newline characters, indexed from 0 "
-    "to {last}:\n"
-)
-TASK = """
-
-**Your task**: given an activity, analyze the video frames to identify which ones contain the specified activity.
-
-**Output format**: provide a {frames} character binary segmentation mask, specifically:
- - '1' means the frame at that position likely matches to the activity.
- - '0' means the frame at that position likely does not match to the activity.
- - Your output must be exactly {frames} characters long and contain only '1's and '0's, with no spaces or other \
-delimiters and no explanations.
-
-**Activity**: {query}
-
-**Question**: Which frames contains the activity?
-"""
+# The user's turn before and after its images.
+OPENING, TASK = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("{images}")
 EXAMPLE_QUERY = "A man in a red jacket rides a bicycle along the beach."
 
 RANDOM_MASKS = 10_000
@@ -105,12 +88,12 @@ def _local(name: str | Path) -> Path | None:
 
 def _fetch(repository: str) -> Path:
     try:
-        try:
-            return Path(hf_hub_download(repository, FILE, local_files_only=True))
-        except LocalEntryNotFoundError:
-            # Ask for the file's size first: without a network the download itself would try for half a minute.
-            get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
-            return Path(hf_hub_download(repository, FILE))
+        file = try_to_load_from_cache(repository, FILE)
+        if isinstance(file, str):
+            return Path(file)
+        # Ask for the file's size first: without a network the download itself would try for half a minute.
+        get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
+        return Path(hf_hub_download(repository, FILE))
     except Exception as error:  # errors of the HTTP library and of the hub have no common class
         raise PromptError(
             f"tokenizer {repository!r} is neither a local file or folder nor available from the Hugging Face hub "
@@ -136,9 +119,8 @@ def _user_parts(query: str, frames: int) -> list[str]:
         raise PromptError("the query is empty: say in a few words what to look for")
     if not is_text(query):
         raise PromptError(f"the query {query!r} is not valid Unicode text")
-    first = OPENING.format(frames=frames, last=frames - 1) + "Frame 0: "
-    between = [f"\nFrame {i}: " for i in range(1, frames)]
-    return [first, *between, TASK.format(frames=frames, query=query)]
+    opening, task = OPENING.format(frames=frames, last=frames - 1), TASK.format(frames=frames, query=query)
+    return [f"{opening}Frame 0: ", *(f"\nFrame {i}: " for i in range(1, frames)), task]
 
 
 def user_text(query: str, frames: int) -> str:
@@ -153,9 +135,8 @@ def prompt_ids(tokenizer: Tokenizer, tokens: config.Tokens, query: str, frames: 
     Raises PromptError for an empty query or one that is not valid Unicode.
     """
     system, user = (_id(tokenizer, spelling) for spelling in ("<|system|>", "<|user|>"))
-    ids = [system, *_encode(tokenizer, SYSTEM), tokens.end, user]
     first, *others = _user_parts(query, frames)
-    ids += _encode(tokenizer, first)
+    ids = [system, *_encode(tokenizer, SYSTEM), tokens.end, user, *_encode(tokenizer, first)]
     for part in others:
         ids += [tokens.image, *_encode(tokenizer, part)]
     return [*ids, tokens.end, tokens.assistant]
