@@ -208,6 +208,9 @@ class Store:
     neighbour_distance: float
     quality: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
     def path(self, vid: str) -> Path:
         """The video's file. Raises VideoError for a name that would leave the folder."""
         if not vid or any(character in vid for character in "/\\\0"):

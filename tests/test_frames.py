@@ -550,11 +550,10 @@ def test_crashing_decoder_is_reported_and_the_others_go_on(corpus, tmp_path):
 
 INTERRUPTED = """
 import sys
-from pathlib import Path
 from framseg.frames import Store, extract
 
 if __name__ == "__main__":
-    store = Store(Path(sys.argv[2]), 32, 5, 1, 0.1, 95)
+    store = Store(sys.argv[2], 32, 5, 1, 0.1, 95)
     try:
         extract({"c": 5.0, "x": 5.0}, sys.argv[1], store, time_limit=60, duration_tolerance=1, workers=1)
     except KeyboardInterrupt:
