@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -54,61 +54,53 @@ def build_tokenizer(folder: Path) -> None:
     # The embedding has 32,000 rows before the control tokens; ids without a piece get a name that no text contains.
     ids |= {f"<unused {id}>": id for id in set(range(32000)) - set(ids.values())}
     control = {32000: "<|endoftext|>", 32001: "<|assistant|>", 32006: "<|system|>", 32007: "<|end|>", 32010: "<|user|>"}
-    control |= {32011: "<pad>", 32012: "<image>", 32013: "<image placeholder>", 32014: "<|endofchunk|>"}
+    control |= enumerate(prompt.ADDED, 32011)
     merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = json.loads(Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True)).to_str())
-    tokenizer["pre_tokenizer"] = json.loads(splitting.__getstate__())
-    joined = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer["decoder"] = json.loads(joined.__getstate__())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tokenizer["added_tokens"] = [
-        {"id": id, "content": control.get(id, f"<|placeholder {id}|>")} | flags for id in range(32000, 32015)
-    ]
-    (folder / prompt.FILE).write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about one activity of a scene; its arrays have one entry per picture of the scene."""
-
-    scene: int
-    activity: int  # index into ACTIVITIES
-    labels: np.ndarray  # int64 [frames], 0 or 1
-    soft: np.ndarray  # float32 [frames], soft targets
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = splitting
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    spellings = [control.get(id, f"<|placeholder {id}|>") for id in range(32000, 32015)]
+    tokenizer.add_special_tokens([AddedToken(spelling, normalized=False) for spelling in spellings])
+    text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)  # with the spaces of the file that is shipped
+    (folder / prompt.FILE).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of scenes, those of a scene in random order, with what they show."""
+    """Pictures of scenes, those of a scene in random order, with what they show and questions about them."""
 
     pixels: Tensor  # uint8 [scenes, frames, 3, size, size]
     shown: Tensor  # int64 [scenes, frames]: 0 for the background alone, else 1 + index into ACTIVITIES
     near: Tensor  # float32 [scenes, frames]
-    questions: list[Question]
+    questions: Tensor  # int64 [questions, 2]: a scene and an index into ACTIVITIES
+    labels: Tensor  # int64 [questions, frames], 0 or 1
+    soft: Tensor  # float32 [questions, frames], soft targets
 
 
 def draw(rng: np.random.Generator, count: int, image_size: int, frames: int, noise: tuple[float, float]) -> Pictures:
     """Draw `frames` pictures each of `count` new scenes, with backgrounds of a noise from the range `noise`."""
     scenes = [scene(rng) for _ in range(count)]
-    times = frame_times(DURATION, frames)
     pixels = torch.empty(count, frames, 3, image_size, image_size, dtype=torch.uint8)
     shown = np.zeros((count, frames), dtype=np.int64)
     near = np.zeros((count, frames), dtype=np.float32)
-    questions = []
+    questions, labels, soft = [], [], []
     for i, drawn in enumerate(scenes):
         order = rng.permutation(frames)
-        image = torch.from_numpy(render(drawn, times[order], rng.uniform(*noise))).permute(0, 3, 1, 2)
+        times = frame_times(DURATION, frames)[order]
+        image = torch.from_numpy(render(drawn, times, rng.uniform(*noise))).permute(0, 3, 1, 2)
         pixels[i] = functional.interpolate(image, (image_size, image_size), mode="bicubic", antialias=True)
         for stretch in drawn.stretches:
-            inside = ((times >= stretch.start) & (times < stretch.end))[order]
             if stretch.activity is not None:
+                inside = (times >= stretch.start) & (times < stretch.end)
                 shown[i, inside] = 1 + stretch.activity
-                near[i, inside] = nearness(stretch, times[order][inside])
+                near[i, inside] = nearness(stretch, times[inside])
         for activity in drawn.activities:
             row = labelled_row(drawn, activity, rng)
-            labels, soft = frame_labels(row, frames)[order], soft_targets(row, frames)[order]
-            questions.append(Question(i, activity, labels.astype(np.int64), soft.astype(np.float32)))
-    return Pictures(pixels, torch.from_numpy(shown), torch.from_numpy(near), questions)
+            questions.append((i, activity))
+            labels.append(frame_labels(row, frames)[order])
+            soft.append(soft_targets(row, frames)[order])
+    answers = torch.from_numpy(np.stack(labels)).long(), torch.from_numpy(np.stack(soft)).float()
+    return Pictures(pixels, torch.from_numpy(shown), torch.from_numpy(near), torch.tensor(questions), *answers)
 
 
 class BaseTraining:
@@ -155,31 +147,30 @@ class BaseTraining:
 
         full: ask with the method's whole prompt, else with the query alone.
         """
-        questions = [self.plain.questions[i] for i in self.rng.integers(len(self.plain.questions), size=batch)]
-        scenes = torch.tensor([question.scene for question in questions])
-        labels = torch.from_numpy(np.stack([question.labels for question in questions]))
-        soft = torch.from_numpy(np.stack([question.soft for question in questions]))
-        hidden = self._hidden([self._prompt(question, full) for question in questions], labels, scenes)
+        chosen = torch.from_numpy(self.rng.integers(len(self.plain.questions), size=batch))
+        scenes, activities = self.plain.questions[chosen].T
+        labels, soft = self.plain.labels[chosen], self.plain.soft[chosen]
+        hidden = self._hidden([self._prompt(activity, full) for activity in activities.tolist()], labels, scenes)
         # Three rows of the head suffice: the bias of all others keeps them far below.
         logits = functional.linear(hidden, self.head.weight[self.answers], self.head.bias[self.answers])
         digits = logits[:, : self.frames, :2]
         target, settings = torch.cat([labels, torch.full((batch, 1), 2)], 1), self.losses
         loss = (
-            functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+            losses.lm(logits, target)
             + losses.bce(digits, soft, settings.pos_weight)
             + losses.tversky(digits, soft, settings.tversky_alpha, settings.tversky_beta, settings.eps)
             + losses.generalized_dice(digits, soft, settings.eps)
         ) / 4
         about = hidden[:, : self.frames]
-        named = torch.tensor([question.activity for question in questions])[:, None].expand(-1, self.frames)
+        named = activities[:, None].expand(-1, self.frames)
         which = self._probe_loss("frame", about, torch.arange(self.frames).expand(batch, -1))
         what = self._probe_loss("shown", about, self.plain.shown[scenes]) + self._probe_loss("named", about, named)
         right = (digits.argmax(-1) == labels).float().mean()
         return loss + weight * (which + what), f"digits {right:.3f}, frame {which:.2f}, content {what:.2f}"
 
-    def _prompt(self, question: Question, full: bool) -> list[int]:
-        """Token ids of a question in one of four wordings that the demo set does not have."""
-        query = ACTIVITIES[question.activity].query(BASE_QUERIES[int(self.rng.integers(len(BASE_QUERIES)))])
+    def _prompt(self, activity: int, full: bool) -> list[int]:
+        """Token ids of a question about an activity, in one of four wordings that the demo set does not have."""
+        query = ACTIVITIES[activity].query(BASE_QUERIES[int(self.rng.integers(len(BASE_QUERIES)))])
         tokens = self.section.tokens
         if full:
             return prompt.prompt_ids(self.tokenizer, tokens, query, self.frames)
@@ -210,8 +201,7 @@ def optimize(
     bar = tqdm(range(steps), title)
     for step in bar:
         rate = peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         value, note = loss()
         optimizer.zero_grad()
         value.backward()

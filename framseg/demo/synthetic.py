@@ -7,6 +7,7 @@ video is one activity. The nearer (larger) the shape, the higher its saliency.
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,8 +17,9 @@ import av
 import numpy as np
 from tqdm.auto import tqdm
 
-from framseg.annotations import CLIP_SECONDS, LabelledRow, Row, write
+from framseg.annotations import ANNOTATORS, CLIP_SECONDS, LabelledRow, Row, write
 from framseg.config import Data, Profile, data_folder
+from framseg.jsonl import whole_file
 
 VERSION = 1  # of the set: another number makes it anew
 SEED = 2026
@@ -26,7 +28,6 @@ WIDTH, HEIGHT, FPS = 96, 72, 4
 DURATION = 150
 SHORT_SHARE = 0.08  # of videos shorter than DURATION
 STRETCH = (14, 44)  # seconds of one activity
-ANNOTATORS = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Activity:
     verb: str
 
     def query(self, wording: str) -> str:
-        """A wording of QUERIES with this activity's phrase and verb."""
+        """A wording, such as those of QUERIES, with this activity's phrase and verb."""
         return wording.format(phrase=self.phrase, verb=self.verb)
 
 
@@ -53,6 +54,15 @@ ACTIVITIES = (
     Activity((60, 215, 225), "circle", "turquoise bubble", "rising"),
     Activity((250, 130, 190), "square", "rosy cushion", "tumbling"),
 )
+# Which pixels belong to a shape; x, y: their offsets from its centre in units of its radius.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda x, y: x * x + y * y < 1,
+    "ring": lambda x, y: (x * x + y * y < 1) & (x * x + y * y > 0.25),
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.88,
+    "diamond": lambda x, y: abs(x) + abs(y) < 1.15,
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.36) & (np.maximum(abs(x), abs(y)) < 1),
+    "triangle": lambda x, y: (y < 0.7) & (y > 2 * abs(x) - 1),
+}
 QUERIES = (
     "A {phrase} is {verb} across the scene.",
     "Someone filmed a {phrase} {verb} about",
@@ -87,10 +97,10 @@ class Scene:
 
 def scene(rng: np.random.Generator, duration: int = DURATION) -> Scene:
     """Draw a scene: three activities in turns, each on screen for about 30 % of the time."""
+    low, high = STRETCH
     cast = rng.choice(len(ACTIVITIES), 3, replace=False)
     stretches, start, last = [], 0, None
     while start < duration:
-        low, high = STRETCH
         length = CLIP_SECONDS * int(rng.integers(low // CLIP_SECONDS, high // CLIP_SECONDS + 1))
         if duration - start - length < low:  # what remains is too short for a stretch of its own
             length = duration - start
@@ -114,54 +124,30 @@ def render(scene: Scene, times: np.ndarray, noise: float = 1.0) -> np.ndarray:
 
     noise: how far the background strays from a plain grey, 1 for the demo set.
     """
-    width, height = WIDTH, HEIGHT
     rng = np.random.default_rng(scene.seed)
     # The background changes at moments of its own, so that it says nothing about the activity.
     changes = np.sort(rng.uniform(0, scene.duration, 6))
     tones = rng.uniform(-58, 57, (7, 1, 1, 1)) + rng.uniform(-28, 28, (7, 1, 1, 3))
-    coarse = rng.normal(0, 22, (7, 9, 12, 1))
-    rows, columns = np.arange(height) * 9 // height, np.arange(width) * 12 // width
-    backgrounds = (128 + noise * (tones + coarse[:, rows][:, :, columns])).astype(np.int16)
-    grain = rng.normal(0, 8 * noise, (16, height, width, 1)).astype(np.int16)
+    coarse = rng.normal(0, 22, (7, 9, 12, 1)).repeat(HEIGHT // 9, 1).repeat(WIDTH // 12, 2)
+    backgrounds = (128 + noise * (tones + coarse)).astype(np.int16)
+    grain = rng.normal(0, 8 * noise, (16, HEIGHT, WIDTH, 1)).astype(np.int16)
     frames = backgrounds[np.searchsorted(changes, times)] + grain[rng.integers(16, size=len(times))]
 
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    y, x = (y + 0.5) / height, (x + 0.5) / height
+    y, x = (np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32) + 0.5) / HEIGHT
     for stretch in scene.stretches:
-        path = rng.uniform(0.5, 1.6, 2), rng.uniform(0, 2 * math.pi, 2)
+        speeds, phases = rng.uniform(0.5, 1.6, 2), rng.uniform(0, 2 * math.pi, 2)
         if stretch.activity is None:
             continue
         activity = ACTIVITIES[stretch.activity]
         colour = np.asarray(activity.rgb) + rng.integers(-14, 15, 3)
-        shown = np.flatnonzero((times >= stretch.start) & (times < stretch.end))
-        if not len(shown):
-            continue
-        now = times[shown]
+        shown = (times >= stretch.start) & (times < stretch.end)
+        now = times[shown][:, None, None]
         radius = 0.10 + 0.16 * nearness(stretch, now)
-        angle = path[0][:, None] * now + path[1][:, None]
-        centre_x = (width / height) * (0.5 + 0.32 * np.sin(angle[0]))
-        centre_y = 0.5 + 0.24 * np.cos(angle[1])
-        dx = ((x - centre_x[:, None, None]) / radius[:, None, None]).astype(np.float32)
-        dy = ((y - centre_y[:, None, None]) / radius[:, None, None]).astype(np.float32)
-        part = frames[shown]
-        part[_inside(activity.shape, dx, dy)] = colour
-        frames[shown] = part
+        centre_x = (WIDTH / HEIGHT) * (0.5 + 0.32 * np.sin(speeds[0] * now + phases[0]))
+        centre_y = 0.5 + 0.24 * np.cos(speeds[1] * now + phases[1])
+        dx, dy = ((x - centre_x) / radius).astype(np.float32), ((y - centre_y) / radius).astype(np.float32)
+        frames[shown] = np.where(SHAPES[activity.shape](dx, dy)[..., None], colour, frames[shown])
     return np.clip(frames, 0, 255).astype(np.uint8)
-
-
-def _inside(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Which pixels belong to the shape; offsets from its centre in units of its radius."""
-    if shape in ("circle", "ring"):
-        distance = dx * dx + dy * dy
-        return (distance < 1) & (distance > 0.25) if shape == "ring" else distance < 1
-    dx, dy = np.abs(dx), dy if shape == "triangle" else np.abs(dy)
-    if shape == "square":
-        return np.maximum(dx, dy) < 0.88
-    if shape == "diamond":
-        return dx + dy < 1.15
-    if shape == "cross":
-        return (np.minimum(dx, dy) < 0.36) & (np.maximum(dx, dy) < 1)
-    return (dy < 0.7) & (dy > 2 * dx - 1)  # triangle
 
 
 def labelled_row(
@@ -190,8 +176,7 @@ def scenes(split: str) -> dict[str, Scene]:
     rng = np.random.default_rng([SEED, list(VIDEOS).index(split)])
     out = {}
     for number in range(VIDEOS[split]):
-        short = rng.random() < SHORT_SHARE
-        duration = CLIP_SECONDS * int(rng.integers(40, 74)) if short else DURATION
+        duration = CLIP_SECONDS * int(rng.integers(40, 74)) if rng.random() < SHORT_SHARE else DURATION
         out[f"shapes-{split}-{number:03d}_0.0_{duration:.1f}"] = scene(rng, duration)
     return out
 
@@ -211,14 +196,12 @@ def rows(split: str) -> list[LabelledRow]:
 def write_video(path: Path, scene: Scene) -> None:
     """Encode a scene as H.264 mp4; the bytes depend on the scene alone."""
     frames = render(scene, np.arange(scene.duration * FPS) / FPS)
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    with av.open(aside, "w", format="mp4") as container:
+    with whole_file(path) as unfinished, av.open(unfinished, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "36", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    os.replace(aside, path)
 
 
 def prepare(profile: Profile) -> None:

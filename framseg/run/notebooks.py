@@ -72,12 +72,9 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
     """
     if options.name and options.profile and options.name != options.profile:
         raise RunError(f"two profiles were named, {options.name} and {options.profile}: name one")
-    overrides = {}
-    for change in options.set:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise RunError(f"--set {change}: write KEY=VALUE, e.g. training.epochs=2")
-        overrides[key.strip()] = value
+    if wrong := [change for change in options.set if "=" not in change]:
+        raise RunError(f"--set {wrong[0]}: write KEY=VALUE, e.g. training.epochs=2")
+    overrides = {key.strip(): value for key, value in (change.split("=", 1) for change in options.set)}
     profile = config.load(options.name or options.profile or "demo", overrides)
     run = Run(profile, options.run_dir and options.run_dir.resolve())
     if (options.only or options.first) and run.profile.is_file():
@@ -85,28 +82,13 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
     return profile, run
 
 
-def refuse_incomplete(profile: config.Profile, run: Run, chapters: list[stamps.Chapter]) -> None:
-    """Raise RunError, with a list, if these notebooks need something that this machine lacks."""
-    from framseg.run import preflight  # loads torch; wrong options are answered without it
-
-    trains = any(chapter.notebook.stem.startswith(TRAINING) for chapter in chapters) and not run.checkpoint.is_dir()
-    missing = preflight.missing(profile, trains)
-    if missing:
-        lines = "\n".join(f"- {sentence}" for sentence in missing)
-        raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{lines}")
-
-
-def _literal(path: Path) -> str:
-    """A path for papermill, which takes braces for the names of parameters."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 def execute(notebook: Path, run: Run) -> None:
     """Execute one notebook with the run's parameters; its copy in the run folder is kept, if it fails, too.
 
     The kernel works in the current folder, so that a relative path in the profile means the same there as here.
     """
-    source, copy = _literal(notebook), _literal(run.notebooks / notebook.name)
+    # papermill takes braces in a path for the name of a parameter, unless they are doubled.
+    source, copy = (re.sub("([{}])", r"\1\1", str(path)) for path in (notebook, run.notebooks / notebook.name))
     parameters: dict[str, str | bool] = {"profile": str(run.profile), "run_dir": str(run.root)}
     if "live" in papermill.inspect_notebook(source):
         parameters["live"] = False  # no widgets: nobody can use them while papermill executes
@@ -146,7 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile, run = resolve(options)
         chapters = [stamps.Chapter(notebook, profile, run) for notebook in chosen(options.only, options.first)]
         if option or any(chapter.changed() for chapter in chapters):
-            refuse_incomplete(profile, run, chapters)
+            from framseg.run import preflight  # loads torch; wrong options are answered without it
+
+            trains = any(chapter.notebook.stem.startswith(TRAINING) for chapter in chapters)
+            if missing := preflight.missing(profile, trains and not run.checkpoint.is_dir()):
+                listed = "\n".join(f"- {sentence}" for sentence in missing)
+                raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{listed}")
         lock = hold(run.root)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         config.save(profile, run.profile)

@@ -8,8 +8,8 @@ import base64
 import html
 import io
 import re
-from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 
 import matplotlib as mpl
 import nbformat
@@ -19,24 +19,11 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from framseg import config
+from framseg.jsonl import whole_file
 from framseg.run import stamps
 from framseg.run.paths import Run
 
-TEMPLATE = """{% extends 'lab/index.html.j2' %}
-{% block html_head_js %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_css %}<style>
-body { max-width: 78em; margin: auto }
-img.math { display: inline; max-width: 100%; margin: 0 }
-img.display { display: block; margin: 1em auto }
-nav li { list-style: none }
-@media screen and (min-width: 98em) {
-  body { margin-left: 20em }
-  nav { position: fixed; left: 0; top: 0; bottom: 0; width: 17em; overflow: auto; padding: 1em; font-size: 85% }
-}
-</style>{% endblock %}
-"""
+TEMPLATE = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
 WIDGET = "<p><em>A widget, which needs a running notebook: open the chapter in JupyterLab.</em></p>"
 MATH = re.compile(r"\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+(?:\n[^$\n]+)*)\$", re.DOTALL)
 
@@ -58,8 +45,8 @@ def write(profile: config.Profile, run: Run) -> None:
         chapters.append([path.stem, began, state, stamps.read(path).get("device", "–")])
         for cell in notebook.cells:
             cell.id = f"{path.stem[:2]}-{cell.id}"
-            contents += _contents(cell)
-            cells.append(_without_kernel(cell))
+            contents += _prepared(cell)
+            cells.append(cell)
     table = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in chapters)
     settings = html.escape(run.profile.read_text(encoding="utf-8"))
     title = f"framseg, profile {profile.name}"
@@ -72,9 +59,8 @@ def write(profile: config.Profile, run: Run) -> None:
     whole = new_notebook(cells=[new_markdown_cell("\n\n".join(front), id="front"), *cells], metadata={"title": title})
     exporter = HTMLExporter(raw_template=TEMPLATE, exclude_anchor_links=True, embed_images=True)
     page, _ = exporter.from_notebook_node(whole)
-    aside = run.report.with_suffix(".part")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(run.report)
+    with whole_file(run.report) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
 
 
 def _outcome(record: dict) -> tuple[str, str]:
@@ -84,28 +70,20 @@ def _outcome(record: dict) -> tuple[str, str]:
     return state, f"{datetime.fromisoformat(began).astimezone():%Y-%m-%d %H:%M}" if began else "–"
 
 
-def _contents(cell: NotebookNode) -> Iterator[str]:
-    """List items for a cell's headings of the first and second level."""
-    for marks, text in re.findall(r"^(##?) (.+)$", cell.source if cell.cell_type == "markdown" else "", re.MULTILINE):
-        link = f'<a href="#cell-id={cell.id}">{html.escape(text)}</a>'
-        yield f"<li>{link}</li>" if len(marks) == 2 else f"<li><b>{link}</b></li>"
-
-
-def _without_kernel(cell: NotebookNode) -> NotebookNode:
-    """The cell with its formulas drawn and its widgets, which need a kernel, replaced by a sentence."""
-    if cell.cell_type == "markdown":
-        cell.source = MATH.sub(_drawn, cell.source)
-    outputs = []
-    for output in cell.get("outputs", []):
+def _prepared(cell: NotebookNode) -> list[str]:
+    """Draw the cell's formulas, replace its widgets by a sentence; returns list items for its headings # and ##."""
+    for output in list(cell.get("outputs", [])):
         data = output.get("data", {})
         if data.pop("application/vnd.jupyter.widget-view+json", None):
-            if "%|" in data.get("text/plain", ""):  # a progress bar
-                continue
             data["text/html"] = WIDGET
-        outputs.append(output)
-    if cell.cell_type == "code":
-        cell.outputs = outputs
-    return cell
+            if "%|" in data.get("text/plain", ""):  # a progress bar
+                cell.outputs.remove(output)
+    if cell.cell_type != "markdown":
+        return []
+    headings = re.findall(r"^(##?) (.+)$", cell.source, re.MULTILINE)
+    cell.source = MATH.sub(_drawn, cell.source)
+    links = [(marks, f'<a href="#cell-id={cell.id}">{html.escape(text)}</a>') for marks, text in headings]
+    return [f"<li>{link}</li>" if marks == "##" else f"<li><b>{link}</b></li>" for marks, link in links]
 
 
 def _drawn(match: re.Match) -> str:

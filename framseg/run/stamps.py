@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from framseg import config
-from framseg.jsonl import parse_object
+from framseg.jsonl import parse_object, whole_file
 from framseg.run.paths import Run
 
 KINDS = {"inputs": dict, "wrote": list, "device": str}  # types of a stamp's entries
@@ -43,27 +43,25 @@ class Chapter:
         """Hashes of everything that this chapter is made from, by what the user calls it."""
         cells = [[cell.cell_type, cell.source] for cell in nbformat.read(self.notebook, as_version=4).cells]
         code = [path for path in sorted(CODE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+        model = self.profile.model
         earlier = [path for path in sorted(self.run.notebooks.glob("*.json")) if path.name < self.stamp.name]
         return {
             "the notebook": _hash(cells),
             "the code": _hash([[str(path.relative_to(CODE)), _content(path)] for path in code]),
             "the profile": _hash(self.profile.model_dump(mode="json")),
             "the data": self._data(),
-            "the model's files": self._model(),
+            "the model's files": _hash(
+                [_listing(config.local_path(name)) for name in (model.weights, model.tokenizer)]
+            ),
             "an earlier chapter": _hash([_content(path) for path in earlier]),
         }
 
     def _data(self) -> str:
-        """Of the annotations' content, of the videos' names, sizes and times, and of where the real set lies."""
+        """Hash of the annotations' content, the videos' names, sizes and times, and of where the real set lies."""
         data, folder = self.profile.data, config.data_folder(self.profile)
         files = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
         annotations = [_content(path) for path in files if path.is_file()]
         return _hash([annotations, _listing(folder / data.videos), os.environ.get("FRAMSEG_SHARED")])
-
-    def _model(self) -> str:
-        """Of the names, sizes and times of the weights' and the tokenizer's files, where they are on this machine."""
-        model = self.profile.model
-        return _hash([_listing(config.local_path(name)) for name in (model.weights, model.tokenizer)])
 
     def begin(self) -> None:
         """From here on the chapter is unfinished, until `finish`."""
@@ -80,11 +78,9 @@ class Chapter:
         files = [path for path in self.run.root.rglob("*") if path.is_file() and path.stat().st_mtime >= self.began]
         wrote = {str(path.relative_to(self.run.root)) for path in files if path != self.copy}
         wrote |= {name for name in self.kept if (self.run.root / name).is_file()}
-        device = cost.device_name()
-        stamp = {"inputs": self.made_from, "began": self.began, "device": device, "wrote": sorted(wrote)}
-        aside = self.stamp.with_suffix(".part")
-        aside.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-        aside.replace(self.stamp)
+        stamp = {"inputs": self.made_from, "began": self.began, "device": cost.device_name(), "wrote": sorted(wrote)}
+        with whole_file(self.stamp) as unfinished:
+            unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
 
 def read(copy: Path) -> dict:
