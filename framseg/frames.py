@@ -13,12 +13,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -325,29 +326,33 @@ def extract(
     # A fresh interpreter per worker: a fork would copy the locks of torch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     try:
-        pool = pebble.ProcessPool(min(workers or cpus, max(len(waiting), 1)), context=context)
-        try:
-            vids: dict[Future[None], str] = {}
-            for vid, duration in waiting.items():
-                arguments = vid, duration, folder, store, duration_tolerance
-                vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
-            bar_off = not (progress and vids)
-            for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
-                vid = vids[task]
-                try:
-                    task.result()
-                    report.done += 1
-                except VideoError as error:
-                    report.failed[vid] = str(error)
-                except TimeoutError:
-                    report.failed[vid] = f"{folder / vid}.mp4: decoding took more than {time_limit:g} s and was ended"
-                except pebble.ProcessExpired as error:
-                    report.failed[vid] = f"{folder / vid}.mp4: the decoder crashed (exit code {error.exitcode})"
-        finally:
-            pool.stop()
-            pool.join()
-            rows = sorted((failures | report.failed).items())
-            write_lines(store.folder / FAILURES, ({"vid": vid, "reason": reason} for vid, reason in rows))
+        store.folder.mkdir(parents=True, exist_ok=True)
+        # Workers that are ended in the middle of a file leave it in this folder, which goes away.
+        with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
+            pool = pebble.ProcessPool(min(workers or cpus, max(len(waiting), 1)), context=context)
+            try:
+                vids: dict[Future[None], str] = {}
+                for vid, duration in waiting.items():
+                    arguments = vid, duration, folder, store, duration_tolerance, Path(aside)
+                    vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
+                bar_off = not (progress and vids)
+                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
+                    vid = vids[task]
+                    path = folder / f"{vid}.mp4"
+                    try:
+                        task.result()
+                        report.done += 1
+                    except VideoError as error:
+                        report.failed[vid] = str(error)
+                    except TimeoutError:
+                        report.failed[vid] = f"{path}: decoding took more than {time_limit:g} s and was ended"
+                    except pebble.ProcessExpired as error:
+                        report.failed[vid] = f"{path}: the decoder crashed (exit code {error.exitcode})"
+            finally:
+                pool.stop()
+                pool.join()
+                rows = sorted((failures | report.failed).items())
+                write_lines(store.folder / FAILURES, ({"vid": vid, "reason": reason} for vid, reason in rows))
     except OSError as error:
         raise StoreError(
             f"{store.folder}: the frame store cannot be written ({error.strerror or error}); make room or choose "
@@ -357,8 +362,8 @@ def extract(
     return report
 
 
-def _store_video(vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float) -> None:
-    """In a worker process: store a video, or raise VideoError with the reason why it cannot be."""
+def _store_video(vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path) -> None:
+    """In a worker process: store a video, written in `aside` first. Raises VideoError if it cannot be decoded."""
     store.path(vid)
     video = Video(folder / f"{vid}.mp4")
     if abs(video.length - duration) > duration_tolerance:
@@ -368,7 +373,9 @@ def _store_video(vid: str, duration: float, folder: Path, store: Store, duration
         )
     numbers = video.numbers(duration, store.count, store.neighbours, store.neighbour_distance)
     about = {"numbers": numbers.tolist(), "fps": video.fps, "duration": duration, "length": video.length}
-    store.write(vid, video.frames(numbers, store.image_size), about)
+    unfinished = replace(store, folder=aside)
+    unfinished.write(vid, video.frames(numbers, store.image_size), about)
+    os.replace(unfinished.path(vid), store.path(vid))
 
 
 def _is_stored(store: Store, vid: str) -> bool:
