@@ -43,16 +43,15 @@ class Chapter:
         """Hashes of everything that this chapter is made from, by what the user calls it."""
         cells = [[cell.cell_type, cell.source] for cell in nbformat.read(self.notebook, as_version=4).cells]
         code = [path for path in sorted(CODE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-        model = self.profile.model
+        weights, tokenizer = self.profile.model.weights, self.profile.model.tokenizer
+        model = [_listing(config.local_path(name)) for name in (weights, tokenizer)]
         earlier = [path for path in sorted(self.run.notebooks.glob("*.json")) if path.name < self.stamp.name]
         return {
             "the notebook": _hash(cells),
             "the code": _hash([[str(path.relative_to(CODE)), _content(path)] for path in code]),
             "the profile": _hash(self.profile.model_dump(mode="json")),
             "the data": self._data(),
-            "the model's files": _hash(
-                [_listing(config.local_path(name)) for name in (model.weights, model.tokenizer)]
-            ),
+            "the model's files": _hash(model),
             "an earlier chapter": _hash([_content(path) for path in earlier]),
         }
 
