@@ -186,7 +186,7 @@ def test_chapter_3_is_shown_live_interrupted_and_resumed(small_set, tmp_path):
         for source in (cells["parameters"], given, cells["setup"], "train.REDRAW = 0.1"):
             assert execute(source)[0] == "ok"
         status, shown, printed = execute(cells["launch"], interrupt_after=2)
-        assert status == "KeyboardInterrupt" and "with a checkpoint" in printed
+        assert status == "KeyboardInterrupt" and "with a state to go on from" in printed
         assert shown[0]["kind"] == "display_data"
         assert list(made.resume.glob("step_*/state.json")) and not made.checkpoint.exists()
         before = train.read_log(made.step_log)
