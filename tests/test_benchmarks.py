@@ -88,6 +88,7 @@ def test_decoding_next_to_the_librarys(tmp_path):
     assert committed["same masks"] == committed["queries"] and committed["ratio"] >= 2
 
 
+@pytest.mark.slow
 def test_training_of_one_profile_against_another(tmp_path):
     """The full-size command with the demo's model: recomputing layers, as `paper` does, changes no loss."""
     changes = {

@@ -94,6 +94,7 @@ def test_the_shipped_base_is_small_and_fits():
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_make_base_writes_a_loadable_base_from_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(base_model, "BASE_SCENES", 4)
     monkeypatch.setattr(base_model, "BASE_STEPS", (2, 2, 2))

@@ -431,6 +431,7 @@ def downloaded(shared, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_with_a_downloaded_reference(chain, downloaded, tmp_path):
     assert "has no tokenizer/tokenizer.json" in text_of(run_alone(chain, 2, tmp_path, downloaded), "published")
     notebook = run_alone(chain, 4, tmp_path, downloaded)

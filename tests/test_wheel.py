@@ -124,6 +124,7 @@ def test_metrics_of_a_perfect_prediction(programs, tmp_path):
     assert json.loads(done.stdout)["brief"]["MR-full-R1@0.7"] == 100
 
 
+@pytest.mark.slow
 def test_a_chapter_on_a_folder_of_data(programs, small_set, tmp_path):
     """Data are looked for, and the run is written, in the current folder."""
     shutil.copytree(small_set, tmp_path / "some data")
