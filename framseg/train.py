@@ -17,7 +17,6 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -150,8 +149,7 @@ def _changed(profile: config.Profile, run: Run) -> list[str]:
     if not run.trained_with.is_file():
         return []
     trained = config.load(run.trained_with)
-    dumps = (p.model_dump(mode="json", exclude={"inference", "name"}) for p in (trained, profile))
-    old, new = (pd.json_normalize(dump).to_dict("records")[0] for dump in dumps)  # keys like training.epochs
+    old, new = (_flat(p.model_dump(mode="json", exclude={"inference", "name"})) for p in (trained, profile))
     changes = {key: f"{key}: {old[key]} there, {value} now" for key, value in new.items() if old[key] != value}
     changes.pop("training.may_change", None)
     refused = [words for key, words in changes.items() if key not in profile.training.may_change]
@@ -167,6 +165,14 @@ def _changed(profile: config.Profile, run: Run) -> list[str]:
             f"{run.train} to train anew, or name the keys in training.may_change to go on with the new values"
         )
     return list(changes.values())
+
+
+def _flat(section: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, object] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _watch(
