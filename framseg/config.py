@@ -371,6 +371,11 @@ def local_weights(name: str) -> Path | None:
     return path if path and path.is_dir() else None
 
 
+def import_path() -> str:
+    """The PYTHONPATH with which a process that is started imports this framseg, from whatever folder."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+
 def data_folder(profile: Profile) -> Path:
     """The profile's data folder as an absolute path; a relative one is taken from WORKSPACE, ~ is the home folder."""
     return WORKSPACE / os.path.expanduser(profile.data.folder)

@@ -168,7 +168,7 @@ def _environment(profile: config.Profile) -> dict[str, str]:
     # DeepSpeed takes a missing program (numactl) for none, but ends if a folder in PATH may not be searched for it.
     searched = os.environ.get("PATH", os.defpath).split(os.pathsep)
     environment["PATH"] = os.pathsep.join(folder for folder in searched if os.access(folder, os.X_OK))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = config.import_path()
     environment.setdefault(*WAITING_THREADS)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"

@@ -151,7 +151,7 @@ def run_chapters(chapters: list[stamps.Chapter], profile: config.Profile, run: R
     """Execute the chapters that have changed, or all of them if an `option` asks for it; returns the exit code."""
     os.environ.setdefault(*WAITING_THREADS)
     # Kernels import this framseg, wherever they are started.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(config.REPOSITORY), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = config.import_path()
     began, skipped, reason = time.monotonic(), 0, None
     for number, chapter in enumerate(chapters, start=1):
         start, name = time.monotonic(), chapter.notebook.stem
