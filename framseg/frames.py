@@ -10,11 +10,13 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
@@ -30,8 +32,8 @@ import pebble
 from PIL import Image
 from tqdm.auto import tqdm
 
-from framseg import FramsegError
 from framseg.jsonl import whole_file, write_lines
+from framseg.run.container import Container, VideoError
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -41,12 +43,8 @@ FAILURES = "failures.jsonl"
 DECODER_ERRORS = (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
 # decord shows the frame before in place of a lost one, unless the share of such repeats is limited; 0 means no limit.
 NO_REPEATED_FRAMES = 1e-9
-PROGRAM_STREAM = b"\0\0\1\xba"  # how .mpg and .vob files begin
-CLOCK = 1e-4  # seconds; finer differences between timestamps are rounding (decord keeps them in float32)
-
-
-class VideoError(FramsegError, ValueError):
-    """A video whose frames cannot be read; the message names the video and the reason."""
+CLOCK = 1e-4  # seconds; finer differences between timestamps are rounding
+LATE = 0.1  # seconds that a picture may start after the file does before that is told
 
 
 class StoreError(VideoError):
@@ -72,51 +70,67 @@ def frame_numbers(
 class Video:
     """One video file, opened for reading.
 
-    `length` is the decodable length in seconds, `count` the number of frames, `starts` float64 [count] the second at
-    which each frame is first shown, counted from the first frame, `fps` the average frame rate and `constant` whether
-    all frames keep to it. Raises VideoError for a file that is missing or cannot be opened as a video with timestamps.
+    Seconds are the player's, see `framseg.run.container`. `count` is the number of frames, `starts` float64 [count] the
+    second at which each is first shown, `offset` the first of them, `length` the second at which the last frame ends,
+    `fps` the average frame rate and `constant` whether all frames keep to it. `reader` is "decord" for what the data
+    sets consist of, H.264 in mp4 with a plain list of times, and "PyAV" for everything else. `container` tells whether
+    the file is whole. `alive` is called after every step of a decoder.
+
+    Raises VideoError for a file that is missing, is no video, is damaged or whose frames have no known times, and for
+    one that ends in the middle of its data, unless `allow_partial`.
     """
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Path | str, allow_partial: bool = False, alive: Callable[[], object] = lambda: None):
+        self.path, self._alive = Path(path), alive
         if not os.path.exists(self.path):
             raise VideoError(f"{self.path}: no such video file")
-        try:
-            if self.path.is_file():  # opening a pipe would wait for whoever writes into it
-                with self.path.open("rb") as file:
-                    beginning = file.read(len(PROGRAM_STREAM))
-                if beginning == PROGRAM_STREAM:
-                    raise VideoError(f"{self.path}: MPEG program stream, which decord miscounts; convert it to mp4")
-            reader = self._reader()
-            spans = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)
-            self.fps = float(reader.get_avg_fps())
-        except OSError as error:
-            raise VideoError(f"{self.path}: cannot be read ({error.strerror}); get the file again") from error
-        except DECODER_ERRORS as error:
-            raise VideoError(f"{self.path}: cannot be opened as a video (empty, cut off or another format)") from error
-        # A video that was cut without encoding it again holds packets from before the cut, with negative times: the
-        # decoder needs them for later frames and returns no frame for them.
-        spans = spans[spans[:, 0] > -CLOCK]
-        self.count = len(spans)
-        starts = spans[:, 0] - (spans[0, 0] if self.count else 0)
-        usable = self.count and 0 < self.fps < np.inf and np.isfinite(spans).all() and (np.diff(starts) > 0).all()
-        if not usable:
-            raise VideoError(f"{self.path}: its frames have no usable timestamps, so their times are unknown")
-        self.starts = starts
-        last = spans[-1, 1] - spans[-1, 0]
-        self.length = float(starts[-1] + (last if last > 0 else 1 / self.fps))
-        self.constant = bool(np.abs(starts * self.fps - np.arange(self.count)).max() < 0.5)
+        self.container = Container(self.path, alive)
+        self._unread = self._trusted() if self.container.plain else None
+        self.reader = "decord" if self._unread else "PyAV"
+        # Which of the decoded frames are shown. decord has no others.
+        self._places = np.arange(len(self.container.times)) if self._unread else self.container.decode_times()
+        starts, self.fps = self.container.times, self.container.fps
+        self.starts = starts - starts[0] if abs(starts[0]) < CLOCK else starts
+        self.offset = max(0.0, float(self.starts[0]))
+        self.count = len(starts)
+        self.length = float(self.starts[-1] + (self.container.last or 1 / (self.fps or 25)))
+        steps = (self.starts - self.starts[0]) * self.fps - np.arange(self.count)
+        self.constant = bool(np.abs(steps).max() < 0.5)
+        if self.container.cut and not allow_partial:
+            raise self.cut_off()
 
-    def _reader(self) -> decord.VideoReader:
-        return decord.VideoReader(str(self.path), num_threads=1, fault_tol=NO_REPEATED_FRAMES)
+    def cut_off(self) -> VideoError:
+        """What to tell and to do about a file that does not hold all that its header says."""
+        claimed, copy = self.container.claimed, ["ffmpeg", "-i", str(self.path), "-c", "copy", f"part-{self.path.name}"]
+        why = f"its header says {claimed:.2f} s" if claimed else "it ends in the middle of its data"
+        return VideoError(
+            f"{self.path}: cut off: {why}, and its pictures end at {self.length:.2f} s; get the file again, or ask "
+            f"about the part that is there with allow_partial=True (--allow-partial), or make that a file by itself: "
+            f"`{shlex.join(copy)}`"
+        )
+
+    def _trusted(self) -> decord.VideoReader | None:
+        """decord's reader of the file, if its list of times is the container's."""
+        try:
+            reader = self._by_decord()
+            listed = np.array(reader.get_frame_timestamp(list(range(len(reader)))), float)[:, 0]
+        except DECODER_ERRORS:
+            return None
+        times = self.container.times
+        same = len(listed) == len(times) and np.ptp(listed - times) < 0.5 / self.container.fps
+        return reader if same else None
+
+    def _by_decord(self) -> decord.VideoReader:
+        return decord.VideoReader(os.path.abspath(self.path), num_threads=1, fault_tol=NO_REPEATED_FRAMES)
 
     def numbers(self, duration: float, count: int, neighbours: int = 0, neighbour_distance: float = 0.1) -> np.ndarray:
         """`frame_numbers` of this video, int64 [count, 2 * neighbours + 1].
 
-        Where the frame rate varies, v_i is the frame shown at second (t/f) * (0.5 + i), and its neighbours are those
-        shown `neighbour_distance` seconds earlier and later, or the frames next to it if these are further away.
+        Where the frame rate varies or the picture starts late, v_i is the frame that a player shows at second
+        (t/f) * (0.5 + i), the first one before there is any, and its neighbours are those shown `neighbour_distance`
+        seconds earlier and later, or the frames next to it if these are further away.
         """
-        if self.constant:
+        if self.constant and not self.offset:
             return frame_numbers(duration, self.fps, count, neighbours, neighbour_distance, self.count)
         sides = np.arange(-neighbours, neighbours + 1)
         middle = duration / count * (0.5 + np.arange(count))
@@ -126,57 +140,81 @@ class Video:
         shown = np.where(sides < 0, np.minimum(shown, adjacent), np.maximum(shown, adjacent))
         return np.clip(shown, 0, self.count - 1)
 
-    def frames(
-        self,
-        numbers: np.ndarray,
-        image_size: int,
-        file: BinaryIO | None = None,
-        alive: Callable[[], object] = lambda: None,
-    ) -> np.ndarray:
+    def frames(self, numbers: np.ndarray, image_size: int, file: BinaryIO | None = None) -> np.ndarray:
         """Decode the frames of these numbers, RGB uint8 [*numbers.shape, image_size, image_size, 3].
 
         Frames are resized with PIL's bicubic filter without keeping their proportions. The whole video is decoded:
         VideoError if any frame of it is damaged or missing. With an open `file` the array is kept in it, and memory
-        holds one frame at a time. `alive` is called after every step of the decoder.
+        holds one frame at a time.
         """
         shape = (*numbers.shape, image_size, image_size, 3)
         out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
-        flat = out.reshape(-1, image_size, image_size, 3)
-        wanted = set(numbers.ravel().tolist())
-        reader = self._reader()
+        flat, wanted = out.reshape(-1, image_size, image_size, 3), set(numbers.ravel().tolist())
+
+        def keep(pictures: Iterator[tuple[int, np.ndarray]]) -> None:
+            for number, picture in pictures:
+                resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.BICUBIC)
+                flat[numbers.ravel() == number] = np.asarray(resized)
+
+        if self.reader == "decord":
+            try:
+                keep(self._pictures_by_decord(wanted))
+                return out
+            except DECODER_ERRORS:
+                self.reader = "PyAV"  # which tells what is damaged, if anything is
+        keep(self._pictures(wanted))
+        return out
+
+    def _pictures(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """The wanted numbers' pictures, uint8 [H, W, 3], by PyAV."""
+        number_of = dict(zip(self._places.tolist(), range(self.count), strict=True))
+        place = -1
+        for place, frame in enumerate(self.container.decoded()):
+            if (number := number_of.get(place, -1)) in wanted:
+                yield number, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        if place < self._places[-1]:
+            raise VideoError(
+                f"{self.path}: damaged: {place + 1} frames can be decoded, and its list of times has {self.count}; "
+                f"get the file again, or keep what can be shown: {self.container.anew()}"
+            )
+
+    def _pictures_by_decord(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
+        reader, self._unread = self._unread or self._by_decord(), None
         # Skipping over a key frame would make decord seek: stop at the frame in front of each and read it.
         stops = {key - 1 for key in reader.get_key_indices() if 0 < key <= self.count}
         position = 0
-        try:
-            for number in sorted(stops | wanted | {self.count - 1}):
-                if number > position:
-                    reader.skip_frames(number - position)
-                frame = reader.next()
-                position = number + 1
-                alive()
-                if number in wanted:
-                    picture = Image.fromarray(_without_padding(frame.asnumpy()))
-                    flat[numbers.ravel() == number] = np.asarray(picture.resize(shape[-3:-1], Image.Resampling.BICUBIC))
-        except DECODER_ERRORS as error:
-            raise VideoError(
-                f"{self.path}: damaged: it claims {self.count} frames ({self.length:.2f} s), and not all of them "
-                f"can be decoded; get the file again or convert it to mp4"
-            ) from error
-        return out
+        for number in sorted(stops | wanted | {self.count - 1}):
+            if number > position:
+                reader.skip_frames(number - position)
+            frame = reader.next()
+            position = number + 1
+            self._alive()
+            if number in wanted:
+                yield number, _without_padding(frame.asnumpy())
 
 
 def read_apart(
-    path: Path | str, min_count: int, interval: float, image_size: int, time_limit: float, file: BinaryIO
+    path: Path | str,
+    min_count: int,
+    interval: float,
+    image_size: int,
+    time_limit: float,
+    file: BinaryIO,
+    allow_partial: bool = False,
+    tell: Callable[[str], object] = warnings.warn,
 ) -> tuple[np.ndarray, float]:
     """Frames of your own video, evenly spread: uint8 [n, image_size, image_size, 3] RGB, and its length in seconds.
 
     n is the length divided by `interval` seconds, rounded, but at least `min_count`. The array is kept in the open
     `file`. A process of its own decodes, because a decoder that hangs or crashes in native code would take the caller
     (a notebook's kernel) with it. `time_limit` is the longest time in seconds without a new frame: a long video may
-    take as long as it needs. Raises VideoError if the video cannot be decoded or the disk of `file` has no room.
+    take as long as it needs. A file that is cut off is refused, or with `allow_partial` read as far as it goes. `tell`
+    is called with each sentence that the user should know: that the picture starts late, that the end is missing, or
+    that nobody can know whether it is. Raises VideoError if the video cannot be decoded or the disk of `file` has no
+    room.
     """
     request = {"path": str(path), "min_count": min_count, "interval": interval, "image_size": image_size}
-    request |= {"time_limit": time_limit, "file": file.fileno()}
+    request |= {"time_limit": time_limit, "file": file.fileno(), "allow_partial": allow_partial}
     # multiprocessing would run the caller's script again where that has no `if __name__ == "__main__"`.
     command = [sys.executable, "-P", "-m", "framseg.frames", json.dumps(request)]
     import_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -191,6 +229,8 @@ def read_apart(
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise VideoError(answer["error"])
+    for sentence in answer["notes"]:
+        tell(sentence)
     return np.memmap(file, np.uint8, "r", shape=(answer["count"], image_size, image_size, 3)), answer["length"]
 
 
@@ -226,7 +266,10 @@ class Store:
         return self.path(vid).stat().st_size
 
     def about(self, vid: str) -> dict:
-        """What made the video's file: settings, numbers [f][2 * neighbours + 1], fps, duration and length (s)."""
+        """What made the video's file: settings, numbers [f][2 * neighbours + 1], fps, reader, duration, length, offset.
+
+        The last three are seconds, as in `Video`; `duration` is the annotated one.
+        """
         with self._opened(vid) as (_, about):
             return about
 
@@ -291,12 +334,18 @@ class Store:
 
 @dataclass
 class Report:
-    """Result of `extract`: videos stored now and earlier, those that failed with the reason, seconds taken."""
+    """Result of `extract`: videos stored now and earlier, those that failed with the reason, seconds taken.
+
+    readers: what read each stored video, "decord" or "PyAV". late: those whose picture starts more than 0.1 s after the
+    file does, and by how many seconds.
+    """
 
     done: int = 0
     skipped: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    readers: dict[str, str] = field(default_factory=dict)
+    late: dict[str, float] = field(default_factory=dict)
 
 
 def extract(
@@ -319,8 +368,9 @@ def extract(
     """
     begin = time.monotonic()
     folder = Path(folder)
-    waiting = {vid: duration for vid, duration in videos.items() if not _is_stored(store, vid)}
-    report = Report(skipped=len(videos) - len(waiting))
+    stored = {vid: about for vid in videos if (about := _stored(store, vid))}
+    waiting = {vid: duration for vid, duration in videos.items() if vid not in stored}
+    report = Report(skipped=len(stored))
     failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A fresh interpreter per worker: a fork would copy the locks of torch's threads in whatever state they are.
@@ -342,6 +392,7 @@ def extract(
                     try:
                         task.result()
                         report.done += 1
+                        stored[vid] = store.about(vid)
                     except VideoError as error:
                         report.failed[vid] = str(error)
                     except TimeoutError:
@@ -359,6 +410,8 @@ def extract(
             f"another folder and extract again: {report.done} videos were stored now and are kept"
         ) from error
     report.seconds = time.monotonic() - begin
+    report.readers = {vid: about["reader"] for vid, about in stored.items()}
+    report.late = {vid: about["offset"] for vid, about in stored.items() if about["offset"] > LATE}
     return report
 
 
@@ -372,27 +425,49 @@ def _store_video(vid: str, duration: float, folder: Path, store: Store, duration
             f"(tolerance {duration_tolerance:g} s); it is cut off or another video"
         )
     numbers = video.numbers(duration, store.count, store.neighbours, store.neighbour_distance)
+    pictures = video.frames(numbers, store.image_size)
     about = {"numbers": numbers.tolist(), "fps": video.fps, "duration": duration, "length": video.length}
+    about |= {"offset": video.offset, "reader": video.reader}
     unfinished = replace(store, folder=aside)
-    unfinished.write(vid, video.frames(numbers, store.image_size), about)
+    unfinished.write(vid, pictures, about)
     os.replace(unfinished.path(vid), store.path(vid))
 
 
-def _is_stored(store: Store, vid: str) -> bool:
-    """True for a whole file, False for a damaged one, which is then made again; StoreError for other settings."""
+def _stored(store: Store, vid: str) -> dict | None:
+    """What made the video's file; None for one that is missing, damaged or older than its clock, to be made anew.
+
+    Raises StoreError for other settings.
+    """
     try:
-        store.about(vid)
+        about = store.about(vid)
     except StoreError:
         raise
     except VideoError:
-        return False
-    return True
+        return None
+    return about if "offset" in about else None
 
 
 def _without_padding(frame: np.ndarray) -> np.ndarray:
     """[H, W, 3] of a decoded frame: decord returns padded rows as if they had more than three channels."""
     height, width, _ = frame.shape
     return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
+
+
+def _notes(video: Video, allow_partial: bool) -> list[str]:
+    """What the user should know about the video's seconds. VideoError for one cut off, unless it is allowed."""
+    whole, out, there = video.container, [], f"the answer is about the {video.length:.2f} s that are there"
+    if whole.missing and not allow_partial:
+        raise video.cut_off()
+    if whole.missing or whole.cut:
+        out.append(f"{video.path}: cut off; {there}" + (f" of {whole.claimed:.2f} s" if whole.claimed else ""))
+    elif not whole.claimed:
+        out.append(f"{video.path}: tells no length, so it cannot be known whether its end is missing; {there}")
+    if video.offset > LATE:
+        out.append(
+            f"{video.path}: its picture starts {video.offset:.2f} s after its sound; seconds count from the start of "
+            f"the file, as in a player"
+        )
+    return out
 
 
 def _decode_request() -> None:
@@ -402,8 +477,8 @@ def _decode_request() -> None:
     alive = partial(signal.setitimer, signal.ITIMER_REAL, request["time_limit"])
     alive()
     try:
-        video = Video(request["path"])
-        alive()
+        video = Video(request["path"], request["allow_partial"], alive)
+        notes = _notes(video, request["allow_partial"])
         count = max(request["min_count"], round(video.length / request["interval"]))
         needed, disk = count * request["image_size"] ** 2 * 3, os.fstatvfs(request["file"])
         if needed > disk.f_bavail * disk.f_frsize:  # a damaged header may claim a length of months
@@ -412,8 +487,8 @@ def _decode_request() -> None:
                 f"GB of temporary files; make room or set TMPDIR to a folder that has it"
             )
         with os.fdopen(request["file"], "r+b") as file:
-            video.frames(video.numbers(video.length, count)[:, 0], request["image_size"], file, alive)
-        answer: dict[str, object] = {"count": count, "length": video.length}
+            video.frames(video.numbers(video.length, count)[:, 0], request["image_size"], file)
+        answer: dict[str, object] = {"count": count, "length": video.length, "notes": notes}
     except VideoError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

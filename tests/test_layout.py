@@ -23,6 +23,7 @@ IN_FRONT = 18  # modules at most, besides __init__ and __main__
 LAYERS = """
 framseg
 jsonl config run viz demo
+run.container
 annotations frames prompt losses
 moments
 predictions
@@ -125,7 +126,7 @@ def test_nothing_in_front_loads_pictures():
     "modules,without",
     [
         ("annotations jsonl moments predictions evaluate codalab", "torch av decord matplotlib"),
-        ("dataset", "av framseg.demo framseg.viz"),
+        ("dataset", "framseg.demo framseg.viz"),
     ],
 )
 def test_what_loads_quickly_stays_light(modules, without):

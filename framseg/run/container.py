@@ -1,0 +1,233 @@
+"""What a video file tells of itself, in any container: its clock, the times of its frames, whether it is whole.
+
+FFmpeg's libraries do the reading, through PyAV. Seconds are the player's: 0 is the container's start, that of the
+earliest of its pictures and sounds.
+"""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import av.logging
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from framseg import FramsegError
+
+TELL_LENGTH = {"mov", "matroska", "flv", "avi", "asf"}  # containers whose header does; others' lengths are guesses
+BROKEN_OFF = ("File ended prematurely", "partial file")  # FFmpeg's words for a file that ends inside of its data
+TS_PACKETS = (188, 192, 204)  # bytes
+FLV_TAGS = (b"\x08", b"\x09", b"\x12")  # sound, picture, data
+STILL = 0.5  # seconds of frames whose times may be no later than those of frames before them
+
+
+class VideoError(FramsegError, ValueError):
+    """A video whose frames cannot be read; the message names the video and the reason."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A video file and its picture track, opened by PyAV. VideoError for a file that is no video."""
+    beginning = b""
+    try:
+        if path.is_file():  # opening a pipe would wait for whoever writes into it
+            with path.open("rb") as file:
+                beginning = file.read(8)
+        # The whole path, as a relative one with a colon would be taken for a protocol; no protocol but files, as a
+        # playlist could send us into the network; titles may be written in any alphabet.
+        options = {"protocol_whitelist": "file"}
+        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
+    except av.FFmpegError as error:
+        why = f" as a video ({error.strerror}): it is another kind of file, or cut off or damaged"
+        if beginning[4:] == b"ftyp":
+            why = ": the index of this mp4 (moov) is missing or damaged, as in a file that is cut off"
+        if not path.stat().st_size:
+            why = ": it is empty"
+        raise VideoError(f"{path}: cannot be opened{why}; get the file again") from error
+    with container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream):
+            raise VideoError(f"{path}: cannot be opened as a video: it holds no pictures")
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+@dataclass
+class Container:
+    """A video file, its packets listed without decoding any. Raises VideoError for a file that is no video.
+
+    `begin` is the container's start in its own seconds, `fps` the average frame rate (0 if it tells none), `times` the
+    seconds of the frames that are shown, in their order, and `last` how long the last one is; `plain` whether that is
+    the whole truth: H.264 in mp4, every packet a frame with a time of its own. `claimed` is the length in seconds by
+    the header, None where that tells none, `missing` how many of these seconds are not in the file, `cut` whether it
+    ends in the middle of its data. `alive` is called after every step.
+    """
+
+    path: Path
+    alive: Callable[[], object]
+    cut: bool = False
+    claimed: float | None = None
+    missing: float = 0.0
+    last: float = 0.0
+    _numbers: list[int | None] = field(default_factory=list)  # decoding times, in frames where that is their unit
+
+    def __post_init__(self) -> None:
+        with opened(self.path) as (container, stream):
+            rate = stream.average_rate or stream.guessed_rate
+            self.fps = float(rate) if rate else 0.0
+            pts = self._list(container, stream)
+            if not pts:
+                raise VideoError(f"{self.path}: damaged or cut off: it holds not one frame; get the file again")
+            if container.start_time is None:
+                raise VideoError(
+                    f"{self.path}: its frames carry no times; {self.anew('-framerate 30')}, at its true rate"
+                )
+            self.begin, self._avi = container.start_time / av.time_base, container.format.name == "avi"
+            h264 = stream.codec_context.codec.canonical_name == "h264"
+            self.plain = h264 and container.format.name.startswith("mov,mp4") and self.fps > 0 and not self.cut
+            self.plain &= len(set(pts) - {None}) == len(pts) > 0
+            shown = sorted(time for time in pts if time is not None)
+            self.times = np.array(shown, float) * float(stream.time_base or 0) - self.begin
+
+    def anew(self, options: str = "") -> str:
+        """The command that encodes the file anew, as a part of a sentence."""
+        command = ["ffmpeg", *options.split(), "-i", str(self.path), f"{self.path.stem}-anew.mp4"]
+        return f"`{shlex.join(command)}` writes it anew"
+
+    def decoded(self) -> Iterator[av.VideoFrame]:
+        """Every frame in the order in which they are shown.
+
+        VideoError if one cannot be decoded and others follow it; if none does, the file is `cut`. What cannot be
+        decoded in front of the first key frame is no damage: a recording may begin anywhere.
+        """
+        good, damage = None, ""
+        with opened(self.path) as (container, stream):
+            for number, packet in enumerate(self._packets(container, stream)):
+                if self.cut and packet.size and number >= len(self._numbers) - 1:
+                    continue  # it may be a part of a frame
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    frames, damage = [], damage or str(error.strerror)
+                for frame in frames:
+                    if frame.is_corrupt:
+                        damage = damage or "a part of it is missing"
+                    elif damage and good and packet.size:  # the last, empty packet asks for frames held back
+                        second = (good.time or 0) - self.begin
+                        raise VideoError(
+                            f"{self.path}: damaged: the frame that follows {second:.2f} s cannot be decoded "
+                            f"({damage}); get the file again, or keep what can be shown: {self.anew()}"
+                        )
+                    elif not (damage and good):
+                        good, damage = frame, ""
+                        yield frame
+        self.cut |= bool(damage)
+
+    def decode_times(self) -> np.ndarray:
+        """Sets `times` and `last` to what the decoded frames themselves tell; returns which of these are shown.
+
+        A whole pass over the file; int64 [shown] numbers in the order of `decoded`. VideoError if times are unknown.
+        """
+        found: list[float | None] = []
+        for frame in self.decoded():
+            found.append(None if frame.time is None else frame.time - self.begin)
+            self.last = float((frame.duration or 0) * (frame.time_base or 0))
+        if not found:
+            raise VideoError(f"{self.path}: damaged or cut off: not one frame can be decoded; get the file again")
+        if self._avi and self.fps:  # which has no times, but a constant rate, and its packets numbers
+            numbers = [number for number in self._numbers if number is not None]
+            found = [n / self.fps for n in (sorted(numbers) if len(numbers) == len(found) else range(len(found)))]
+        if None in found:
+            raise VideoError(f"{self.path}: some of its frames carry no time; {self.anew()}")
+        times = np.array(found, float)
+        latest = np.maximum.accumulate(times)
+        still = times[1:] <= latest[:-1]
+        if still.sum() > STILL * self.fps:
+            second = times[1:][still][0]
+            raise VideoError(
+                f"{self.path}: its frames' times stand still or jump back at {second:.2f} s; {self.anew()}"
+            )
+        late = times < latest  # a player has shown a later frame by then and leaves these out
+        self.times = times[~late]
+        return np.flatnonzero(~late)
+
+    def _packets(self, container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
+        """The packets of these streams, or of all; where the data break off, `cut` is set."""
+        try:
+            for packet in container.demux(*streams):
+                self.alive()
+                yield packet
+        except av.FFmpegError:
+            self.cut = True
+
+    def _list(self, container: InputContainer, stream: VideoStream) -> list[int | None]:
+        """The time of each of the picture's packets, None where it has none or is not shown; sets the other fields."""
+        pts: list[int | None] = []
+        bases = {each.index: float(each.time_base or 0) for each in container.streams}
+        ends, broken, latest = dict.fromkeys(bases, -np.inf), dict.fromkeys(bases, False), -np.inf
+        with _ffmpeg_log() as log:
+            for packet in self._packets(container):
+                if not packet.size:
+                    continue  # the mark of a stream's end
+                index, time = packet.stream_index, packet.dts if packet.pts is None else packet.pts
+                broken[index] = packet.is_corrupt
+                seconds = (packet.duration or 0) * bases[index]
+                if time is not None:
+                    ends[index] = max(ends[index], time * bases[index] + seconds)
+                if index == stream.index:
+                    pts.append(None if packet.is_discard else packet.pts)
+                    self._numbers.append(packet.dts)
+                    if time is not None and time > latest:
+                        latest, self.last = time, seconds
+        name = container.format.name.split(",")[0]
+        self.cut |= any(broken.values()) or any(text in line for *_, line in log for text in BROKEN_OFF)
+        self.cut |= self._ends_in_a_packet(name)
+        claimed = container.duration / av.time_base if container.duration and name in TELL_LENGTH else None
+        if name == "avi" and self.fps:  # FFmpeg corrects the duration by the file's size, but not the number of frames
+            claimed = stream.frames / self.fps
+        missing = (claimed or 0) - (max(ends.values()) - min(0, (container.start_time or 0) / av.time_base))
+        if name == "mov":
+            whole = ((stream.start_time or 0) + (stream.duration or 0)) * bases[stream.index]
+            missing = max(missing, whole - ends[stream.index])
+            if not stream.frames:  # fragments: the length is that of those that are there
+                self.cut |= missing > self._slack()
+                claimed = None
+        self.claimed, self.missing = claimed, missing if missing > self._slack() else 0.0
+        return pts
+
+    def _slack(self) -> float:
+        """Seconds by which an intact file's header may claim too much."""
+        return max(0.1, 2 / self.fps if self.fps else 0)
+
+    def _ends_in_a_packet(self, name: str) -> bool:
+        """Whether the bytes end inside a packet of a container that FFmpeg does not tell that of."""
+        size = self.path.stat().st_size
+        if name == "mpegts":
+            return all(size % packet for packet in TS_PACKETS)
+        if name == "flv":  # the last four bytes are the size of what lies in front of them
+            with self.path.open("rb") as file:
+                file.seek(max(0, size - 4))
+                file.seek(max(0, size - 4 - int.from_bytes(file.read(4))))
+                return file.read(1) not in FLV_TAGS
+        return False
+
+
+@contextmanager
+def _ffmpeg_log() -> Iterator[list[tuple[int, str, str]]]:
+    """What FFmpeg's libraries say meanwhile, as PyAV lists it: (level, who, line)."""
+    before = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as log:
+            yield log
+    finally:
+        av.logging.set_level(before[0])
+        av.logging.set_skip_repeated(before[1])
