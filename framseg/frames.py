@@ -82,8 +82,6 @@ class Video:
 
     def __init__(self, path: Path | str, allow_partial: bool = False, alive: Callable[[], object] = lambda: None):
         self.path, self._alive = Path(path), alive
-        if not os.path.exists(self.path):
-            raise VideoError(f"{self.path}: no such video file")
         self.container = Container(self.path, alive)
         self._unread = self._trusted() if self.container.plain else None
         self.reader = "decord" if self._unread else "PyAV"
@@ -459,14 +457,11 @@ def _notes(video: Video, allow_partial: bool) -> list[str]:
     if whole.missing and not allow_partial:
         raise video.cut_off()
     if whole.missing or whole.cut:
-        out.append(f"{video.path}: cut off; {there}" + (f" of {whole.claimed:.2f} s" if whole.claimed else ""))
+        out.append(f"the file is cut off: {there}" + (f", of {whole.claimed:.2f} s" if whole.claimed else ""))
     elif not whole.claimed:
-        out.append(f"{video.path}: tells no length, so it cannot be known whether its end is missing; {there}")
+        out.append(f"the file tells no length, so it cannot be known whether its end is missing: {there}")
     if video.offset > LATE:
-        out.append(
-            f"{video.path}: its picture starts {video.offset:.2f} s after its sound; seconds count from the start of "
-            f"the file, as in a player"
-        )
+        out.append(f"the picture starts {video.offset:.2f} s after the file does: seconds count from the file's start")
     return out
 
 

@@ -33,7 +33,8 @@ class Prediction:
     windows: moments [[start, end, score], ...] in seconds, best first. saliency: float64 [int(duration / 2)], one
     score for each 2-second clip. mask: n characters 0 and 1. probability: float64 [n], of each frame; n is f, or more
     for a video longer than 150 s (see `predict`). valid: False if the model marked no frame, in which case the mask is
-    all ones. frames, times: f of the n frames, evenly spread, uint8 [f, H, W, 3], and their seconds [f].
+    all ones. frames, times: f of the n frames, evenly spread, uint8 [f, H, W, 3], and their seconds [f]. notes: what to
+    know about the seconds, a sentence each: that the picture starts late, that the end is missing or may be.
     """
 
     video: str
@@ -46,6 +47,7 @@ class Prediction:
     valid: bool
     frames: np.ndarray = field(repr=False)
     times: np.ndarray = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def row(self) -> Row:
@@ -55,7 +57,7 @@ class Prediction:
     @property
     def record(self) -> dict:
         """The answer as a prediction record (see framseg.predictions)."""
-        answer = {"mask": self.mask, "probability": self.probability.tolist(), "valid": self.valid}
+        answer = {"mask": self.mask, "probability": self.probability.tolist(), "valid": self.valid, "notes": self.notes}
         return prediction_record(self.row, self.windows, self.saliency) | answer
 
     def show(self) -> "Figure":
@@ -71,6 +73,7 @@ def predict(
     checkpoint: Path | str,
     windows: moments.Policy = moments.BEST_WINDOWS,
     saliency: moments.Method = moments.BEST_SALIENCY,
+    allow_partial: bool = False,
 ) -> Prediction | list[Prediction]:
     """Moments and highlights of your own video file, of any length.
 
@@ -78,6 +81,10 @@ def predict(
     Predictions in their order. checkpoint: the folder that a training has written (``runs/<profile>/checkpoint``), or
     the name of a repository on the Hugging Face hub that holds one. windows, saliency: policy and method of
     framseg.moments, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the authors'.
+    allow_partial: answer about the part that is there of a file that is cut off, instead of refusing it.
+
+    Seconds, of the answer as of the frames that the model sees, are those of a player: second 0 is the start of the
+    file, also where the picture starts later than the sound; until then the first frame counts.
 
     The model has learned from f frames of 150 s. Of a longer video of t seconds it sees n = t * f / 150 frames
     (rounded), which are as dense. If n is more than f, the model is asked about f of them at a time: each time half of
@@ -86,8 +93,9 @@ def predict(
     middle. Its digit is 1 if the answers that say 1 have at least half of the weight. The frames wait in a temporary
     file, so memory does not grow with the length. See `frames.read_apart` for how the video is decoded.
 
-    Raises VideoError if the video cannot be decoded, PromptError for an empty query or a tokenizer that does not fit
-    the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or method.
+    Raises VideoError if the video cannot be decoded or is cut off, PromptError for an empty query or a tokenizer that
+    does not fit the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or
+    method.
     """
     model, profile, tokenizer = loaded(checkpoint)
     count = profile.frames.count
@@ -97,7 +105,9 @@ def predict(
         prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
     section, size = profile.frames, profile.model.vision.image_size
     with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
-        images, length = read_apart(video, count, USUAL_SECONDS / count, size, section.time_limit, file)
+        notes: list[str] = []
+        interval, limit = USUAL_SECONDS / count, section.time_limit
+        images, length = read_apart(video, count, interval, size, limit, file, allow_partial, notes.append)
         total = len(images)
         begins = [*range(0, total - count, max(1, count // 2)), total - count]
         weight = np.minimum(np.arange(count) + 1, count - np.arange(count))
@@ -121,7 +131,7 @@ def predict(
         row, mask = Row(-1, text, length, Path(video).name), "".join("01"[digit] for digit in ones.astype(int))
         record = answer_record(row, mask, probability, inference)
         answer = record[WINDOWS], np.array(record[SALIENCY]), record["mask"], probability, record["valid"]
-        out.append(Prediction(str(video), text, length, *answer, frames, frame_times(length, total)[kept]))
+        out.append(Prediction(str(video), text, length, *answer, frames, frame_times(length, total)[kept], notes))
     return out[0] if isinstance(query, str) else out
 
 
@@ -141,8 +151,9 @@ def _encoded_along(model: Blip3, images: np.ndarray, begins: Sequence[int], coun
 def _table(prediction: Prediction) -> str:
     """The answer as a person reads it: windows in seconds with their scores, and the best clip."""
     lines = [f"{prediction.query!r} in {prediction.video} ({prediction.duration:.1f} s)"]
+    lines += [f"  note: {note}" for note in prediction.notes]
     if not prediction.valid:
-        return f"{lines[0]}\n  nothing found (highest frame probability {prediction.probability.max():.2f})"
+        return "\n".join([*lines, f"  nothing found (highest frame probability {prediction.probability.max():.2f})"])
     lines += ["  start (s)  end (s)  score"]
     lines += [f"{start:11.1f}{end:9.1f}{score:7.2f}" for start, end, score in prediction.windows]
     if len(prediction.saliency):
@@ -159,10 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="folder of a trained checkpoint, or a repository's name on the hub"
     )
+    parser.add_argument("--allow-partial", action="store_true", help="answer about the part of a file that is cut off")
     parser.add_argument("--json", action="store_true", help="print prediction records, one JSON object per line")
     options = parser.parse_args(arguments)
     try:
-        answer = predict(options.video, options.query, options.checkpoint)
+        answer = predict(options.video, options.query, options.checkpoint, allow_partial=options.allow_partial)
     except (FramsegError, OSError) as error:
         sys.exit(f"error: {error}")
     predictions = answer if isinstance(answer, list) else [answer]

@@ -47,7 +47,7 @@ def test_why_a_question_has_no_answer_is_shown(form):
     form.video.value = "no.mp4"
     form.button.click()
     form.play(1)
-    assert "no.mp4: cannot be played" in form.message.value
+    assert "no.mp4: no such video file" in form.message.value
 
 
 def test_an_upload_comes_in_pieces_and_takes_the_place_of_the_last(form):

@@ -197,10 +197,33 @@ def test_containers_codecs_and_frame_rates(checkpoint, tmp_path, name, settings)
 
 
 @pytest.mark.parametrize("name", ["a.mpg", "a.ts"])
-def test_what_the_decoder_miscounts_is_refused(checkpoint, tmp_path, name):
+def test_a_stream_without_a_header_is_read_and_its_end_said_to_be_unknown(checkpoint, tmp_path, name):
     path = make_video(tmp_path / name, 8, rate=25, codec="mpeg2video")
-    with pytest.raises(frames.VideoError, match="convert it to mp4"):
+    answer = framseg.predict(path, "a dog runs", checkpoint=checkpoint)
+    assert answer.duration == pytest.approx(8, abs=0.05)
+    assert answer.notes == [
+        f"the file tells no length, so it cannot be known whether its end is missing: the answer is about the "
+        f"{answer.duration:.2f} s that are there"
+    ]
+
+
+def test_a_file_that_is_cut_off_is_refused_or_answered_for_what_is_there(checkpoint, tmp_path, shared, capsys):
+    path = shared / "cases/cut-off/half_download.mp4"
+    with pytest.raises(frames.VideoError, match=r"header says 20.00 s, and its pictures end at 11.87 s.*allow-partial"):
         framseg.predict(path, "a dog runs", checkpoint=checkpoint)
+    answer = framseg.predict(path, "a dog runs", checkpoint=checkpoint, allow_partial=True)
+    note = "the file is cut off: the answer is about the 11.87 s that are there, of 20.00 s"
+    assert answer.duration == pytest.approx(11.87, abs=0.01) and answer.notes == answer.record["notes"] == [note]
+    assert note in answer.show().axes[0].get_title(loc="left").replace("\n", " ")
+    predictor.main([str(path), "-q", "a dog runs", "--checkpoint", str(checkpoint), "--allow-partial"])
+    assert f"  note: {note}\n" in capsys.readouterr().out
+
+
+def test_seconds_are_those_of_a_player_where_the_picture_starts_late(checkpoint, shared):
+    answer = framseg.predict(shared / "cases/late-video/starts_at_8s.mp4", "a dog runs", checkpoint=checkpoint)
+    assert answer.notes == ["the picture starts 8.00 s after the file does: seconds count from the file's start"]
+    assert answer.duration == pytest.approx(20.07, abs=0.01) and answer.times[0] < 8
+    assert (answer.frames[0] == answer.frames[1]).all() and (answer.frames[-1] != answer.frames[0]).any()
 
 
 @pytest.mark.parametrize("count, rate", [(1, 1), (10, 10), (30, 30)])
@@ -244,7 +267,7 @@ def test_the_command_prints_a_table_or_records(checkpoint, tmp_path, capsys, mon
         begin = 2 * int(answer.saliency.argmax())
         assert best.strip() == f"best clip: {begin} to {begin + 2} s, score {answer.saliency.max():.2f}"
 
-    monkeypatch.setattr(predictor, "predict", lambda *_: replace(answers[0], valid=False))
+    monkeypatch.setattr(predictor, "predict", lambda *_, **__: replace(answers[0], valid=False))
     predictor.main(arguments)
     highest = f"{answers[0].probability.max():.2f}"
     assert capsys.readouterr().out.splitlines()[1:] == [f"  nothing found (highest frame probability {highest})"]

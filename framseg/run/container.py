@@ -32,8 +32,10 @@ class VideoError(FramsegError, ValueError):
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A video file and its picture track, opened by PyAV. VideoError for a file that is no video."""
+    """A video file and its picture track, opened by PyAV. VideoError for a file that is missing or no video."""
     beginning = b""
+    if not os.path.exists(path):
+        raise VideoError(f"{path}: no such video file")
     try:
         if path.is_file():  # opening a pipe would wait for whoever writes into it
             with path.open("rb") as file:

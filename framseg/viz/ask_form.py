@@ -63,7 +63,7 @@ class Form:
         self.video = widgets.Text(placeholder="or the path of a video on the machine of the kernel", layout=wide)
         self.queries = widgets.Textarea(placeholder="what to look for, one query per line", rows=3, layout=wide)
         self.button = widgets.Button(description="ask", button_style="primary")
-        self.message = widgets.HTML()
+        self.message = widgets.HTML("Seconds are a player's: 0 is the start of the file.")
         self.progress = widgets.Output()
         self.picture = Player(lambda by: None, self.play)
         traitlets.dlink((self.upload, "path"), (self.video, "value"))
@@ -87,7 +87,7 @@ class Form:
             try:
                 answers = predict(video, queries, self.checkpoint)
                 self.answers = answers if isinstance(answers, list) else [answers]
-                self.message.value = ""
+                self.message.value = "<br>".join(map(html.escape, self.answers[0].notes))
             except (ValueError, OSError) as error:
                 self.message.value = html.escape(str(error))
             finally:

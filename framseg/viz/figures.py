@@ -562,17 +562,19 @@ def qualitative(
     frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts), of which nine are
     drawn; without frames the figure says so and has the curves only. `against`: name and record of another prediction
     (of an earlier epoch, another model), which is drawn as well. A row without labels has no true windows and saliency;
-    a qid below 0 (your own video) is not shown.
+    a qid below 0 (your own video) is not shown, the `notes` of an answer are.
     """
     t = row.duration
     named = [("predicted", prediction), *([against] if against else [])]
     levels = sum(max(len(lanes(record, t)[0]), 1) for _, record in named) + isinstance(row, LabelledRow)
     title = textwrap.wrap(f"“{row.query}”", 88) or [""]
     heights = [0.62 if frames is not None else 0.16, 0.17 * levels + 0.08, 1.35]
-    figure, [strip, spans, curve] = new_figure(sum(heights) + 0.75 + 0.17 * len(title), 3, share="x", ratios=heights)
+    about = [" · ".join(([f"qid {row.qid}"] if row.qid >= 0 else []) + [row.vid, scores(row, prediction)])]
+    about += [line for note in prediction.get("notes", []) for line in textwrap.wrap(note, 110)]
+    height = sum(heights) + 0.58 + 0.17 * (len(title) + len(about))
+    figure, [strip, spans, curve] = new_figure(height, 3, share="x", ratios=heights)
     figure.suptitle("\n".join(title), x=0.01, ha="left", fontweight="bold", fontsize="medium", parse_math=False)
-    about = ([f"qid {row.qid}"] if row.qid >= 0 else []) + [row.vid, scores(row, prediction)]
-    strip.set_title(" · ".join(about), fontsize="small", fontweight="normal", parse_math=False)
+    strip.set_title("\n".join(about), fontsize="small", fontweight="normal", parse_math=False)
     if frames is None:
         strip.text(0, 0.5, "No frames are shown: there are none of this video.", va="center", fontsize="small",
                    style="italic", transform=strip.transAxes)  # fmt: skip

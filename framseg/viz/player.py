@@ -14,8 +14,9 @@ import anywidget
 import av
 import traitlets
 from av.container import InputContainer
+from av.video.stream import VideoStream
 
-from framseg.frames import VideoError
+from framseg.run.container import VideoError, opened
 
 PLAYED = 30  # seconds that a click outside of any window plays
 MOST = 64 << 20  # bytes after which a clip is cut off
@@ -65,27 +66,29 @@ class Player(anywidget.AnyWidget):
 def cut(video: Path, start: float, end: float) -> tuple[bytes, float, str]:
     """A stretch of a video (seconds), with its sound, as a file of its own: content, its first second, media type.
 
-    It begins with the last key frame up to `start`, because the packets are copied as they are. Raises VideoError for
-    a file that is no video or that browsers cannot play.
+    Seconds are the player's, as in `framseg.frames.Video`. The stretch begins with the last key frame up to `start`, or
+    with the first one, because the packets are copied as they are. Raises VideoError for a file that is no video or
+    that browsers cannot play, and for a stretch without pictures.
     """
     try:
-        with av.open(str(video)) as source:
-            return _copied(video, source, start, end)
-    except (OSError, av.FFmpegError, IndexError) as error:
+        with opened(video) as (source, picture):
+            return _copied(video, source, picture, start, end)
+    except av.FFmpegError as error:
         raise VideoError(f"{video}: cannot be played ({error})") from error
 
 
-def _copied(video: Path, source: InputContainer, start: float, end: float) -> tuple[bytes, float, str]:
-    picture = source.streams.video[0]
+def _copied(
+    video: Path, source: InputContainer, picture: VideoStream, start: float, end: float
+) -> tuple[bytes, float, str]:
     codec = picture.codec_context.codec.canonical_name
     if codec not in CONTAINERS:
         raise VideoError(f"{video}: browsers cannot play {codec} video; convert it to H.264")
     form = CONTAINERS[codec]
     sound = [stream for stream in source.streams.audio if stream.codec_context.codec.canonical_name in SOUND[form]][:1]
     base = picture.time_base or Fraction(1)  # seconds per unit; every stream of an opened file has it
-    zero = (picture.start_time or 0) * base
+    zero = Fraction(source.start_time or 0, av.time_base)  # a player's second 0, also where the picture starts later
     source.seek(int((start + zero) / base), stream=picture)
-    content, begin = io.BytesIO(), None
+    content, begin, empty = io.BytesIO(), None, True
     with av.open(content, "w", format=form) as target:
         copies = {stream.index: target.add_stream_from_template(stream, opaque=True) for stream in (picture, *sound)}
         for packet, pts, dts, base in _timed(source.demux(picture, *sound)):
@@ -100,8 +103,9 @@ def _copied(video: Path, source: InputContainer, start: float, end: float) -> tu
             packet.pts, packet.dts = pts - shift, dts - shift
             packet.stream = copies[packet.stream.index]
             target.mux(packet)
-    if begin is None:
-        raise VideoError(f"{video}: has no frame at second {start:g}")
+            empty = False
+    if begin is None or empty:
+        raise VideoError(f"{video}: shows no picture from second {start:g} to {end:g}")
     return content.getvalue(), begin, f"video/{form}"
 
 
