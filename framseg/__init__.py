@@ -1,16 +1,56 @@
 """Moment and highlight detection by frame segmentation with a multimodal LLM."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from framseg.predictor import predict
 
 __version__ = "0.1.0"
-__all__ = ["FramsegError", "__version__", "predict"]
+__all__ = ["FramsegError", "__version__", "command_line", "predict"]
 
 
 class FramsegError(Exception):
     """Whatever framseg cannot do for a reason that a user can act on; the message says what to do."""
+
+
+@contextmanager
+def command_line(code: int = 1) -> Iterator[None]:
+    """Whatever a user can cause ends the process with one sentence on standard error and exit code `code`.
+
+    Ctrl-C ends it with the code 130. Every other error keeps its traceback. `@command_line()` stands above each `main`.
+    """
+    try:
+        try:
+            yield
+        finally:
+            _flush()
+        return
+    except KeyboardInterrupt as error:
+        text, code = ": ".join(["interrupted", *error.args]), 130
+    except FramsegError as error:
+        text = f"error: {error}"
+    except OSError as error:
+        path = error.filename2 or error.filename  # of a file that takes another's place, that one's name
+        text = f"error: {path}: {error.strerror}" if path and error.strerror else f"error: {error.strerror or error}"
+    if code == 1:
+        sys.exit(text)  # Python prints it, and ends with 1
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+def _flush() -> None:
+    """Write out what was printed; raises FramsegError if nobody takes it, as after `| head`."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python itself would try once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FramsegError(f"cannot write to standard output ({error.strerror})") from None
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import framseg
+from framseg import command_line
 
 COMMANDS = {  # name: the module whose `main` does it, what it does
     "predict": ("framseg.predictor", "find moments and highlights in your own video"),
@@ -18,11 +19,9 @@ COMMANDS = {  # name: the module whose `main` does it, what it does
 }
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hand what follows the command's name to its module, the only one that is loaded; returns the exit code.
-
-    An error that a user can act on is printed as one sentence, without a traceback.
-    """
+    """Hand what follows the command's name to its module, the only one that is loaded; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         "framseg", description=framseg.__doc__, epilog="framseg COMMAND --help lists its options."
@@ -32,11 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (_, purpose) in COMMANDS.items():
         commands.add_parser(name, help=purpose, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    try:
-        return import_module(COMMANDS[command][0]).main(arguments[1:]) or 0
-    except (framseg.FramsegError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return import_module(COMMANDS[command][0]).main(arguments[1:]) or 0
 
 
 if __name__ == "__main__":

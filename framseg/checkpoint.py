@@ -21,7 +21,7 @@ from framseg.backbones.blip3 import Blip3
 from framseg.evaluate import METRICS
 from framseg.jsonl import is_integer, is_number, parse_object
 
-PROFILE, CARD, METRICS_FILE = "profile.yaml", "README.md", "metrics.json"
+PROFILE, CARD, METRICS_FILE = config.FILE, "README.md", "metrics.json"
 RESAMPLER, ADAPTER = "resampler.safetensors", "adapter/adapter_model.safetensors"
 ADAPTER_SETTINGS = "adapter/adapter_config.json"
 NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings of an adapter
@@ -119,23 +119,23 @@ def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
     return model.eval(), profile
 
 
-def loaded(checkpoint: Path | str) -> tuple[Blip3, config.Profile, Tokenizer]:
-    """Model, profile and tokenizer of a checkpoint (see `local_folder`), on `backbones.device()` and in eval mode.
+def loaded(checkpoint: Path | str, where: str = "auto") -> tuple[Blip3, config.Profile, Tokenizer]:
+    """Model, profile and tokenizer of a checkpoint (see `local_folder`), on `backbones.device(where)` and in eval mode.
 
     The last one stays loaded until its folder changes. Raises CheckpointError, ProfileError or PromptError for one
     that cannot be used.
     """
     folder = local_folder(checkpoint)
-    return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0))
+    return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0), where)
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, changed: int) -> tuple[Blip3, config.Profile, Tokenizer]:
+def _loaded(folder: Path, changed: int, where: str) -> tuple[Blip3, config.Profile, Tokenizer]:
     """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
     model, profile = load_trained(folder)
     tokenizer = prompt.load(folder)
     prompt.check(tokenizer, profile.model, profile.frames.count)  # it may be somebody else's checkpoint
-    return model.to(device()), profile, tokenizer
+    return model.to(device(where)), profile, tokenizer
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -12,14 +12,13 @@ import argparse
 import json
 import stat
 import struct
-import sys
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from framseg import FramsegError
+from framseg import FramsegError, command_line
 from framseg.annotations import LabelledRow, Row, clips, read
 from framseg.evaluate import evaluate
 from framseg.jsonl import decoded_lines, parsed, shortlist, whole_file
@@ -181,6 +180,7 @@ def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:
     return wrong, odd
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `framseg codalab`."""
     parser = argparse.ArgumentParser(prog="framseg codalab", description="Competition files of QVHighlights.")
@@ -194,13 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checking.add_argument("--val", default=VAL_ANNOTATIONS, help="name of the val annotations in DIR (%(default)s)")
     checking.add_argument("--test", default=TEST_ANNOTATIONS, help="name of the test annotations in DIR (%(default)s)")
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "pack":
-            print(pack(chosen.val, chosen.test, chosen.out))
-        else:
-            print(json.dumps(check(chosen.submission, chosen.annotations, chosen.val, chosen.test), indent=4))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if chosen.command == "pack":
+        print(pack(chosen.val, chosen.test, chosen.out))
+    else:
+        print(json.dumps(check(chosen.submission, chosen.annotations, chosen.val, chosen.test), indent=4))
 
 
 if __name__ == "__main__":

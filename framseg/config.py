@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from framseg import FramsegError
 
 PROFILES = Path(__file__).parent / "profiles"
+FILE = "profile.yaml"  # of a run and of a checkpoint
 REPOSITORY = Path(__file__).parent.parent  # holds the package `framseg`; site-packages where that is installed
 # Where runs and data go: the repository, or the current folder where framseg is installed without one.
 WORKSPACE = REPOSITORY if (REPOSITORY / "pyproject.toml").is_file() else Path.cwd()
@@ -187,6 +188,8 @@ class Losses(Section):
 class Training(Section):
     """Optimizer (AdamW), learning rate and batches of the paper, and what a run may use and tolerate."""
 
+    # `cpu`: no GPU is used, and bfloat16 needs none. Profiles that were saved before this key existed mean `auto`.
+    device: Literal["auto", "cpu"] = "auto"  # of training and of decoding a split; `auto`: the GPU where there is one
     processes: Count  # GPUs (or CPU processes) that the DeepSpeed launcher starts
     threads: Count | None  # CPU threads per process; null leaves torch's choice
     epochs: Count
@@ -246,6 +249,8 @@ class Profile(Section):
             )
         if self.training.warmup_steps >= self.training.planned_steps:
             raise ValueError("training.warmup_steps must be smaller than training.planned_steps")
+        if self.model.attention == "flash_attention_2" and self.training.device == "cpu":
+            raise ValueError("model.attention: flash_attention_2 needs a GPU; set sdpa, or training.device to auto")
         language = self.model.language
         if self.adapter.rank > min(language.hidden_size, language.intermediate_size):
             raise ValueError(f"adapter.rank: {self.adapter.rank} is more than the language model's layers have")

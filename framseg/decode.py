@@ -24,14 +24,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from framseg import FramsegError, config, dataset, prompt
+from framseg import FramsegError, command_line, config, dataset, prompt
 from framseg.annotations import Row
 from framseg.backbones import blip3, fingerprint
 from framseg.checkpoint import loaded, require_complete
 from framseg.frames import Store, StoreError, VideoError
 from framseg.jsonl import is_integer, numbered_lines, parse_object, write_lines
 from framseg.predictions import answer_record, read_predictions
-from framseg.run import launcher
+from framseg.run import launcher, resume
 from framseg.run.paths import Run
 
 
@@ -258,22 +258,25 @@ def whole(profile: config.Profile, run: Run, name: str) -> list[dict]:
     """Decode split `name` (val or test) with the run's checkpoint into `run.predicted(name)`; the records in row order.
 
     With several processes in the profile, the DeepSpeed launcher starts them and each decodes its share. Goes on after
-    an interruption as `split` does. Raises CheckpointError for a run without a checkpoint, DecodeError if a process
-    fails.
+    an interruption as `split` does. Raises CheckpointError for a run without a checkpoint, ResumeError for one that was
+    trained with other frames or another model, DecodeError if a process fails.
     """
-    rows, path = dataset.rows(profile, name), run.predicted(name)
-    processes = min(profile.training.processes, torch.cuda.device_count() or profile.training.processes)
-    if processes == 1:
-        model, _, tokenizer = loaded(run.checkpoint)
-        return split(model, tokenizer, profile, rows, path)
     require_complete(run.checkpoint)
+    resume.changes(profile, run, trains=False, sections=("frames", "model"))
+    rows, path, section = dataset.rows(profile, name), run.predicted(name), profile.training
+    gpus = torch.cuda.device_count() if section.device == "auto" else 0
+    processes = min(section.processes, gpus or section.processes)
+    if processes == 1:
+        model, _, tokenizer = loaded(run.checkpoint, section.device)
+        return split(model, tokenizer, profile, rows, path)
     run.predictions.mkdir(parents=True, exist_ok=True)
     own_profile, log = run.predictions / f"{name}.profile.yaml", run.predictions / f"{name}.log"
     # Trained on several nodes, decoded on this one.
-    section = profile.training.model_copy(update={"processes": processes})
+    section = section.model_copy(update={"processes": processes})
     profile = profile.model_copy(update={"training": section})
     config.save(profile, own_profile)
     arguments = ["--profile", str(own_profile), "--run-dir", str(run.root), "--split", name]
+    before = path.stat().st_mtime_ns if path.is_file() else 0
     with (
         launcher.Job("framseg.decode", profile, log, arguments) as job,
         tqdm(desc=f"decoding {name}", total=len(rows), unit="query") as bar,
@@ -283,7 +286,8 @@ def whole(profile: config.Profile, run: Run, name: str) -> list[dict]:
                 # The first line of each part says what made it.
                 lines = [part.read_text(encoding="utf-8").count("\n") - 1 for part in _parts(path)]
                 bar.update(max(0, sum(lines)) - bar.n if lines else 0)
-    if job.process.returncode:
+    # The launcher ends with the code 0 where what it had started was killed from outside.
+    if job.process.returncode or not path.is_file() or path.stat().st_mtime_ns == before:
         raise DecodeError(f"decoding {name} failed: {job.failure()}")
     return read_predictions(path)
 
@@ -356,6 +360,7 @@ def _finished(parts: Sequence[Path], source: dict, rows: Sequence[Row]) -> dict[
     return out
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of a split's decoding, as `whole` starts it."""
     parser = argparse.ArgumentParser(prog="python -m framseg.decode", description="One process of a split's decoding.")

@@ -18,7 +18,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tarfile
 import time
 import zlib
@@ -32,7 +31,7 @@ from urllib.request import Request, urlopen
 import pebble
 from tqdm.auto import tqdm
 
-from framseg import FramsegError, annotations, config, predictions
+from framseg import FramsegError, annotations, command_line, config, predictions
 from framseg.jsonl import shortlist, whole_file, write_lines
 
 RAW = "https://raw.githubusercontent.com/"
@@ -331,6 +330,7 @@ def get_reference(folder: Path) -> None:
             print(f"{path}: {len(durations)} predictions, one for each query of {name}")
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `framseg download`."""
     usual = config.data_folder(config.load("paper"))
@@ -344,12 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = (options.folder or (REFERENCE if options.reference else usual)).resolve()
     try:
         get_reference(folder) if options.reference else get(folder, options.have, not options.annotations_only)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or folder}: {error.strerror or error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: what has arrived is kept, the same command goes on")
+        raise KeyboardInterrupt("what has arrived is kept, the same command goes on") from None
     print("QVHighlights' annotations are licensed CC BY-NC-SA 4.0, which rules out commercial use.")
     if options.reference:
         print("With this line, notebooks 01, 04 and 05 and tests/benchmarks/ranked_policy.py use the real data:")

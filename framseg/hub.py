@@ -4,13 +4,12 @@ Log in first with `hf auth login`. Anywhere else, `framseg.predict(video, query,
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from framseg import FramsegError, config
+from framseg import command_line, config
 from framseg.backbones import CheckpointError
 from framseg.checkpoint import HUB_FILES, PROFILE, hub_errors, require_complete
 
@@ -34,6 +33,7 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
         return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=HUB_FILES).commit_url)
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `framseg hub`: uploads a checkpoint and prints its address."""
     parser = argparse.ArgumentParser(prog="framseg hub", description="Checkpoints on the Hugging Face hub.")
@@ -43,10 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pushing.add_argument("name", help="OWNER/NAME")
     pushing.add_argument("--private", action="store_true", help="only for those who may see your repositories")
     options = parser.parse_args(arguments)
-    try:
-        print(push(options.folder, options.name, options.private))
-    except FramsegError as error:
-        sys.exit(f"error: {error}")
+    print(push(options.folder, options.name, options.private))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from framseg import FramsegError, annotations, config, dataset, decode, evaluate, losses, prompt
+from framseg import FramsegError, annotations, command_line, config, dataset, decode, evaluate, losses, prompt
 from framseg.backbones import device
 from framseg.checkpoint import load_base, save_trained
 from framseg.jsonl import is_number, parse_object, shortlist, write_lines
@@ -97,8 +97,8 @@ def launch(
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
     the end. A finished run returns at once. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
-    Raises TrainError with one sentence on what to do if training cannot start or fails, BusyError if another process
-    trains there.
+    Raises TrainError with one sentence on what to do if training cannot start or fails, ResumeError if the run folder
+    holds a training with other settings, BusyError if another process trains there.
     """
     rows, lacking = readable(profile)
     if lacking:
@@ -106,9 +106,9 @@ def launch(
     total = total_steps(profile, len(rows))
     if not total:
         raise TrainError(f"{profile.name}: too few rows for one optimizer step; lower micro_batch or accumulation")
-    for changed in _changed(profile, run):
+    for changed in resume.changes(profile, run):
         print(f"going on with other settings, as training.may_change allows: {changed}")
-    if len(read_log(run.step_log)) >= total and run.checkpoint.is_dir():
+    if len(read_log(run.step_log)) >= total and resume.finished(profile, run):
         print(f"trained already: {total} steps in {run.train}")
         return
     for missing in preflight.gpus(profile):
@@ -117,8 +117,7 @@ def launch(
     try:
         hold(run.train).close()  # the first of the processes takes it
         config.save(profile, run.profile)
-        config.save(profile, run.trained_with)
-        run.trained_on.write_text(resume.checksum(dataset.annotation_file(profile, "train")), encoding="utf-8")
+        resume.label(profile, run)
         stop.unlink(missing_ok=True)
         arguments = ["--profile", str(run.profile), "--run-dir", str(run.root)]
         job = launcher.Job("framseg.train", profile, run.train / "output.log", arguments)
@@ -139,40 +138,6 @@ def launch(
             stop.unlink(missing_ok=True)
     if job.process.returncode or len(read_log(run.step_log)) < total:
         raise TrainError(f"training failed: {job.failure()}")
-
-
-def _changed(profile: config.Profile, run: Run) -> list[str]:
-    """What differs from the training that the run folder holds, in words; how it decodes may always change.
-
-    Raises TrainError for settings that `training.may_change` does not name, and for other rows.
-    """
-    if not run.trained_with.is_file():
-        return []
-    trained = config.load(run.trained_with)
-    old, new = (_flat(p.model_dump(mode="json", exclude={"inference", "name"})) for p in (trained, profile))
-    changes = {key: f"{key}: {old[key]} there, {value} now" for key, value in new.items() if old[key] != value}
-    changes.pop("training.may_change", None)
-    refused = [words for key, words in changes.items() if key not in profile.training.may_change]
-    if len({p.training.processes * p.training.micro_batch * p.training.accumulation for p in (trained, profile)}) > 1:
-        # The number of steps done would no longer say where in the data it is.
-        refused.append("as many samples per step there must be (processes x micro_batch x accumulation)")
-    file = dataset.annotation_file(profile, "train")
-    if run.trained_on.is_file() and run.trained_on.read_text(encoding="utf-8") != resume.checksum(file):
-        refused.append(f"other rows in {file.name}")
-    if refused:
-        raise TrainError(
-            f"{run.train} was trained with other settings ({'; '.join(refused)}): give another --run-dir, remove "
-            f"{run.train} to train anew, or name the keys in training.may_change to go on with the new values"
-        )
-    return list(changes.values())
-
-
-def _flat(section: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, object] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _watch(
@@ -463,6 +428,7 @@ def _append(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of the training, as `launch` and the DeepSpeed launcher start it."""
     parser = argparse.ArgumentParser(prog="python -m framseg.train", description="One process of the training.")
@@ -474,6 +440,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(profile, options.run_dir)
         rank, world = launcher.join(profile)
         with hold(run.train) if rank == 0 else contextlib.nullcontext():
+            if rank == 0:  # the processes may have been started without `launch`, as on several machines
+                resume.changes(profile, run)
+                resume.label(profile, run)
             Trainer(profile, run, rank, world).train()
         torch.distributed.destroy_process_group()
 

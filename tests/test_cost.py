@@ -1,9 +1,9 @@
 import itertools
+import json
 import time
 
 import pytest
 import torch
-from benchmarks import common
 from small import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,12 +64,47 @@ def test_operations_are_those_that_torch_counts(profile):
 
 def test_bytes_are_those_of_the_model(profile):
     model = blip3.Blip3(profile.model)
-    assert common.fixed_bytes(profile)[0] == sum(parameter.nbytes for parameter in model.parameters())
+    assert cost.fixed_bytes(profile)[0] == sum(parameter.nbytes for parameter in model.parameters())
     model.adapt(profile.adapter, 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     alone = profile.training.model_copy(update={"offload_optimizer": False, "processes": 1})
-    assert common.fixed_bytes(profile.model_copy(update={"training": alone}))[1] == 16 * trained
-    assert common.fixed_bytes(config.load("paper"))[1] == 2 * 135_067_392
+    assert cost.fixed_bytes(profile.model_copy(update={"training": alone}))[1] == 16 * trained
+    assert cost.fixed_bytes(config.load("paper"))[1] == 2 * 135_067_392
+
+
+def test_parameters_are_those_of_the_full_size_model():
+    full, tied = config.load("paper"), config.load("demo")
+    for profile in (full, tied, config.load("paper", {"adapter.targets": ["o_proj", "down_proj"]})):
+        with torch.device("meta"):
+            model = blip3.Blip3(profile.model)
+            base = sum(parameter.numel() for parameter in model.parameters())
+            model.adapt(profile.adapter.model_copy(update={"init": True}), 0)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert cost.parameters(profile) == (base, trained)
+
+
+@pytest.mark.parametrize("name", ["h100", "paper"])
+def test_a_samples_memory_is_that_of_the_record(name):
+    """The record has what autograd keeps at full size; the estimate follows from the profile's sizes alone."""
+    record = json.loads((config.REPOSITORY / "tests/benchmarks/records/activations.json").read_text())
+    profile = config.load(name)
+    assert cost.sample_bytes(profile) / 2**30 == pytest.approx(record[name]["GiB per sample"], rel=0.02)
+    decoded = profile.inference.batch * cost.query_bytes(profile)
+    trained = profile.training.micro_batch * cost.sample_bytes(profile)
+    assert cost.gpu_bytes(profile) == sum(cost.fixed_bytes(profile)) + max(decoded, trained) + cost.SPARE
+
+
+def test_memory_grows_with_what_it_is_made_of():
+    profile = config.load("paper")
+    for change in (
+        {"training.micro_batch": 32},
+        {"training.gradient_checkpointing": False},
+        {"training.offload_optimizer": False},
+        {"inference.batch": 128},
+        {"model.dtype": "float32"},
+        {"frames.count": 28},
+    ):
+        assert cost.gpu_bytes(config.load("paper", change)) > cost.gpu_bytes(profile), change
 
 
 def test_a_window_leaves_fewer_pairs(profile):

@@ -281,7 +281,7 @@ def test_a_missing_gpu_is_said_before_anything_starts(small_set, tmp_path):
     count = torch.cuda.device_count()
     profile = small_profile(small_set, model__dtype="bfloat16", training__processes=count + 1)
     run = Run(profile, tmp_path / "no GPU")
-    with pytest.raises(train.TrainError, match=f"trains on {count + 1}, this machine has {count}; set training.proc"):
+    with pytest.raises(train.TrainError, match=f"trains on {count + 1} of about 4 GiB, this machine has {count}: "):
         train.launch(profile, run)
     assert not run.root.exists()
 

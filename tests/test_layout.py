@@ -32,7 +32,9 @@ backbones
 backbones.blip3
 checkpoint dataset download
 hub
-run.paths run.launcher run.resume run.cost run.preflight
+run.paths run.launcher run.cost
+run.resume
+run.preflight
 decode
 train predictor
 codalab viz.paper_results viz.player

@@ -43,12 +43,20 @@ def notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "NOTEBOOKS", folder)
     monkeypatch.setenv("JUPYTER_PATH", "")  # these two are changed by the run: put back after the test
     monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr("framseg.run.preflight.missing", lambda profile, trains: [])
+    monkeypatch.setattr("framseg.run.preflight.missing", lambda profile, trains, root: [])
     return folder
 
 
+def run(*arguments):
+    """The exit code of the command."""
+    try:
+        return driver.main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
 def start(tmp_path, *options):
-    return driver.main(["paper", "--run-dir", str(tmp_path / "a run"), *options])
+    return run("paper", "--run-dir", str(tmp_path / "a run"), *options)
 
 
 def test_all_notebooks_with_one_profile_in_this_interpreter(notebooks, tmp_path, capfd):
@@ -135,12 +143,14 @@ def test_a_dead_kernel_is_reported(notebooks, tmp_path, capfd):
     ],
 )
 def test_nothing_starts_with_wrong_options(notebooks, capsys, arguments, message):
-    assert driver.main(arguments) == 2
+    assert run(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("framseg.run.preflight.missing", lambda profile, trains: ["weights of the model", "a GPU"])
+    monkeypatch.setattr(
+        "framseg.run.preflight.missing", lambda profile, trains, root: ["weights of the model", "a GPU"]
+    )
     assert start(tmp_path) == 2
     printed = capsys.readouterr().err
     assert "'paper' cannot run here yet" in printed and "- weights of the model\n- a GPU" in printed
@@ -290,7 +300,7 @@ def test_what_the_first_chapter_makes_is_no_change(notebooks, tmp_path, capfd):
     )
     for expected in ("not finished yet", SKIPPED):
         options = ["--profile", "demo", "--run-dir", str(tmp_path / "a run"), "--set", f"data.folder={folder}"]
-        assert driver.main(options) == 0
+        assert run(*options) == 0
         assert announced(capfd) == dict.fromkeys(NAMES, expected)
 
 

@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_trained_again(trained, capsys):
 def test_other_settings_in_the_same_folder_are_refused(trained):
     profile, run = trained
     changed = profile.model_copy(update={"training": profile.training.model_copy(update={"learning_rate": 1e-3})})
-    with pytest.raises(train.TrainError, match="training.learning_rate: 0.0003 there, 0.001 now"):
+    with pytest.raises(resume.ResumeError, match="training.learning_rate: 0.0003 there, 0.001 now"):
         train.launch(changed, run)
 
 
@@ -120,10 +120,10 @@ def test_settings_that_are_named_may_change(small_set, tmp_path, capsys):
     train.launch(profile, run)
     before = logged(run)
     more = {"training__epochs": 2, "training__micro_batch": 1, "training__accumulation": 4}
-    with pytest.raises(train.TrainError, match="micro_batch: 2 there, 1 now; .*name the keys in training.may_change"):
+    with pytest.raises(resume.ResumeError, match="micro_batch: 2 there, 1 now; .*name the keys in training.may_change"):
         train.launch(small_profile(small_set, **more, training__may_change=["training.epochs"]), run)
     named = [key.replace("__", ".") for key in more]
-    with pytest.raises(train.TrainError, match="as many samples per step"):
+    with pytest.raises(resume.ResumeError, match="as many samples per step"):
         more["training__accumulation"] = 2
         train.launch(small_profile(small_set, **more, training__may_change=named), run)
     more["training__accumulation"] = 4
@@ -140,7 +140,7 @@ def test_other_rows_under_the_same_settings_are_refused(trained):
     before = file.read_bytes()
     file.write_bytes(b"".join(before.splitlines(True)[:-1]))
     try:
-        with pytest.raises(train.TrainError, match=f"other rows in {file.name}"):
+        with pytest.raises(resume.ResumeError, match=f"other rows in {file.name}"):
             train.launch(profile, run)
     finally:
         file.write_bytes(before)

@@ -26,10 +26,13 @@ def fingerprint(module: "torch.nn.Module") -> str:
     return digest.hexdigest()[:16]
 
 
-def device() -> "torch.device":
-    """Where models run: the GPU of this process (of several, the one that the launcher gave it), or the CPU."""
+def device(where: str = "auto") -> "torch.device":
+    """Where models run: the GPU of this process (of several, the one that the launcher gave it), or the CPU.
+
+    where: `training.device` of a profile; "cpu" leaves a GPU alone.
+    """
     import torch  # here, so that who only needs the error does not wait for it
 
-    if not torch.cuda.is_available():
+    if where == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from framseg import command_line
 from framseg.demo import base_model
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the base model in the folder, and from the seed, that the options name."""
     parser = argparse.ArgumentParser(prog="framseg demo", description="The demo's base model.")

@@ -2,7 +2,10 @@
 
 import sys
 
-from framseg.run.notebooks import main
+from framseg import command_line
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with command_line():  # Ctrl-C while the modules are loaded, too
+        from framseg.run.notebooks import main
+
+        sys.exit(main())

@@ -38,6 +38,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # A traceback: whether Python has ignored the error, and the error at its end.
 TRACEBACK = re.compile(r"^(Exception ignored.*\n)?Traceback \(most recent call last\).*\n(?:[ \t].*\n|\n)*(\S.*)", re.M)
+# A line in which a program without a traceback says why it ends: a C++ library, a shell, the loader, argparse.
+ERROR_LINE = re.compile(
+    r"^(?!.*warning)(terminate called.*(?:\n +what\(\):.*)?|"
+    r".*(?:error\b|\bfatal\b|\babort|fault\b|not found|no such|no module named|\bcannot\b|denied).*)$",
+    re.M | re.I,
+)
+LAUNCHERS_LINE = re.compile(r"^\[20\d\d-.*\n?", re.M)  # what DeepSpeed's launcher itself writes: it only counts codes
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 T = TypeVar("T")
 
 
@@ -147,11 +155,23 @@ class Job:
         elif errors and not given and 0 < self.process.returncode < 128:
             why = f"a process or the DeepSpeed launcher ended with {errors[-1]}"
         else:
-            why = (
-                f"a process was killed or crashed without a word (exit code {self.process.returncode}), by somebody or "
-                f"by the system for want of memory: start again, finished steps are kept"
-            )
+            why = _unspoken(self.process.returncode, "" if given else LAUNCHERS_LINE.sub("", text))
         return f"{why} (log: {self.log})"
+
+
+def _unspoken(code: int, text: str) -> str:
+    """Why processes ended that left neither a reason nor a traceback: by the launcher's exit code, and their output."""
+    number = -code if code <= 0 else 256 - code  # DeepSpeed's launcher ends with a signal's negative number
+    words = [" ".join(error.split()) for error in ERROR_LINE.findall(text)] or text.split("\n")
+    last = next((line for line in reversed(words) if line.strip()), "")
+    if last and 0 < code < 128:
+        return f"a process or the DeepSpeed launcher ended with the words: {last}"
+    if number in CRASHES:
+        return f"a process crashed with {signal.Signals(number).name}{last and f', its last words were: {last}'}"
+    return (
+        f"a process was killed or crashed without a word (exit code {code}), by somebody or by the system for want of "
+        f"memory: start again, finished steps are kept"
+    )
 
 
 def _reason(line: str) -> tuple[Reason, str] | None:
@@ -170,8 +190,8 @@ def _environment(profile: config.Profile) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join(folder for folder in searched if os.access(folder, os.X_OK))
     environment["PYTHONPATH"] = config.import_path()
     environment.setdefault(*WAITING_THREADS)
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
+    if device(profile.training.device).type == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if profile.training.threads:
         environment["OMP_NUM_THREADS"] = str(profile.training.threads)
     return environment
@@ -219,10 +239,15 @@ def watched() -> bool:
 
 @contextlib.contextmanager
 def last_line() -> Iterator[None]:
-    """An error ends this process; the log gets its traceback and then the line that `Job.failure` reads."""
+    """An error ends this process; the log gets its traceback and then the line that `Job.failure` reads.
+
+    A process that no `Job` started, as on several machines, tells its user in a sentence what a user can cause.
+    """
     try:
         yield
     except Exception as error:
+        if WATCHER not in os.environ and isinstance(error, FramsegError | OSError):
+            raise FramsegError(sentence(error)) from None  # for `command_line`
         traceback.print_exc()
         reason, what = diagnosis(error)
         print(f"{LAST_LINE}{json.dumps({'reason': reason.name, 'what': what})}", file=sys.stderr, flush=True)

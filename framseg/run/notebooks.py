@@ -19,7 +19,7 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from framseg import FramsegError, config
+from framseg import FramsegError, command_line, config
 from framseg.run import WAITING_THREADS, stamps
 from framseg.run.paths import Run, hold
 
@@ -27,6 +27,7 @@ PACKAGED = Path(__file__).parents[1] / "notebooks"  # where an installed package
 NOTEBOOKS = PACKAGED if PACKAGED.is_dir() else config.REPOSITORY / "notebooks"
 KERNEL = "python3"  # the kernel's name in the notebooks
 TRAINING = "03"  # the notebook that trains
+MADE_FROM = {"01": ("data", "frames"), "04": ("inference",)}  # other notebooks and what they show of the profile
 TAIL = 25  # lines of a failed cell's traceback that are shown
 
 
@@ -119,30 +120,42 @@ def failure(notebook: Path, run: Run) -> str | None:
     return None
 
 
+def keep_labels(profile: config.Profile, run: Run, numbers: set[str]) -> None:
+    """ResumeError or RunError for a profile with which chapters were not made that are finished and do not run now."""
+    from framseg.run import resume  # loads torch; wrong options are answered without it
+
+    resume.changes(profile, run, trains=TRAINING in numbers)
+    for number in MADE_FROM.keys() - numbers:
+        if run.profile.is_file() and any(run.notebooks.glob(f"{number}_*.json")):
+            changed = resume.differences(config.load(run.profile), profile, MADE_FROM[number])
+            if changed:
+                raise RunError(
+                    f"chapter {number} in {run.root} was made with other settings ({'; '.join(changed.values())}): run "
+                    f"it again, too, with --from {number}, or give another --run-dir"
+                )
+
+
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the options name; returns the exit code (see above)."""
     options = parse(arguments)
     reasons = {"--only": options.only, "--from": options.first, "--force": options.force}
     option = next((name for name, value in reasons.items() if value), None)
-    try:
+    with command_line(2):
         profile, run = resolve(options)
         chapters = [stamps.Chapter(notebook, profile, run) for notebook in chosen(options.only, options.first)]
         if option or any(chapter.changed() for chapter in chapters):
-            from framseg.run import preflight  # loads torch; wrong options are answered without it
+            from framseg.run import preflight, resume
 
-            trains = any(chapter.notebook.stem.startswith(TRAINING) for chapter in chapters)
-            if missing := preflight.missing(profile, trains and not run.checkpoint.is_dir()):
+            numbers = {chapter.notebook.stem[:2] for chapter in chapters}
+            keep_labels(profile, run, numbers)
+            trains = TRAINING in numbers and not resume.finished(profile, run)
+            if missing := preflight.missing(profile, trains, run.root):
                 listed = "\n".join(f"- {sentence}" for sentence in missing)
                 raise RunError(f"profile {profile.name!r} cannot run here yet, this is missing:\n{listed}")
         lock = hold(run.root)
         run.notebooks.mkdir(parents=True, exist_ok=True)
         config.save(profile, run.profile)
-    except FramsegError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; give another --run-dir", file=sys.stderr)
-        return 2
     with lock:
         return run_chapters(chapters, profile, run, option)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from framseg import FramsegError
-from framseg.config import WORKSPACE, Profile
+from framseg.config import FILE, WORKSPACE, Profile
 
 DYING = 5.0  # seconds that a killed process may take until its folder is free
 
@@ -22,13 +22,13 @@ class Run:
     def __init__(self, profile: Profile | str, root: Path | str | None = None):
         name = profile if isinstance(profile, str) else profile.name
         self.root = Path(root) if root else WORKSPACE / "runs" / name
-        self.profile = self.root / "profile.yaml"
+        self.profile = self.root / FILE
         self.notebooks = self.root / "notebooks"
         self.train = self.root / "train"
         self.step_log = self.train / "steps.jsonl"  # one line per optimizer step
         self.validation_log = self.train / "validation.jsonl"  # one line per epoch: the metrics
         self.skipped_log = self.train / "skipped.jsonl"  # one line per step that was not finite, with its qids
-        self.trained_with = self.train / "profile.yaml"  # what the training in this folder began with
+        self.trained_with = self.train / FILE  # what the training in this folder began with
         self.trained_on = self.train / "rows.sha256"  # of the training annotations
         # step_000123/: the last two states that training can go on from
         self.resume = self.train / "resume"

@@ -1,22 +1,30 @@
 """What a profile needs and this machine lacks, found before anything starts and without loading the model's code."""
 
 import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-from framseg import config, dataset, prompt
+from framseg import annotations, config, dataset, prompt
+from framseg.run import cost, resume
+from framseg.run.paths import Run
 
+GIB = 2**30
+PICTURE = 0.41  # bytes per pixel in the frame store at quality 95 (tests/benchmarks/frame_store.py)
 WEIGHTS = "model.safetensors.index.json"  # of a published model
 HUB_PATIENCE = 3.0  # seconds for the hub's answer
 
 
-def missing(profile: config.Profile, trains: bool = True) -> list[str]:
+def missing(profile: config.Profile, trains: bool = True, root: Path | None = None) -> list[str]:
     """A sentence on each thing that the profile needs and this machine lacks, and what to do; GPUs only if it `trains`.
 
-    At most a file's header is asked of the Hugging Face hub.
+    root: the run's folder. At most a file's header is asked of the Hugging Face hub.
     """
-    out = []
+    out = (gpus(profile) if trains else []) + disks(profile, trains, Run(profile, root))
     if profile.data.source == "folder":
         command = f"python -m framseg.download {config.data_folder(profile)}"
         for split in ("train", "val", "test", "test_labels"):
@@ -40,21 +48,98 @@ def missing(profile: config.Profile, trains: bool = True) -> list[str]:
             prompt.check(prompt.load(tokenizer), profile.model, profile.frames.count)
         except prompt.PromptError as error:
             out.append(f"tokenizer: {error}")
-    out += gpus(profile) if trains else []
     if profile.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         out.append("flash attention: the package flash-attn is not installed; install it or set model.attention=sdpa")
     return out
 
 
 def gpus(profile: config.Profile) -> list[str]:
-    """A sentence if this machine has fewer GPUs than the profile trains on, else nothing."""
+    """A sentence if this machine has fewer or smaller GPUs than the profile trains on, else nothing."""
     section, count = profile.training, torch.cuda.device_count()
-    if profile.model.dtype != "bfloat16" or count >= section.processes:
+    if section.device == "cpu" or not (count or profile.model.dtype == "bfloat16"):
         return []
-    return [
-        f"GPU: the profile trains on {section.processes}, this machine has {count}; set training.processes (and "
-        f"accumulation, to keep {section.micro_batch} x accumulation x processes samples per step)"
+    has = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
+    others = [config.load(name) for name in config.names() if name != profile.name]
+    fit = [
+        p.name for p in others if _same_model(p, profile) and p.training.processes <= count and cost.gpu_bytes(p) < has
     ]
+    if count >= section.processes and cost.gpu_bytes(profile) < has:
+        return []
+    ways = [f"use profile {fit[0]}"] if fit else []
+    ways += [f"set {settings}"] if (settings := _smaller(profile, count, has)) else []
+    ways += ["set training.device=cpu, which is very slow"]
+    needs = f"about {cost.gpu_bytes(profile) / GIB:.0f} GiB"
+    if count < section.processes:
+        what = f"the profile trains on {section.processes} of {needs}, this machine has {count}"
+    else:
+        what = f"the training needs {needs}, this GPU has {has / GIB:.0f}"
+    return [f"GPU: {what}: {', or '.join(ways)}"]
+
+
+def _same_model(one: config.Profile, other: config.Profile) -> bool:
+    return (one.model.vision, one.model.language) == (other.model.vision, other.model.language)
+
+
+def _smaller(profile: config.Profile, count: int, has: float) -> str:
+    """The settings with which `count` GPUs of `has` bytes do the same training soonest, "" if there are none."""
+    training, inference = profile.training, profile.inference
+    processes = min(count, training.processes)
+    if not processes or training.processes % processes:
+        return ""
+    savings: list[dict] = [{}, {"gradient_checkpointing": True}]
+    savings.append(savings[1] | {"offload_optimizer": True})
+    for saved in savings:
+        for share in (2**halved for halved in range(training.micro_batch.bit_length())):
+            if training.micro_batch % share:
+                break
+            accumulation = training.accumulation * share * training.processes // processes
+            change = saved | {"processes": processes, "micro_batch": training.micro_batch // share}
+            batch = min(inference.batch, 2 * change["micro_batch"])
+            sections = {
+                "training": training.model_copy(update=change | {"accumulation": accumulation}),
+                "inference": inference.model_copy(update={"batch": batch}),
+            }
+            trial = profile.model_copy(update=sections)
+            if cost.gpu_bytes(trial) < has:
+                return " ".join(resume.differences(profile, trial, tuple(sections), "{key}={new}").values())
+    return ""
+
+
+def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
+    """A sentence on each disk with too little room for what a run writes there: frames, weights, states."""
+    by_disk: dict[int, list[tuple[str, Path, float]]] = {}
+    for what, folder, size in _writes(profile, trains, run):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        by_disk.setdefault(os.stat(there).st_dev, []).append((what, there, size))
+    out = []
+    for writes in by_disk.values():
+        needs, free = sum(size for _, _, size in writes), shutil.disk_usage(writes[0][1]).free
+        if needs > free:
+            listed = ", ".join(f"{what} about {size / GIB:.1f}" for what, _, size in writes)
+            out.append(
+                f"disk: {writes[0][1]} has {free / GIB:.1f} GiB free, {needs / GIB:.1f} are needed ({listed}): make "
+                f"room, or name another disk's folder with data.folder (frames), HF_HOME (weights), --run-dir (states)"
+            )
+    return out
+
+
+def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[str, Path, float]]:
+    """What a run still has to write: in words, its folder, and its bytes, about."""
+    store, vision = dataset.store(profile), profile.model.vision
+    files = [dataset.annotation_file(profile, split) for split in ("train", "val", "test")]
+    if all(file.is_file() for file in files):  # else that is what is missing
+        vids = {row.vid for file in files for row in annotations.read(file)}
+        pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
+        waiting = sum(vid not in store for vid in vids)
+        yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
+    base, trained = cost.parameters(profile)
+    name, size = profile.model.weights, getattr(torch, profile.model.dtype).itemsize
+    if config.local_weights(name) is None and not _cached(name, WEIGHTS):
+        yield "weights", Path(constants.HF_HUB_CACHE), base * size
+    if trains:
+        kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
+        states = (resume.KEPT + 1) * (size + 12)  # the new one is written before the oldest goes
+        yield "states", run.root, max(0, trained * (states + size + 4) - kept)
 
 
 def _cached(name: str, file: str) -> bool:

@@ -1,4 +1,4 @@
-"""States on disk from which an interrupted training goes on, bit for bit as if nothing had happened.
+"""With which settings a training may go on, and from which states on disk, bit for bit as if nothing had happened.
 
 A state is a folder ``step_000123`` with the trained weights, the pairs as PiSSA began them, and for each process its
 share of the optimizer and its random generators. It holds safetensors and JSON only, is written under another name and
@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,90 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from framseg import FramsegError
+from framseg import FramsegError, config, dataset
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    from framseg.run.paths import Run
+
 KEPT = 2  # states on disk: should the last one be damaged, there is one before it
 
 
+# What a profile may say otherwise after its training, if training.may_change names it: where things lie, what computes.
+PLACES = {"data.folder", "data.videos", "model.weights", "model.tokenizer"}
+PLACES |= {"training.device", "training.threads", "training.workers", "training.may_change"}
+TRAINED = ("seed", "data", "frames", "model", "adapter", "losses", "training")  # what a training is made from
+
+
 class ResumeError(FramsegError, RuntimeError):
-    """A state that this training cannot go on from; the message says what differs."""
+    """A training, or one of its states, that this profile cannot go on from; the message says what differs."""
+
+
+# --- the settings ------------------------------------------------------------------------------------------------
+
+
+def label(profile: config.Profile, run: "Run") -> None:
+    """Write down which settings and rows the run's training goes on with, for `changes`."""
+    config.save(profile, run.trained_with)
+    run.trained_on.write_text(checksum(dataset.annotation_file(profile, "train")), encoding="utf-8")
+
+
+def finished(profile: config.Profile, run: "Run") -> bool:
+    """True if the run's checkpoint has seen as many epochs as the profile asks for."""
+    about = run.checkpoint / config.FILE
+    return about.is_file() and config.load(about).training.epochs >= profile.training.epochs
+
+
+def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: Sequence[str] = TRAINED) -> list[str]:
+    """What differs from the training that the run folder holds, in words; how it decodes may always change.
+
+    What is trained already, and stays if nothing `trains` now, keeps its settings: only PLACES may change then. Raises
+    ResumeError for settings that may not or that `training.may_change` does not name, and for other rows.
+    """
+    about = run.trained_with if trains or run.trained_with.is_file() else run.checkpoint / config.FILE
+    if not about.is_file():
+        return []
+    trained, over = config.load(about), not trains or finished(profile, run)
+    changed = differences(trained, profile, sections)
+    changed.pop("training.may_change", None)
+    may = PLACES.intersection(profile.training.may_change) if over else profile.training.may_change
+    refused = [words for key, words in changed.items() if key not in may]
+    per_step = {t.processes * t.micro_batch * t.accumulation for t in (trained.training, profile.training)}
+    if len(per_step) > 1 and not over:
+        # The number of steps done would no longer say where in the data it is.
+        refused.append("as many samples per step there must be (processes x micro_batch x accumulation)")
+    file = dataset.annotation_file(profile, "train")
+    if run.trained_on.is_file() and file.is_file() and run.trained_on.read_text(encoding="utf-8") != checksum(file):
+        refused.append(f"other rows in {file.name}")
+    if refused:
+        way = "go back to the old ones" if over else "name the keys in training.may_change to go on with the new values"
+        raise ResumeError(
+            f"{about.parent} was trained with other settings ({'; '.join(refused)}): give another --run-dir, remove "
+            f"{about.parent} to train anew, or {way}"
+        )
+    return list(changed.values())
+
+
+def differences(
+    old: config.Profile, new: config.Profile, sections: Sequence[str], words: str = "{key}: {old} there, {new} now"
+) -> dict[str, str]:
+    """The keys of these sections whose values differ, and for each both values in words."""
+    before, after = (_flat(profile.model_dump(mode="json", include=set(sections))) for profile in (old, new))
+    return {
+        key: words.format(key=key, old=before[key], new=value) for key, value in after.items() if before[key] != value
+    }
+
+
+def _flat(section: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, object] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- the states ----------------------------------------------------------------------------------------------------
 
 
 def save(

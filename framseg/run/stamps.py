@@ -77,7 +77,8 @@ class Chapter:
         files = [path for path in self.run.root.rglob("*") if path.is_file() and path.stat().st_mtime >= self.began]
         wrote = {str(path.relative_to(self.run.root)) for path in files if path != self.copy}
         wrote |= {name for name in self.kept if (self.run.root / name).is_file()}
-        stamp = {"inputs": self.made_from, "began": self.began, "device": cost.device_name(), "wrote": sorted(wrote)}
+        device = cost.device_name(self.profile.training.device)
+        stamp = {"inputs": self.made_from, "began": self.began, "device": device, "wrote": sorted(wrote)}
         with whole_file(self.stamp) as unfinished:
             unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 

@@ -15,10 +15,10 @@ import torch
 
 from framseg import config
 from framseg.backbones import blip3
+from framseg.run import cost
 
 POSITIONS = 3621  # of the paper's sample
 GPU_GIB = 79  # of an 80 GB card, as CUDA counts them
-SPARE_GIB = 4  # fragments, work space of the matrix products, the CUDA context
 
 
 def kept(profile: config.Profile) -> dict[str, int]:
@@ -75,14 +75,14 @@ def main() -> None:
             total += whole  # the layer that is being recomputed
         else:
             whole = layer
-        fixed = sum(common.fixed_bytes(full)) / 2**30
+        fixed = sum(cost.fixed_bytes(full)) / 2**30
         record[name] = {
             "recomputes layers": full.training.gradient_checkpointing,
             "MB per layer": round(layer / 1e6, 1),
             "MB resampler": round(one["resampler"] / 1e6, 1),
             "GiB per sample": round(total / 2**30, 2),
             "GiB weights and trained state": round(fixed, 2),
-            "samples that fit": int((GPU_GIB - SPARE_GIB - fixed) / (total / 2**30)),
+            "samples that fit": int((GPU_GIB - cost.SPARE / 2**30 - fixed) / (total / 2**30)),
             "micro_batch": full.training.micro_batch,
         }
         print(name, record[name])
