@@ -215,7 +215,7 @@ def _label_reasons(record: dict) -> Iterator[str]:
 
 def _window_reasons(windows: object, duration: float) -> Iterator[str]:
     if not isinstance(windows, list) or not windows:
-        yield f"relevant_windows must be a list of [start, end], not {_short(windows)}"
+        yield f"relevant_windows must list at least one [start, end], not {_short(windows)}"
         return
     last = 0.0
     for window in windows:

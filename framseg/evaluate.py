@@ -16,7 +16,7 @@ from framseg.annotations import ANNOTATORS, LabelledRow, Row, clips, from_dict, 
 from framseg.predictions import SALIENCY, WINDOWS, PredictionError, all_have, matched, prediction_record
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
-LENGTHS = {"full": (0, np.inf), "long": (30, np.inf), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
+LENGTHS = {"full": (0, np.inf), "long": (30, 150), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
 # What tables and figures show: official name and short title.
 METRICS = {
     "MR-full-R1@0.5": "R1@0.5",
@@ -52,7 +52,7 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
         truth = _truth(rows)
         precision, best = _highlight_precision(records, rows, truth), _best_clip(records, rows, truth)
         for i, (name, least) in enumerate(LEVELS.items()):
-            mean, hits = _percent(precision[:, i]), _percent(best >= least)
+            mean, hits = _percent(precision[i]), _percent(best >= least)
             highlights[f"HL-min-{name}"] = {"HL-mAP": mean, "HL-Hit1": hits}
             brief |= {f"HL-min-{name}-mAP": mean, f"HL-min-{name}-Hit1": hits}
     return {"brief": brief} | highlights | lengths
@@ -68,7 +68,8 @@ def per_query(predictions: Iterable[dict], annotations: Iterable[Row | dict], in
     records, rows = _matched(predictions, annotations, intersection)
     columns = {"qid": [row.qid for row in rows]}
     if all_have(records, WINDOWS):
-        columns["iou"] = _Pairs(records, rows).first.tolist()
+        pairs = _Pairs(records, rows)
+        columns["iou"] = _first_iou(pairs.first, pairs.true, pairs.is_true).tolist()
     if all_have(records, SALIENCY):
         columns["hit"] = (_best_clip(records, rows, _truth(rows)) >= LEVELS["VeryGood"]).tolist()
     return [dict(zip(columns, numbers, strict=True)) for numbers in zip(*columns.values(), strict=True)]
@@ -134,35 +135,45 @@ def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> lis
 
 
 class _Pairs:
-    """IoU [queries, listed, true] of every listed window with every true window, padded with 0 to the longest lists."""
+    """mAP's IoU [queries, listed, true] of every listed window with every true window, 0 past the end of the lists."""
 
     def __init__(self, predictions: list[dict], rows: list[LabelledRow]):
-        true, self.is_true = _padded([row.relevant_windows for row in rows], 2)
+        self.true, self.is_true = _padded([row.relevant_windows for row in rows], 2)
         listed, is_listed = _padded([record[WINDOWS][: moments.LISTED] for record in predictions], 3)
-        self.lengths = true[..., 1] - true[..., 0]
-        self.iou = np.where(is_listed[:, :, None], moments.iou(listed[:, :, None, :2], true[:, None]), 0.0)
+        self.lengths = self.true[..., 1] - self.true[..., 0]
+        self.iou = moments.iou(listed[:, :, None, :2], self.true[:, None], "lengths") * is_listed[:, :, None]
         # mAP goes by the scores, and by the list where they are equal; R1 takes the first of the list.
         self.rank = np.argsort(np.where(is_listed, -listed[..., 2], np.inf), axis=1, kind="stable")
-        self.first = self.iou[:, 0].max(axis=1)
+        self.first = listed[:, 0, :2]
+
+
+def _first_iou(windows: np.ndarray, true: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """R1's IoU [queries] of windows [queries, 2] with that kept one of true [queries, true, 2] they overlap best."""
+    # Which one that is if two are equal up to the last bit, no golden file decides: here the first by mAP's IoU.
+    best = np.where(kept, moments.iou(windows[:, None], true, "lengths"), -1).argmax(axis=1)
+    return moments.iou(windows, true[np.arange(len(true)), best])
 
 
 def _moment_metrics(pairs: _Pairs, above: float, up_to: float) -> dict:
     """MR-mAP and MR-R1 of the queries with true windows longer than `above` and at most `up_to` seconds, on these."""
     kept = pairs.is_true & (pairs.lengths > above) & (pairs.lengths <= up_to)
     queries = kept.any(axis=1)
-    kept = kept[queries]
-    iou = np.where(kept[:, None], pairs.iou[queries], 0.0)
-    recall = {str(t): _percent(iou[:, 0].max(axis=1) >= t) for t in THRESHOLDS}
+    first = _first_iou(pairs.first, pairs.true, kept)[queries]
+    iou = np.where(kept[queries, None], pairs.iou[queries], 0.0)
     iou = np.take_along_axis(iou, pairs.rank[queries][:, :, None], axis=1)
-    precision = _moment_precision(iou, kept.sum(axis=1))
-    mean = {str(t): _percent(precision[:, i]) for i, t in enumerate(THRESHOLDS)}
-    return {"MR-mAP": mean | {"average": _percent(precision)}, "MR-R1": recall}
+    precision = _moment_precision(iou, kept[queries].sum(axis=1))
+    # First over the queries, one by one, then over the thresholds: the other order rounds otherwise.
+    means = precision.sum(axis=0) / max(len(precision), 1)
+    mean = {str(t): _percent(value) for t, value in zip(THRESHOLDS, means, strict=True)}
+    recall = {str(t): _percent(first >= t) for t in THRESHOLDS}
+    return {"MR-mAP": mean | {"average": _percent(means)}, "MR-R1": recall}
 
 
 def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Average precision [queries, thresholds] from IoU [queries, listed by score, true windows]."""
     queries, listed, windows = iou.shape
     thresholds = np.array(THRESHOLDS)
+    iou = iou[..., ::-1]  # of true windows with equal IoU the last is taken, which argmax now finds first
     free = np.ones((queries, len(thresholds), windows), dtype=bool)
     right = np.zeros((queries, len(thresholds), listed))
     for rank in range(listed):
@@ -171,13 +182,15 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
         reached = match.max(axis=2) >= thresholds
         right[..., rank] = reached
         free &= ~(reached[..., None] & (match.argmax(axis=2)[..., None] == np.arange(windows)))
-    precision = right.cumsum(axis=2) / np.arange(1, listed + 1)
+    found = right.cumsum(axis=2)
+    precision = found / np.arange(1, listed + 1)
     precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-    return (precision * right).sum(axis=2) / true[:, None]
+    # The area under the curve, steps of recall times precision, added from left to right.
+    return (np.diff(found / true[:, None, None], prepend=0) * precision).cumsum(axis=2)[..., -1]
 
 
 def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
-    """Average precision [queries, levels, annotators] of the clip scores."""
+    """Average precision [levels, queries, annotators] of the clip scores."""
     width = truth.shape[1]
     scores = np.full((len(rows), width), -np.inf)  # past the end
     for line, record, row in zip(scores, predictions, rows, strict=True):
@@ -195,7 +208,8 @@ def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth
     precision = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
     # Recall changes at a point if more positives are found than at any point before.
     changes = np.diff(np.maximum.accumulate(hits, axis=2), axis=2, prepend=0) > 0
-    return (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
+    average = (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
+    return np.ascontiguousarray(average.swapaxes(0, 1))  # how np.mean rounds depends on the order in memory
 
 
 def _best_clip(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
@@ -219,10 +233,10 @@ def _constant_window(rows: Sequence[LabelledRow], steps: int) -> list[float]:
     """The fractions of the duration whose window has the best R1@0.7 on `rows`; the first of equals."""
     first, after = np.triu_indices(steps + 1, k=1)
     grid = np.stack([first, after], axis=1) / steps
-    true = np.concatenate([np.divide(row.relevant_windows, row.duration) for row in rows])
-    counts = np.array([len(row.relevant_windows) for row in rows])
-    best = np.maximum.reduceat(moments.iou(grid[:, None], true), counts.cumsum() - counts, axis=1)
-    return grid[(best >= 0.7).sum(axis=1).argmax()].tolist()
+    true, is_true = _padded([row.relevant_windows for row in rows], 2)
+    durations = np.array([[row.duration] for row in rows])
+    hits = [(_first_iou(window * durations, true, is_true) >= 0.7).sum() for window in grid]
+    return grid[np.argmax(hits)].tolist()
 
 
 def _padded(lists: Sequence[Sequence[Sequence[float]]], columns: int) -> tuple[np.ndarray, np.ndarray]:

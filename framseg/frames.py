@@ -10,7 +10,6 @@ import io
 import json
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from framseg.jsonl import whole_file, write_lines
-from framseg.run.container import Container, VideoError
+from framseg.run.container import Container, VideoError, ffmpeg
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -99,12 +98,12 @@ class Video:
 
     def cut_off(self) -> VideoError:
         """What to tell and to do about a file that does not hold all that its header says."""
-        claimed, copy = self.container.claimed, ["ffmpeg", "-i", str(self.path), "-c", "copy", f"part-{self.path.name}"]
+        claimed, copy = self.container.claimed, ffmpeg(self.path, "", "-c copy", f"part-{self.path.name}")
         why = f"its header says {claimed:.2f} s" if claimed else "it ends in the middle of its data"
         return VideoError(
             f"{self.path}: cut off: {why}, and its pictures end at {self.length:.2f} s; get the file again, or ask "
             f"about the part that is there with allow_partial=True (--allow-partial), or make that a file by itself: "
-            f"`{shlex.join(copy)}`"
+            f"{copy}"
         )
 
     def _trusted(self) -> decord.VideoReader | None:
@@ -377,7 +376,8 @@ def extract(
         store.folder.mkdir(parents=True, exist_ok=True)
         # Workers that are ended in the middle of a file leave it in this folder, which goes away.
         with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
-            pool = pebble.ProcessPool(min(workers or cpus, max(len(waiting), 1)), context=context)
+            count = min(workers or cpus, max(len(waiting), 1))
+            pool = pebble.ProcessPool(count, context=context, initializer=_silence_decoders)
             try:
                 vids: dict[Future[None], str] = {}
                 for vid, duration in waiting.items():
@@ -465,9 +465,17 @@ def _notes(video: Video, allow_partial: bool) -> list[str]:
     return out
 
 
+def _silence_decoders() -> None:
+    """Send what native code writes to standard error nowhere: decord has lines that cannot be turned off."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # so that Python's own lines are still seen
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
 def _decode_request() -> None:
     """The process that `read_apart` starts: reads its JSON request, prints count and length (s) or an error as JSON."""
     request = json.loads(sys.argv[1])
+    _silence_decoders()
     # When the timer runs out, its signal ends the process in native code too.
     alive = partial(signal.setitimer, signal.ITIMER_REAL, request["time_limit"])
     alive()

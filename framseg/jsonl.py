@@ -1,5 +1,6 @@
 """JSON lines: files of one JSON object per line, and the checks that their readers share."""
 
+import codecs
 import json
 import math
 import os
@@ -12,6 +13,13 @@ import numpy as np
 
 from framseg import FramsegError
 
+# What a file is that is no UTF-8 text, and the command that makes text of it, by its first bytes, the longest first.
+FOREIGN: dict[bytes | tuple[bytes, ...], str] = {
+    (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "UTF-32: convert it with `iconv -f UTF-32 -t UTF-8 OLD > NEW`",
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 OLD > NEW`",
+    b"\x1f\x8b": "compressed by gzip: unpack it with `gunzip -c OLD > NEW`",
+    b"PK\3\4": "a zip archive: unpack it with `unzip OLD`",
+}
 Entry = tuple[int | str, object, list[str]]  # a line's number, its decoded value, what is wrong with it so far
 
 
@@ -52,11 +60,17 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of every line that is not blank; raises LinesError, with the name, if not UTF-8."""
+    """Number (from 1) and text of every line that is not blank; raises LinesError, with the name, if not UTF-8.
+
+    Byte order marks are left out; files that were joined have one in the middle too.
+    """
     for number, line in enumerate(lines, 1):
+        for begin, kind in FOREIGN.items():
+            if number == 1 and line.startswith(begin):
+                raise LinesError(f"{name}: is not UTF-8 text but {kind}")
         try:
-            if line.strip():
-                yield number, line.decode("utf-8")
+            if (text := line.decode("utf-8-sig")).strip():
+                yield number, text
         except UnicodeDecodeError as error:
             raise LinesError(f"{name}:{number}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
@@ -76,8 +90,12 @@ def parse_object(text: str | bytes) -> tuple[dict | None, list[str]]:
 
 
 def parsed(lines: Iterable[tuple[int, str]]) -> Iterator[Entry]:
-    """Numbered lines of JSON as entries for `checked_records`."""
-    return ((number, *parse_json(text)) for number, text in lines)
+    """Numbered lines of JSON as entries for `checked_records`; the first alone if the file is one JSON list."""
+    for place, (number, text) in enumerate(lines):
+        if place == 0 and text.lstrip().startswith("["):
+            yield number, None, ["expected a JSON object, found list; `jq -c '.[]' OLD > NEW` writes it by lines"]
+            return
+        yield number, *parse_json(text)
 
 
 def checked_records(

@@ -194,15 +194,19 @@ def ranked(best: tuple[float, float], likely: np.ndarray, duration: float) -> li
     return [[*options[i].tolist(), min(gain, 1.0)] for i, gain in zip(listed, gains, strict=True)]
 
 
-def iou(windows: ArrayLike, others: ArrayLike) -> np.ndarray:
+def iou(windows: ArrayLike, others: ArrayLike, union: Literal["hull", "lengths"] = "hull") -> np.ndarray:
     """Intersection over union of windows [..., 2], broadcast against others [..., 2]; float64, 0 if both are empty.
 
-    The union is the hull, from the first start to the last end, as the protocol's R1 has it.
+    union: `hull`, from the first start to the last end, as the protocol's R1 has it; `lengths`, the sum of both less
+    what they share, as its mAP has it. For windows that overlap these are equal up to the last bit, which decides
+    where an IoU lies on a threshold.
     """
-    windows, others = np.asarray(windows, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    shared = np.minimum(windows[..., 1], others[..., 1]) - np.maximum(windows[..., 0], others[..., 0])
-    hull = np.maximum(windows[..., 1], others[..., 1]) - np.minimum(windows[..., 0], others[..., 0])
-    return np.divide(shared.clip(min=0), hull, out=np.zeros_like(hull), where=hull > 0)
+    (start, end), (other_start, other_end) = (np.moveaxis(np.asarray(w, np.float64), -1, 0) for w in (windows, others))
+    shared = (np.minimum(end, other_end) - np.maximum(start, other_start)).clip(min=0)
+    whole = np.maximum(end, other_end) - np.minimum(start, other_start)
+    if union == "lengths":
+        whole = (end - start) + (other_end - other_start) - shared  # in this order, as another rounds otherwise
+    return np.divide(shared, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 def saliency(probability: Sequence[float] | np.ndarray, duration: float, method: Method = "overlap") -> np.ndarray:

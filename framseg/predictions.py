@@ -89,6 +89,8 @@ def matched(
     """Checked predictions and their rows, in the order of the rows. Raises PredictionError as `evaluate` does."""
     by_qid = {record["qid"]: record for record in _valid(predictions)}
     times = Counter(row.qid for row in rows)
+    if not by_qid.keys() & times.keys():
+        raise PredictionError("no query is both predicted and annotated; take the annotations of the same split")
     problems = {"annotated twice": [qid for qid in times if times[qid] > 1]}
     if not intersection:
         problems["without a prediction"] = [qid for qid in times if qid not in by_qid]
@@ -97,8 +99,6 @@ def matched(
     if reasons:
         raise PredictionError("; ".join(reasons))
     pairs = [(by_qid[row.qid], row) for row in rows if row.qid in by_qid]
-    if not pairs:
-        raise PredictionError("no query is both predicted and annotated; take the annotations of the same split")
     return [record for record, _ in pairs], [row for _, row in pairs]
 
 
@@ -194,9 +194,11 @@ def _reasons(record: dict) -> Iterator[str]:
 
 
 def _window_reasons(windows: object) -> Iterator[str]:
-    if not isinstance(windows, list | tuple) or not windows:
-        yield f"{WINDOWS} must be a list of [start, end, score]"
+    if not isinstance(windows, list | tuple):
+        yield f"{WINDOWS} must be a list of [start, end, score], not {str(windows)[:60]}"
         return
+    if not windows:
+        yield f"{WINDOWS} is empty: give at least one window, e.g. the whole video"
     for number, window in enumerate(windows, 1):
         if not isinstance(window, list | tuple | np.ndarray) or len(window) != 3:
             yield f"window {number} is not [start, end, score]: {str(window)[:60]}"
@@ -207,10 +209,13 @@ def _window_reasons(windows: object) -> Iterator[str]:
 
 
 def _list_reasons(name: str, values: object, item: str, kind: str, *bounds: float) -> Iterator[str]:
-    if not isinstance(values, list | tuple | np.ndarray) or not len(values):
-        yield f"{name} must be a list of numbers, one for each {item}"
+    if not isinstance(values, list | tuple | np.ndarray):
+        yield f"{name} must be a list of numbers, one for each {item}, not {str(values)[:60]}"
+    elif not len(values):
+        yield f"{name} is empty: give one number for each {item}"
     elif (place := _odd(values, *bounds)) is not None:
-        yield f"{name}: {item} {place} has {str(values[place])[:60]!r}, not a {kind}"
+        text = "the text " if isinstance(values[place], str) else ""
+        yield f"{name}: {item} {place} has {text}{str(values[place])[:60]!r}, not a {kind}"
 
 
 def _odd(values: Sequence | np.ndarray, least: float = -float_info.max, most: float = float_info.max) -> int | None:

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    predictions = read_predictions(shared / "golden/official_val_predictions.jsonl")
+@pytest.fixture(scope="module", params=["official", "rounding"])
+def golden(shared, request):
+    """The scores that the dataset's own evaluator gives; the IoUs of `rounding` lie on thresholds."""
+    predictions = read_predictions(shared / f"golden/{request.param}_val_predictions.jsonl")
     rows = annotations.read(shared / "qvhighlights/highlight_val_release.jsonl")
-    return predictions, rows, json.loads((shared / "golden/official_val_metrics.json").read_text())
+    return predictions, rows, json.loads((shared / f"golden/{request.param}_val_metrics.json").read_text())
 
 
 def _row(qid, duration=20, windows=((4, 8),), scores=(4, 4, 4), vid=None):
@@ -81,26 +83,69 @@ def test_command_line(tmp_path):
     assert json.loads(done.stdout) == evaluate.evaluate(predictions[:2], rows)
 
 
-def _plain_iou(window, true):
-    shared = min(window[1], true[1]) - max(window[0], true[0])
-    return max(shared, 0) / (max(window[1], true[1]) - min(window[0], true[0]))
+def _added(numbers):
+    """The sum from left to right, each step rounded; `sum` carries the rounded parts along from Python 3.12 on."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
 
 
-def _plain_moments(prediction, windows):
-    """First IoU, and average precision by threshold, of one query; step by step as the protocol says."""
-    listed = sorted(prediction[WINDOWS][:10], key=lambda window: -window[2])
-    first = max(_plain_iou(prediction[WINDOWS][0], window) for window in windows)
-    precisions = []
-    for threshold in (percent / 100 for percent in range(50, 100, 5)):
-        free, right = list(windows), []
-        for window in listed:
-            best = max(free, key=lambda true: _plain_iou(window, true), default=None)
-            right.append(best is not None and _plain_iou(window, best) >= threshold)
-            if right[-1]:
-                free.remove(best)
-        precision = [sum(right[: k + 1]) / (k + 1) for k in range(len(right))]
-        precisions.append(sum(max(precision[k:]) for k in range(len(right)) if right[k]) / len(windows))
-    return first, precisions
+def _plain_iou(window, true, union="hull"):
+    shared = max(min(window[1], true[1]) - max(window[0], true[0]), 0)
+    if union == "hull":
+        return shared / (max(window[1], true[1]) - min(window[0], true[0]))
+    return shared / ((window[1] - window[0]) + (true[1] - true[0]) - shared)
+
+
+DECIMALS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The protocol for moments, step by step. The defaults are right, the other values round otherwise."""
+
+    map_union: str = "lengths"
+    r1_union: str = "hull"
+    thresholds: tuple = DECIMALS
+    last_of_equals: bool = True
+
+    def first_iou(self, prediction, windows):
+        first = prediction[WINDOWS][0]
+        return _plain_iou(first, max(windows, key=lambda true: _plain_iou(first, true, "lengths")), self.r1_union)
+
+    def precision(self, prediction, windows):
+        """Average precision of a query by threshold."""
+        listed = sorted(prediction[WINDOWS][:10], key=lambda window: -window[2])
+        ious = [[_plain_iou(window, true, self.map_union) for true in windows] for window in listed]
+        out = []
+        for threshold in self.thresholds:
+            free, right = list(range(len(windows))), []
+            for iou in ious:
+                order = free[::-1] if self.last_of_equals else free
+                best = max(order, key=iou.__getitem__, default=None)  # the first of equals in this order
+                right.append(best is not None and iou[best] >= threshold)
+                if right[-1]:
+                    free.remove(best)
+            precision = [sum(right[: k + 1]) / (k + 1) for k in range(len(right))]
+            recall = [0.0] + [sum(right[: k + 1]) / len(windows) for k in range(len(right))]
+            out.append(_added((recall[k + 1] - recall[k]) * max(precision[k:]) for k in range(len(right)) if right[k]))
+        return out
+
+    def moments(self, predictions, rows):
+        """MR-mAP and MR-R1 by length, as `evaluate` gives them."""
+        out = {}
+        for name, (above, up_to) in {"full": (0, 1e9), "long": (30, 150), "middle": (10, 30), "short": (0, 10)}.items():
+            kept = [[(s, e) for s, e in row.relevant_windows if above < e - s <= up_to] for row in rows]
+            pairs = [(prediction, true) for prediction, true in zip(predictions, kept, strict=True) if true]
+            first, precision = [self.first_iou(*pair) for pair in pairs], [self.precision(*pair) for pair in pairs]
+            count, recall, mean = max(len(pairs), 1), {}, {}
+            for i, (label, threshold) in enumerate(zip(map(str, DECIMALS), self.thresholds, strict=True)):
+                recall[label] = round(100 * (sum(iou >= threshold for iou in first) / count), 2)
+                mean[label] = _added(numbers[i] for numbers in precision) / count
+            mean["average"] = float(np.mean(list(mean.values())))
+            out[name] = {"MR-mAP": {label: round(100 * value, 2) for label, value in mean.items()}, "MR-R1": recall}
+        return out
 
 
 def _plain_average_precision(scores, positive):
@@ -112,21 +157,12 @@ def _plain_average_precision(scores, positive):
         curve.append((sum(taken), sum(taken) / len(taken)))
     before = [0] + [positives for positives, _ in curve]
     points = [max(p for _, p in curve[k:]) for k in range(len(curve)) if curve[k][0] > before[k]]
-    return sum(points) / len(points)
+    return _added(points) / len(points)
 
 
-def _plain_evaluate(predictions, rows):
+def _plain_highlights(predictions, rows):
     out = {}
-    kinds = {"full": (0, 1e9), "long": (30, 1e9), "middle": (10, 30), "short": (0, 10)}
-    for name, (above, up_to) in kinds.items():
-        scored = []
-        for prediction, row in zip(predictions, rows, strict=True):
-            kept = [(s, e) for s, e in row.relevant_windows if above < e - s <= up_to]
-            if kept:
-                scored.append(_plain_moments(prediction, kept))
-        if scored:
-            out[name] = np.mean([p for _, p in scored]), np.mean([f >= 0.7 for f, _ in scored])
-    for least in (2, 3, 4):
+    for name, least in (("Fair", 2), ("Good", 3), ("VeryGood", 4)):
         precision, hits = [], []
         for prediction, row in zip(predictions, rows, strict=True):
             count = int(row.duration / 2)
@@ -137,11 +173,12 @@ def _plain_evaluate(predictions, rows):
                 precision.append(_plain_average_precision(scores, positive))
             best = prediction[SALIENCY].index(max(prediction[SALIENCY]))
             hits.append(best < count and max(given.get(best, (0, 0, 0))) >= least)
-        out[least] = np.mean(precision), np.mean(hits)
+        hl_map, hit = (round(100 * float(np.mean(values)), 2) for values in (precision, hits))
+        out[f"HL-min-{name}"] = {"HL-mAP": hl_map, "HL-Hit1": hit}
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_agrees_with_the_protocol_written_out_plainly(seed):
     """Ties, lists shorter and longer than the clips, odd durations, several windows, more than ten predictions."""
@@ -164,15 +201,83 @@ def test_agrees_with_the_protocol_written_out_plainly(seed):
             listed.append([start, end, float(random.integers(0, 4)) / 4])
         count = max(1, int(duration / 2) + int(random.integers(-3, 4)))
         predictions.append({"qid": qid, WINDOWS: listed, SALIENCY: (random.integers(-3, 4, count) / 2).tolist()})
-    metrics, plain = evaluate.evaluate(predictions, rows), _plain_evaluate(predictions, rows)
-    for name in ("full", "long", "middle", "short"):
-        precision, recall = plain.get(name, (0.0, 0.0))
-        assert metrics[name]["MR-mAP"]["average"] == pytest.approx(100 * precision, abs=0.0051)
-        assert metrics[name]["MR-R1"]["0.7"] == pytest.approx(100 * recall, abs=0.0051)
-    for least, name in ((2, "Fair"), (3, "Good"), (4, "VeryGood")):
-        precision, hits = plain[least]
-        assert metrics[f"HL-min-{name}"]["HL-mAP"] == pytest.approx(100 * precision, abs=0.0051)
-        assert metrics[f"HL-min-{name}"]["HL-Hit1"] == pytest.approx(100 * hits, abs=0.0051)
+    metrics = evaluate.evaluate(predictions, rows)
+    plain = Plain().moments(predictions, rows) | _plain_highlights(predictions, rows)
+    assert {name: metrics[name] for name in plain} == plain and metrics.keys() - plain.keys() == {"brief"}
+
+
+def _on_a_threshold(random, true, threshold):
+    """A window [start, end] whose IoU with `true` is the threshold, in whole units; None where they are too coarse.
+
+    It lies inside the true window, around it, or across one of its ends.
+    """
+    start, end = true
+    length, percent = end - start, round(100 * threshold)
+    kind = random.choice(["inside", "around", "across"])
+    if kind == "inside" and length * percent % 100 == 0:
+        first = start + int(random.integers(length - length * percent // 100 + 1))
+        return [first, first + length * percent // 100]
+    if kind == "around" and length * 100 % percent == 0:
+        rest = length * 100 // percent - length
+        before = min(start, int(random.integers(rest + 1)))
+        return [start - before, end + rest - before]
+    if kind == "across" and length * (100 - percent) % (100 + percent) == 0:  # of equal length, moved
+        moved = length * (100 - percent) // (100 + percent)
+        return [start + moved, end + moved]
+    return None
+
+
+def _random_queries(count, seed):
+    """Rows and predictions with 0, 1 or 2 decimals; many listed windows have an IoU that is exactly a threshold."""
+    random = np.random.default_rng(seed)
+    rows, predictions = [], []
+    for qid in range(count):
+        unit = 10 ** int(random.integers(3))  # parts of a second
+        step = int(random.choice([1, 20, 20]))  # twentieths of the lengths are whole, as the thresholds are
+        cuts = random.choice(140 * unit // step, 2 * int(random.integers(1, 4)), replace=False)
+        true = (np.sort(cuts).reshape(-1, 2) * step).tolist()
+        listed = []
+        if random.random() < 0.2:  # both halves of a window have an IoU of 0.5 with it
+            start, end = true.pop()
+            true += [[start, end], [end, 2 * end - start]]
+            listed.append([start, 2 * end - start])
+        for _ in range(int(random.integers(1, 13))):
+            window = _on_a_threshold(random, true[random.integers(len(true))], random.choice(DECIMALS))
+            listed.append(window or np.sort(random.integers(0, 150 * unit, 2)).tolist())
+        rows.append(LabelledRow(qid, "q", 150, "v", tuple((s / unit, e / unit) for s, e in true), (), ()))
+        scores = random.integers(0, 5, len(listed)) / 4
+        windows = [[s / unit, e / unit, float(score)] for (s, e), score in zip(listed, scores, strict=True)]
+        predictions.append({"qid": qid, WINDOWS: windows})
+    return rows, predictions
+
+
+def test_20_000_queries_agree_to_the_last_bit_where_ious_lie_on_thresholds():
+    rows, predictions = _random_queries(20_000, seed=0)
+    pairs = [(prediction, row.relevant_windows) for prediction, row in zip(predictions, rows, strict=True)]
+    first = [Plain().first_iou(*pair) for pair in pairs]
+    assert [number["iou"] for number in evaluate.per_query(predictions, rows)] == first
+    assert (np.abs(np.subtract.outer(first, DECIMALS)).min(axis=1) < 1e-12).sum() > 5000
+    otherwise = {
+        "mAP by the hull": Plain(map_union="hull"),
+        "R1 by the lengths": Plain(r1_union="lengths"),
+        "thresholds of np.linspace": Plain(thresholds=tuple(np.linspace(0.5, 0.95, 10).tolist())),
+        "the first of equals": Plain(last_of_equals=False),
+    }
+    seen = set()
+    for start in range(0, len(rows), 200):  # few enough that every query moves a rounded number
+        group = predictions[start : start + 200], rows[start : start + 200]
+        plain, metrics = Plain().moments(*group), evaluate.evaluate(*group)
+        assert {name: metrics[name] for name in plain} == plain
+        if start < 1000:
+            seen |= {name for name, other in otherwise.items() if other.moments(*group) != plain}
+    assert seen == otherwise.keys(), "these must score otherwise, or the queries above show nothing"
+
+
+def test_an_iou_on_a_threshold_counts():
+    rows = [_row(1, 150, ((0, 8),)), _row(2, 150, ((0, 14),)), _row(3, 150, ((0, 60),))]
+    listed = [[0.7, 7.1, 0.9]], [[0.0, 12.6, 0.9]], [[0, 60, 0.9]]
+    scores = evaluate.evaluate([_prediction(qid, windows) for qid, windows in enumerate(listed, 1)], rows)["full"]
+    assert (scores["MR-mAP"]["0.8"], scores["MR-mAP"]["0.9"]) == (100.0, 33.33)
 
 
 def test_the_list_decides_for_r1_and_the_scores_for_map():

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image, JpegImagePlugin
 
 from framseg import frames
 from framseg.frames import Store, StoreError, Video, VideoError, extract, frame_numbers, read_apart
+from framseg.run import container
 
 WIDTH, HEIGHT, FPS = 64, 48, 8
 
@@ -513,6 +515,99 @@ def test_parallel_equals_serial_and_resumes(corpus, tmp_path):
     assert [json.loads(line)["vid"] for line in lines] == ["x"]
 
 
+def test_the_report_names_the_reader_and_the_pictures_that_start_late(corpus, tmp_path, shared):
+    (tmp_path / "late.mp4").symlink_to(shared / "cases/late-video/starts_at_2s.mp4")
+    (tmp_path / "edits.mp4").symlink_to(shared / "cases/edit-list/two_edits.mp4")
+    (tmp_path / "a.mp4").symlink_to(corpus / "a.mp4")
+    store = small_store(tmp_path / "store")
+    videos = {"late": 12.0, "edits": 8.6, "a": 10.0}
+    report = run(videos, tmp_path, store)
+    assert report.readers == {"late": "decord", "edits": "PyAV", "a": "decord"}
+    assert report.late == {"late": pytest.approx(2)} and store.about("late")["offset"] == pytest.approx(2)
+    again = run(videos, tmp_path, store)
+    assert again.skipped == 3 and (again.readers, again.late) == (report.readers, report.late)
+    numbers = store.about("late")["numbers"]
+    assert [middle for _, middle, _ in numbers] == [0, 48, 120, 192, 264]  # seconds 1.2, 3.6, ... less 2, at 30 per s
+
+
+def test_a_store_without_the_player_s_clock_is_extracted_again(corpus, tmp_path):
+    store = small_store(tmp_path / "store")
+    run({"c": 5.0}, corpus, store)
+    about = store.about("c")
+    store.write(
+        "c", np.zeros((5, 3, 32, 32, 3), np.uint8), {name: about[name] for name in ("numbers", "fps", "length")}
+    )
+    assert run({"c": 5.0}, corpus, store).done == 1 and store.read("c").any() and store.about("c") == about
+
+
+@pytest.mark.parametrize(
+    "name", ["2024-05-01T12:30:05.mp4", "file:a.mp4", "http:a.mp4", "100%.mp4", "a%03d.mp4", "-i.mp4"]
+)
+def test_a_relative_name_is_a_file_whatever_it_looks_like(corpus, tmp_path, monkeypatch, name):
+    (tmp_path / name).symlink_to(corpus / "c.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert Video(name).count == 40
+    assert [shown(image) for image in Video(name).frames(np.array([3, 30]), 32)] == [3, 30]
+
+
+def test_the_command_of_a_refusal_can_be_typed():
+    def typed(path):
+        return shlex.split(container.ffmpeg(Path(path), "-r 5", "-c copy", Path(path).name).strip("`"))
+
+    assert typed("a b/c's.mp4") == ["ffmpeg", "-r", "5", "-i", "a b/c's.mp4", "-c", "copy", "c's.mp4"]
+    assert typed("1:2.mp4")[4::3] == ["./1:2.mp4", "./1:2.mp4"] and typed("-i.mp4")[4::3] == ["./-i.mp4"] * 2
+    assert typed("/a/1:2.mp4")[4::3] == ["/a/1:2.mp4", "./1:2.mp4"]
+
+
+def test_titles_may_be_written_in_any_alphabet(tmp_path):
+    make_video(tmp_path / "a.mp4", 8)
+    with av.open(str(tmp_path / "a.mp4")) as old, av.open(str(tmp_path / "b.mp4"), "w") as new:
+        new.metadata["title"] = "Kueche"
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    content = (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(content.replace(b"Kueche", "Küche ".encode("latin-1")))
+    assert Video(tmp_path / "b.mp4").count == 8
+
+
+def test_a_playlist_leads_nowhere(tmp_path):
+    (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
+    with pytest.raises(VideoError, match="a.m3u8: "):
+        Video(tmp_path / "a.m3u8")
+
+
+QUIET = """
+import sys
+from framseg import frames
+for path in sys.argv[1:]:
+    try:
+        with open(path + ".out", "w+b") as file:
+            frames.read_apart(path, 5, 6.0, 32, 30.0, file, tell=print)
+        print(path, "is read")
+    except frames.VideoError as error:
+        print(error)
+"""
+
+
+def test_the_decoders_own_lines_do_not_reach_the_user(corpus, tmp_path):
+    bad = bad_videos(corpus, tmp_path)
+    whole = (corpus / "a.mp4").read_bytes()
+    for seed in range(12):  # one of these made decord complain about a seek
+        content, random = bytearray(whole), np.random.default_rng(seed)
+        for place in random.integers(0, len(whole), 30).tolist():
+            content[place] = random.integers(256)
+        (tmp_path / f"{seed}.mp4").write_bytes(content)
+    paths = [str(tmp_path / f"{vid}.mp4") for vid in [*bad, *range(12)]]
+    environment = os.environ | {"PYTHONPATH": str(Path(frames.__file__).parents[1])}
+    command = [sys.executable, "-c", QUIET, *paths]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(path in done.stdout for path in paths)
+
+
 def test_every_step_of_the_decoder_is_told(corpus):
     """So that a limit on the time between two steps lets a long video take as long as it needs."""
     numbers = np.arange(0, 80, 4)
@@ -552,6 +647,7 @@ def test_crashing_decoder_is_reported_and_the_others_go_on(corpus, tmp_path):
 
 INTERRUPTED = """
 import sys
+from framseg.run import container
 from framseg.frames import Store, extract
 
 if __name__ == "__main__":

@@ -57,8 +57,17 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             raise VideoError(f"{path}: cannot be opened as a video: it holds no pictures")
+        if stream.codec_context is None:
+            raise VideoError(f"{path}: cannot be opened as a video: nobody here can decode pictures of its kind")
         stream.thread_type = "AUTO"
         yield container, stream
+
+
+def ffmpeg(path: Path, before: str, behind: str, target: str) -> str:
+    """A command to type, in backticks, with options before and behind the input."""
+    # ffmpeg takes what stands in front of a colon for a protocol, and a leading dash for an option.
+    names = [f"./{name}" if name[0] == "-" or ":" in name and name[0] != "/" else name for name in (str(path), target)]
+    return f"`{shlex.join(['ffmpeg', *before.split(), '-i', names[0], *behind.split(), names[1]])}`"
 
 
 @dataclass
@@ -100,8 +109,7 @@ class Container:
 
     def anew(self, options: str = "") -> str:
         """The command that encodes the file anew, as a part of a sentence."""
-        command = ["ffmpeg", *options.split(), "-i", str(self.path), f"{self.path.stem}-anew.mp4"]
-        return f"`{shlex.join(command)}` writes it anew"
+        return f"{ffmpeg(self.path, options, '', f'{self.path.stem}-anew.mp4')} writes it anew"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Every frame in the order in which they are shown.
