@@ -559,6 +559,45 @@ def test_the_command_of_a_refusal_can_be_typed():
     assert typed("/a/1:2.mp4")[4::3] == ["/a/1:2.mp4", "./1:2.mp4"]
 
 
+# file: the source's second that a player shows at its own second 0, how many frames there are, how long it is
+RIGHT = {
+    "avi-bframes/xvid_b.avi": (0, 300, 10.0),
+    "avi-bframes/mpeg2_b.avi": (0, 300, 10.0),
+    "late-video/cut_after_input.mp4": (3.32, 480, 16.68),
+    "late-video/starts_at_2s.mp4": (-2, 302, 12.13),
+    "late-video/starts_at_8s.mp4": (-8, 362, 20.07),
+    "ts-bframes/bframes.ts": (0, 242, 8.07),
+    "ts-bframes/hevc.ts": (0, 242, 8.17),
+    "edit-list/trimmed_end.mp4": (0, 360, 12.0),
+    "no-duration/live.webm": (0, 150, 5.0),
+    "no-timestamps/h264.avi": (0, 150, 5.0),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_inputs_that_went_wrong_give_the_frame_that_a_player_shows(shared, name):
+    offset, count, length = RIGHT[name]
+    video = Video(shared / "cases" / name)
+    assert (video.count, video.length) == (count, pytest.approx(length, abs=0.01))
+    images = video.frames(video.numbers(video.length, 40)[:, 0], 96)
+    seconds = video.length / 40 * (0.5 + np.arange(40))
+    source = np.array([burned_in(image) for image in images]) / 30
+    expected = np.maximum(seconds, video.offset) + offset  # the first frame before there is one
+    gaps = np.diff(np.append(video.starts, video.length)).max()
+    assert ((source - expected < 0.5 / 30) & (expected - source < gaps + 1e-3)).all()
+
+
+def burned_in(image: np.ndarray) -> int:
+    """The number of a frame of the clips above: twelve black or white columns."""
+    row = image.astype(float).mean(-1)[24:72].mean(0)
+    return sum(1 << (11 - k) for k in range(12) if row[int((k + 0.5) * len(row) / 12)] > 128)
+
+
+def test_palettes_are_pictures(shared):
+    video = Video(shared / "cases/pal8-black/palette.avi")
+    assert video.frames(video.numbers(video.length, 5)[:, 0], 32).max() >= 200
+
+
 def test_titles_may_be_written_in_any_alphabet(tmp_path):
     make_video(tmp_path / "a.mp4", 8)
     with av.open(str(tmp_path / "a.mp4")) as old, av.open(str(tmp_path / "b.mp4"), "w") as new:
