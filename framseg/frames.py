@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from framseg.jsonl import whole_file, write_lines
-from framseg.run.container import Container, VideoError, ffmpeg
+from framseg.run.container import Container, VideoError, anew, ffmpeg
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -172,7 +172,7 @@ class Video:
         if place < self._places[-1]:
             raise VideoError(
                 f"{self.path}: damaged: {place + 1} frames can be decoded, and its list of times has {self.count}; "
-                f"get the file again, or keep what can be shown: {self.container.anew()}"
+                f"get the file again, or keep what can be shown: {anew(self.path)}"
             )
 
     def _pictures_by_decord(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -222,7 +222,7 @@ def read_apart(
         why = f"the decoder crashed (exit code {done.returncode})"
         if done.returncode == -signal.SIGALRM:
             why = f"decoding stood still for {time_limit:g} s and was ended"
-        raise VideoError(f"{path}: {why}; get the file again or convert it")
+        raise VideoError(f"{path}: {why}; get the file again, or try what {anew(Path(path))}")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise VideoError(answer["error"])

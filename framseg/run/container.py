@@ -70,6 +70,11 @@ def ffmpeg(path: Path, before: str, behind: str, target: str) -> str:
     return f"`{shlex.join(['ffmpeg', *before.split(), '-i', names[0], *behind.split(), names[1]])}`"
 
 
+def anew(path: Path, options: str = "") -> str:
+    """The command that encodes a file anew, as a part of a sentence."""
+    return f"{ffmpeg(path, options, '', f'{path.stem}-anew.mp4')} writes it anew"
+
+
 @dataclass
 class Container:
     """A video file, its packets listed without decoding any. Raises VideoError for a file that is no video.
@@ -98,7 +103,7 @@ class Container:
                 raise VideoError(f"{self.path}: damaged or cut off: it holds not one frame; get the file again")
             if container.start_time is None:
                 raise VideoError(
-                    f"{self.path}: its frames carry no times; {self.anew('-framerate 30')}, at its true rate"
+                    f"{self.path}: its frames carry no times; {anew(self.path, '-framerate 30')}, at its true rate"
                 )
             self.begin, self._avi = container.start_time / av.time_base, container.format.name == "avi"
             h264 = stream.codec_context.codec.canonical_name == "h264"
@@ -106,10 +111,6 @@ class Container:
             self.plain &= len(set(pts) - {None}) == len(pts) > 0
             shown = sorted(time for time in pts if time is not None)
             self.times = np.array(shown, float) * float(stream.time_base or 0) - self.begin
-
-    def anew(self, options: str = "") -> str:
-        """The command that encodes the file anew, as a part of a sentence."""
-        return f"{ffmpeg(self.path, options, '', f'{self.path.stem}-anew.mp4')} writes it anew"
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Every frame in the order in which they are shown.
@@ -133,7 +134,7 @@ class Container:
                         second = (good.time or 0) - self.begin
                         raise VideoError(
                             f"{self.path}: damaged: the frame that follows {second:.2f} s cannot be decoded "
-                            f"({damage}); get the file again, or keep what can be shown: {self.anew()}"
+                            f"({damage}); get the file again, or keep what can be shown: {anew(self.path)}"
                         )
                     elif not (damage and good):
                         good, damage = frame, ""
@@ -155,14 +156,14 @@ class Container:
             numbers = [number for number in self._numbers if number is not None]
             found = [n / self.fps for n in (sorted(numbers) if len(numbers) == len(found) else range(len(found)))]
         if None in found:
-            raise VideoError(f"{self.path}: some of its frames carry no time; {self.anew()}")
+            raise VideoError(f"{self.path}: some of its frames carry no time; {anew(self.path)}")
         times = np.array(found, float)
         latest = np.maximum.accumulate(times)
         still = times[1:] <= latest[:-1]
         if still.sum() > STILL * self.fps:
             second = times[1:][still][0]
             raise VideoError(
-                f"{self.path}: its frames' times stand still or jump back at {second:.2f} s; {self.anew()}"
+                f"{self.path}: its frames' times stand still or jump back at {second:.2f} s; {anew(self.path)}"
             )
         late = times < latest  # a player has shown a later frame by then and leaves these out
         self.times = times[~late]

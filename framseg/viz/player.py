@@ -16,7 +16,7 @@ import traitlets
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from framseg.run.container import VideoError, opened
+from framseg.run.container import VideoError, anew, opened
 
 PLAYED = 30  # seconds that a click outside of any window plays
 MOST = 64 << 20  # bytes after which a clip is cut off
@@ -82,7 +82,7 @@ def _copied(
 ) -> tuple[bytes, float, str]:
     codec = picture.codec_context.codec.canonical_name
     if codec not in CONTAINERS:
-        raise VideoError(f"{video}: browsers cannot play {codec} video; convert it to H.264")
+        raise VideoError(f"{video}: browsers cannot play {codec} video; {anew(video)} as H.264")
     form = CONTAINERS[codec]
     sound = [stream for stream in source.streams.audio if stream.codec_context.codec.canonical_name in SOUND[form]][:1]
     base = picture.time_base or Fraction(1)  # seconds per unit; every stream of an opened file has it
