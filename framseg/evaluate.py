@@ -52,7 +52,7 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
         truth = _truth(rows)
         precision, best = _highlight_precision(records, rows, truth), _best_clip(records, rows, truth)
         for i, (name, least) in enumerate(LEVELS.items()):
-            mean, hits = _percent(precision[i]), _percent(best >= least)
+            mean, hits = _percent(precision[:, i]), _percent(best >= least)
             highlights[f"HL-min-{name}"] = {"HL-mAP": mean, "HL-Hit1": hits}
             brief |= {f"HL-min-{name}-mAP": mean, f"HL-min-{name}-Hit1": hits}
     return {"brief": brief} | highlights | lengths
@@ -149,7 +149,7 @@ class _Pairs:
 
 def _first_iou(windows: np.ndarray, true: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """R1's IoU [queries] of windows [queries, 2] with that kept one of true [queries, true, 2] they overlap best."""
-    # Which one that is if two are equal up to the last bit, no golden file decides: here the first by mAP's IoU.
+    # If two are equal up to the last bit, no golden file decides which one that is: here the first by mAP's IoU.
     best = np.where(kept, moments.iou(windows[:, None], true, "lengths"), -1).argmax(axis=1)
     return moments.iou(windows, true[np.arange(len(true)), best])
 
@@ -162,7 +162,7 @@ def _moment_metrics(pairs: _Pairs, above: float, up_to: float) -> dict:
     iou = np.where(kept[queries, None], pairs.iou[queries], 0.0)
     iou = np.take_along_axis(iou, pairs.rank[queries][:, :, None], axis=1)
     precision = _moment_precision(iou, kept[queries].sum(axis=1))
-    # First over the queries, one by one, then over the thresholds: the other order rounds otherwise.
+    # First over the queries, one by one, then over the thresholds; no golden file decides this order either.
     means = precision.sum(axis=0) / max(len(precision), 1)
     mean = {str(t): _percent(value) for t, value in zip(THRESHOLDS, means, strict=True)}
     recall = {str(t): _percent(first >= t) for t in THRESHOLDS}
@@ -185,12 +185,13 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
     found = right.cumsum(axis=2)
     precision = found / np.arange(1, listed + 1)
     precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-    # The area under the curve, steps of recall times precision, added from left to right.
+    # The area under the curve in the protocol's words, steps of recall times precision, added from left to right;
+    # no golden file decides between this and other orders, which round otherwise.
     return (np.diff(found / true[:, None, None], prepend=0) * precision).cumsum(axis=2)[..., -1]
 
 
 def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
-    """Average precision [levels, queries, annotators] of the clip scores."""
+    """Average precision [queries, levels, annotators] of the clip scores."""
     width = truth.shape[1]
     scores = np.full((len(rows), width), -np.inf)  # past the end
     for line, record, row in zip(scores, predictions, rows, strict=True):
@@ -208,8 +209,8 @@ def _highlight_precision(predictions: list[dict], rows: list[LabelledRow], truth
     precision = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
     # Recall changes at a point if more positives are found than at any point before.
     changes = np.diff(np.maximum.accumulate(hits, axis=2), axis=2, prepend=0) > 0
-    average = (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
-    return np.ascontiguousarray(average.swapaxes(0, 1))  # how np.mean rounds depends on the order in memory
+    # No golden file decides the order of the sum: here the best clip first.
+    return (precision * changes).sum(axis=2) / np.maximum(changes.sum(axis=2), 1)
 
 
 def _best_clip(predictions: list[dict], rows: list[LabelledRow], truth: np.ndarray) -> np.ndarray:
