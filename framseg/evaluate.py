@@ -185,8 +185,7 @@ def _moment_precision(iou: np.ndarray, true: np.ndarray) -> np.ndarray:
     found = right.cumsum(axis=2)
     precision = found / np.arange(1, listed + 1)
     precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-    # The area under the curve in the protocol's words, steps of recall times precision, added from left to right;
-    # no golden file decides between this and other orders, which round otherwise.
+    # The area as the protocol words it, steps of recall times precision; no golden file decides the order of the sum.
     return (np.diff(found / true[:, None, None], prepend=0) * precision).cumsum(axis=2)[..., -1]
 
 

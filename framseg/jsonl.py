@@ -15,10 +15,10 @@ from framseg import FramsegError
 
 # What a file is that is no UTF-8 text, and the command that makes text of it, by its first bytes, the longest first.
 FOREIGN: dict[bytes | tuple[bytes, ...], str] = {
-    (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "UTF-32: convert it with `iconv -f UTF-32 -t UTF-8 OLD > NEW`",
-    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 OLD > NEW`",
-    b"\x1f\x8b": "compressed by gzip: unpack it with `gunzip -c OLD > NEW`",
-    b"PK\3\4": "a zip archive: unpack it with `unzip OLD`",
+    (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, b"{\0\0"): "UTF-32: convert it, `iconv -f UTF-32 -t UTF-8 OLD > NEW`",
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0"): "UTF-16: convert it, `iconv -f UTF-16 -t UTF-8 OLD > NEW`",
+    b"\x1f\x8b": "compressed by gzip: unpack it, `gunzip -c OLD > NEW`",
+    b"PK\3\4": "a zip archive: unpack it, `unzip OLD`",
 }
 Entry = tuple[int | str, object, list[str]]  # a line's number, its decoded value, what is wrong with it so far
 
@@ -54,23 +54,21 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text of every line of a UTF-8 file that is not blank; raises LinesError if unreadable."""
     try:
         with open(path, "rb") as file:
-            yield from decoded_lines(file, str(path))
+            # Byte order marks are left out; files that were joined have them in the middle too.
+            yield from decoded_lines((line.removeprefix(codecs.BOM_UTF8) for line in file), str(path))
     except OSError as error:
         raise LinesError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of every line that is not blank; raises LinesError, with the name, if not UTF-8.
-
-    Byte order marks are left out; files that were joined have one in the middle too.
-    """
+    """Number (from 1) and text of every line that is not blank; raises LinesError, with the name, if not UTF-8."""
     for number, line in enumerate(lines, 1):
         for begin, kind in FOREIGN.items():
             if number == 1 and line.startswith(begin):
                 raise LinesError(f"{name}: is not UTF-8 text but {kind}")
         try:
-            if (text := line.decode("utf-8-sig")).strip():
-                yield number, text
+            if line.strip():
+                yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise LinesError(f"{name}:{number}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
@@ -90,10 +88,10 @@ def parse_object(text: str | bytes) -> tuple[dict | None, list[str]]:
 
 
 def parsed(lines: Iterable[tuple[int, str]]) -> Iterator[Entry]:
-    """Numbered lines of JSON as entries for `checked_records`; the first alone if the file is one JSON list."""
+    """Numbered lines of JSON as entries for `checked_records`; a single one for JSON that is not by lines."""
     for place, (number, text) in enumerate(lines):
-        if place == 0 and text.lstrip().startswith("["):
-            yield number, None, ["expected a JSON object, found list; `jq -c '.[]' OLD > NEW` writes it by lines"]
+        if place == 0 and (text.strip() == "{" or text.lstrip().startswith("[")):
+            yield number, None, ["expected one JSON object per line; `jq -c 'arrays[], objects' OLD > NEW` writes that"]
             return
         yield number, *parse_json(text)
 

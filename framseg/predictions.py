@@ -89,16 +89,16 @@ def matched(
     """Checked predictions and their rows, in the order of the rows. Raises PredictionError as `evaluate` does."""
     by_qid = {record["qid"]: record for record in _valid(predictions)}
     times = Counter(row.qid for row in rows)
-    if not by_qid.keys() & times.keys():
-        raise PredictionError("no query is both predicted and annotated; take the annotations of the same split")
     problems = {"annotated twice": [qid for qid in times if times[qid] > 1]}
     if not intersection:
         problems["without a prediction"] = [qid for qid in times if qid not in by_qid]
         problems["predicted but not annotated"] = [qid for qid in by_qid if qid not in times]
     reasons = [f"queries {problem}: {len(qids)} (qid {shortlist(qids)})" for problem, qids in problems.items() if qids]
+    pairs = [(by_qid[row.qid], row) for row in rows if row.qid in by_qid]
+    if not pairs:
+        reasons.append("no query is both predicted and annotated; take the annotations of the same split")
     if reasons:
         raise PredictionError("; ".join(reasons))
-    pairs = [(by_qid[row.qid], row) for row in rows if row.qid in by_qid]
     return [record for record, _ in pairs], [row for _, row in pairs]
 
 

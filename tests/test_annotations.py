@@ -73,7 +73,7 @@ def test_a_written_file_holds_the_same_json(shared, tmp_path):
         ({"duration": 0}, "duration must be a positive number of seconds, not 0"),
         ({"duration": float("nan")}, "duration must be a positive number"),
         ({"duration": "10"}, "duration must be a positive number"),
-        ({"relevant_windows": []}, "relevant_windows must be a list of [start, end]"),
+        ({"relevant_windows": []}, "relevant_windows must list at least one [start, end], not []"),
         ({"relevant_windows": [[2, 6], [8, 12]]}, "window [8, 12] is not ordered inside 0..10 s"),
         ({"relevant_windows": [[6, 2], [8, 10]]}, "window [6, 2] is not ordered"),
         ({"relevant_windows": [[-2, 6], [8, 10]]}, "window [-2, 6] is not ordered"),

@@ -1,4 +1,7 @@
+import gzip
+import io
 import json
+import zipfile
 
 import pytest
 
@@ -32,6 +35,53 @@ def test_lines_are_numbered_and_blank_ones_left_out(tmp_path):
     with pytest.raises(LinesError, match="absent: cannot be read: No such file"):
         list(jsonl.numbered_lines(tmp_path / "absent"))
     assert issubclass(LinesError, FramsegError) and issubclass(LinesError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf{}\n[]",
+        b"{}\n\xef\xbb\xbf[]",
+        b"\xef\xbb\xbf\n{}\n[]\n\xef\xbb\xbf",
+        b"\xef\xbb\xbf{}\r\n\r\n[]\r\n",
+    ],
+)
+def test_byte_order_marks_are_left_out(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert [text.strip() for _, text in jsonl.numbered_lines(path)] == ["{}", "[]"]
+
+
+def _zipped(text):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.jsonl", text)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(text.encode(f"{name}-{order}"), f"{name}: convert it, `iconv -f {name} -t UTF-8 OLD > NEW`")
+     for name in ("UTF-16", "UTF-32") for order in ("LE", "BE") for text in ['\ufeff{"qid": 1}\n']]
+    + [('{"qid": 1}\n'.encode(f"{name}-LE"), f"{name}: convert it") for name in ("UTF-16", "UTF-32")]
+    + [(gzip.compress(b"{}"), "compressed by gzip: unpack it, `gunzip -c OLD > NEW`")]
+    + [(_zipped("{}"), "a zip archive: unpack it, `unzip OLD`")],
+)  # fmt: skip
+def test_what_is_no_utf8_text_is_named_with_the_way_out(tmp_path, content, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(LinesError) as error:
+        list(jsonl.numbered_lines(path))
+    assert str(error.value).startswith(f"{path}: is not UTF-8 text but {reason}")
+
+
+@pytest.mark.parametrize("content", ['[{"qid": 1}, {"qid": 2}]', '[\n{"qid": 1}\n]', '\n {\n"qid": 1\n}\n', "[]"])
+def test_json_that_is_not_by_lines_is_told_once(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    _, [told] = jsonl.checked_records(jsonl.parsed(jsonl.numbered_lines(path)), f"{path}:", lambda record: [])
+    reason = "expected one JSON object per line; `jq -c 'arrays[], objects' OLD > NEW` writes that"
+    assert told.startswith(f"{path}:") and told.endswith(reason)
 
 
 def test_every_bad_record_is_told_with_place_qid_and_reasons(tmp_path):

@@ -23,12 +23,19 @@ def _prediction(qid):
     ("change", "reason"),
     [
         ({"qid": "1"}, "qid must be an integer, not '1'"),
-        ({WINDOWS: []}, "pred_relevant_windows must be a list of [start, end, score]"),
+        ({WINDOWS: []}, "pred_relevant_windows is empty: give at least one window, e.g. the whole video"),
+        ({WINDOWS: None}, "pred_relevant_windows must be a list of [start, end, score], not None"),
+        ({WINDOWS: {"start": 1}}, "pred_relevant_windows must be a list of [start, end, score], not {'start': 1}"),
+        ({WINDOWS: [4, 8, 0.5]}, "window 1 is not [start, end, score]: 4"),
         ({WINDOWS: [[1, 2, 0.5], [1, 2]]}, "window 2 is not [start, end, score]: [1, 2]"),
         ({WINDOWS: [[1, 2, float("nan")]]}, "window 1 is not three finite numbers: [1, 2, nan]"),
         ({WINDOWS: [[1, "2", 0.5]]}, "window 1 is not three finite numbers: [1, '2', 0.5]"),
         ({WINDOWS: [[3, 2, 0.5]]}, "window 1 ends before it starts"),
-        ({SALIENCY: []}, "pred_saliency_scores must be a list of numbers"),
+        ({SALIENCY: []}, "pred_saliency_scores is empty: give one number for each clip"),
+        ({SALIENCY: None}, "pred_saliency_scores must be a list of numbers, one for each clip, not None"),
+        ({SALIENCY: [0.1, None]}, "pred_saliency_scores: clip 1 has 'None', not a finite number"),
+        ({SALIENCY: ["0.1", 0.2]}, "pred_saliency_scores: clip 0 has the text '0.1', not a finite number"),
+        ({SALIENCY: [float("nan")]}, "pred_saliency_scores: clip 0 has 'nan', not a finite number"),
         ({SALIENCY: [0.1, float("inf")]}, "pred_saliency_scores: clip 1 has 'inf', not a finite number"),
         ({SALIENCY: [[0.1], 0.2]}, "pred_saliency_scores: clip 0 has '[0.1]', not a finite number"),
         ({SALIENCY: [0.1, True]}, "clip 1 has 'True', not a finite number"),
@@ -55,7 +62,7 @@ def test_a_malformed_record_is_named_by_file_line_and_qid(tmp_path, change, reas
 def test_reading_lists_every_bad_line(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text(
-        "\n".join(["{", "3", json.dumps({"qid": 4}), json.dumps(_prediction(1)), json.dumps(_prediction(1))])
+        "\n".join(["{3", "3", json.dumps({"qid": 4}), json.dumps(_prediction(1)), json.dumps(_prediction(1))])
     )
     with pytest.raises(PredictionError) as error:
         read_predictions(path)
@@ -78,6 +85,47 @@ def test_predictions_survive_writing_and_a_failed_write_leaves_the_old_file(tmp_
     assert read_predictions(path) == read and len(list(path.parent.iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda lines: "\ufeff" + "\n".join(lines),
+        lambda lines: "\n\n" + "\r\n\r\n".join(lines) + "\r\n",
+        "\n\ufeff".join,
+    ],
+    ids=["byte order mark", "CRLF and empty lines", "byte order mark in the middle"],
+)
+def test_layouts_of_other_programs_are_read(shared, tmp_path, layout):
+    for name in ("p.jsonl", "rows.jsonl", "released.csv", "published.json"):
+        path = tmp_path / name
+        if name == "p.jsonl":
+            lines, read = [json.dumps(_prediction(qid)) for qid in (1, 2)], read_predictions
+        elif name == "rows.jsonl":
+            annotations.write(path, [_row(1), _row(2)])
+            lines, read = path.read_text().splitlines(), annotations.read
+        elif name == "released.csv":
+            lines, read = ["qid,duration,windows,p0,p1", "7,10,0/10/0.5|5/10/1.0,0.5,1.0"], read_released
+        else:
+            lines, read = json.dumps([PUBLISHED, PUBLISHED | {"qid": 8}], indent=1).splitlines(), read_released
+        path.write_bytes("\n".join(lines).encode())
+        plain = read(path)
+        path.write_bytes(layout(lines).encode())
+        assert read(path) == plain and plain
+
+
+def test_windows_that_score_although_they_are_odd():
+    def score(*windows):
+        brief = evaluate.evaluate([_prediction(1) | {WINDOWS: [*map(list, windows)]}], [_row(1)])["brief"]
+        return brief["MR-full-R1@0.5"], brief["MR-full-mAP@0.5"]
+
+    assert score((0, 1, 0.1), (4, 8, 0.9)) == (0, 100)  # not sorted: R1 takes the first, mAP goes by the scores
+    assert score((4, 8, 0.1), (0, 1, 0.9)) == (100, 50)
+    assert score((4, 8, -2.0), (0, 1, -3.0)) == (100, 100)
+    assert score(*[(0, 1, 0.1)] * 9, (4, 8, 0.5)) == (0, 100)  # the tenth counts, the eleventh does not
+    assert score(*[(0, 1, 0.1)] * 10, (4, 8, 0.5)) == (0, 0)
+    assert score((6, 6, 1.0)) == (0, 0) == score((4, 8000, 1.0))  # no length; far beyond the video of 20 s
+    assert score((-1, 8, 1.0)) == (0, 0) and score((4, 11.5, 1.0)) == (100, 100)  # never cut to the video
+
+
 def test_qids_must_match_and_are_named():
     rows = [_row(1), _row(2), _row(3)]
     with pytest.raises(PredictionError) as error:
@@ -92,8 +140,8 @@ def test_qids_must_match_and_are_named():
             evaluate.evaluate([_prediction(1), _prediction(1)], rows, intersection=switch)
         with pytest.raises(PredictionError, match=r"annotated twice: 1 \(qid 3\)"):
             evaluate.evaluate([_prediction(q) for q in (1, 2, 3)], [*rows, rows[2]], intersection=switch)
-    with pytest.raises(PredictionError, match="no query is both predicted and annotated"):
-        evaluate.evaluate([_prediction(9)], rows, intersection=True)
+        with pytest.raises(PredictionError, match="no query is both predicted and annotated; take the .* same split"):
+            evaluate.evaluate([_prediction(9)], rows, intersection=switch)
     with pytest.raises(AnnotationError, match=r"1 rows have no labels \(qid 4\)"):
         evaluate.evaluate([_prediction(4)], [Row(4, "q", 10, "v")])
 
@@ -175,7 +223,7 @@ def test_an_invalid_mask_of_the_authors_counts_as_all_ones(tmp_path):
         ({"duration": "10"}, "row 2: qid 7: duration must be seconds above 0 and at most 100000, not 10"),
         ({"duration": 1e9}, "row 2: qid 7: duration must be seconds above 0"),
         ({"score": [0.5, 2]}, "row 2: qid 7: probability: frame 1 has '2', not a number in 0..1"),
-        ({"score": []}, "row 2: qid 7: probability must be a list of numbers"),
+        ({"score": []}, "row 2: qid 7: probability is empty: give one number for each frame"),
         ({"preds": 11}, "row 2: qid 7: preds must be text, not 11"),
         ({WINDOWS: [[0, 1]]}, r"row 2: qid 7: window 1 is not \[start, end, score\]: \[0, 1\]"),
         ({WINDOWS: [[0, "x", 1]]}, "row 2: qid 7: window 1 is not three finite numbers"),
