@@ -301,6 +301,24 @@ def test_impossible_input_is_refused(arguments, reason):
         moments.saliency(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("window", "other", "hull", "lengths"),
+    [
+        ([0.7, 7.1], [0, 8], 0.7999999999999999, 0.8),  # where R1 and mAP differ in the last bit
+        ([0.0, 12.6], [0, 14], 0.9, 0.8999999999999999),
+        ([0, 4], [2, 6], 1 / 3, 1 / 3),
+        ([0, 4], [6, 8], 0, 0),
+        ([4, 4], [0, 8], 0, 0),
+        ([4, 4], [4, 4], 0, 0),
+    ],
+)
+def test_the_two_unions(window, other, hull, lengths):
+    for first, second in ((window, other), (other, window)):
+        assert (moments.iou(first, second), moments.iou(first, second, "lengths")) == (hull, lengths)
+        stacked = moments.iou([[first], [first]], [second, second, second], "lengths")
+        assert stacked.tolist() == [[lengths] * 3] * 2
+
+
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="no windows policy named 'runs': there are mask, thresholds, ranked"):
         moments.windows("1", [0.5], 10, "runs")
