@@ -23,6 +23,7 @@ TELL_LENGTH = {"mov", "matroska", "flv", "avi", "asf"}  # containers whose heade
 BROKEN_OFF = ("File ended prematurely", "partial file")  # FFmpeg's words for a file that ends inside of its data
 TS_PACKETS = (188, 192, 204)  # bytes
 FLV_TAGS = (b"\x08", b"\x09", b"\x12")  # sound, picture, data
+NO_TIMES = 0x80  # FFmpeg's flag of a format without times (AVFMT_NOTIMESTAMPS), for which it would invent some
 STILL = 0.5  # seconds of frames whose times may be no later than those of frames before them
 
 
@@ -101,16 +102,21 @@ class Container:
             pts = self._list(container, stream)
             if not pts:
                 raise VideoError(f"{self.path}: damaged or cut off: it holds not one frame; get the file again")
-            if container.start_time is None:
+            name, known = container.format.name, [time for time in pts if time is not None]
+            if container.format.flags & NO_TIMES or name.endswith("_pipe") or name == "image2":
                 raise VideoError(
                     f"{self.path}: its frames carry no times; {anew(self.path, '-framerate 30')}, at its true rate"
                 )
-            self.begin, self._avi = container.start_time / av.time_base, container.format.name == "avi"
+            base = float(stream.time_base or 0)
+            self.begin = (
+                min(known, default=0) * base if container.start_time is None else _seconds(container.start_time)
+            )
+            self._avi = name == "avi"
             h264 = stream.codec_context.codec.canonical_name == "h264"
-            self.plain = h264 and container.format.name.startswith("mov,mp4") and self.fps > 0 and not self.cut
-            self.plain &= len(set(pts) - {None}) == len(pts) > 0
-            shown = sorted(time for time in pts if time is not None)
-            self.times = np.array(shown, float) * float(stream.time_base or 0) - self.begin
+            self.plain = (
+                h264 and name.startswith("mov,mp4") and self.fps > 0 and len(set(known)) == len(pts) and not self.cut
+            )
+            self.times = np.array(sorted(known), float) * base - self.begin
 
     def decoded(self) -> Iterator[av.VideoFrame]:
         """Every frame in the order in which they are shown.
@@ -155,9 +161,7 @@ class Container:
         if self._avi and self.fps:  # which has no times, but a constant rate, and its packets numbers
             numbers = [number for number in self._numbers if number is not None]
             found = [n / self.fps for n in (sorted(numbers) if len(numbers) == len(found) else range(len(found)))]
-        if None in found:
-            raise VideoError(f"{self.path}: some of its frames carry no time; {anew(self.path)}")
-        times = np.array(found, float)
+        times = self._filled(np.array(found, float))
         latest = np.maximum.accumulate(times)
         still = times[1:] <= latest[:-1]
         if still.sum() > STILL * self.fps:
@@ -168,6 +172,21 @@ class Container:
         late = times < latest  # a player has shown a later frame by then and leaves these out
         self.times = times[~late]
         return np.flatnonzero(~late)
+
+    def _filled(self, times: np.ndarray) -> np.ndarray:
+        """Times of every frame; some containers state that of the first of a few, and the rate does the rest.
+
+        times: float64 [frames], NaN where a frame has none. VideoError where the rate does not fill a gap.
+        """
+        known = np.flatnonzero(np.isfinite(times))
+        if len(known) == len(times):
+            return times
+        if len(known) and not known[0] and self.fps:
+            times = np.append(times, times[known[-1]] + (len(times) - known[-1]) / self.fps)
+            known = np.append(known, len(times) - 1)
+            if (np.abs(np.diff(times[known]) * self.fps - np.diff(known)) < 0.5).all():
+                return np.interp(np.arange(len(times) - 1), known, times[known])
+        raise VideoError(f"{self.path}: some of its frames carry no time; {anew(self.path)}")
 
     def _packets(self, container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
         """The packets of these streams, or of all; where the data break off, `cut` is set."""
@@ -200,10 +219,10 @@ class Container:
         name = container.format.name.split(",")[0]
         self.cut |= any(broken.values()) or any(text in line for *_, line in log for text in BROKEN_OFF)
         self.cut |= self._ends_in_a_packet(name)
-        claimed = container.duration / av.time_base if container.duration and name in TELL_LENGTH else None
+        claimed = _seconds(container.duration) if container.duration and name in TELL_LENGTH else None
         if name == "avi" and self.fps:  # FFmpeg corrects the duration by the file's size, but not the number of frames
             claimed = stream.frames / self.fps
-        missing = (claimed or 0) - (max(ends.values()) - min(0, (container.start_time or 0) / av.time_base))
+        missing = (claimed or 0) - (max(ends.values()) - min(0, _seconds(container.start_time or 0)))
         if name == "mov":
             whole = ((stream.start_time or 0) + (stream.duration or 0)) * bases[stream.index]
             missing = max(missing, whole - ends[stream.index])
@@ -228,6 +247,11 @@ class Container:
                 file.seek(max(0, size - 4 - int.from_bytes(file.read(4))))
                 return file.read(1) not in FLV_TAGS
         return False
+
+
+def _seconds(time: int) -> float:
+    """A container's own times are in millionths."""
+    return time / av.time_base
 
 
 @contextmanager
