@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from framseg import annotations, evaluate
@@ -178,7 +178,6 @@ def _plain_highlights(predictions, rows):
     return out
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_agrees_with_the_protocol_written_out_plainly(seed):
     """Ties, lists shorter and longer than the clips, odd durations, several windows, more than ten predictions."""
