@@ -39,7 +39,7 @@ USAGE
 }
 
 fail() {
-  printf 'run_all.sh: %s\n' "$*" >&2
+  printf 'error: %s\n' "$*" >&2
   exit 1
 }
 

@@ -16,6 +16,10 @@ __all__ = ["FramsegError", "__version__", "command_line", "predict"]
 class FramsegError(Exception):
     """Whatever framseg cannot do for a reason that a user can act on; the message says what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 @contextmanager
 def command_line(code: int = 1) -> Iterator[None]:
@@ -34,8 +38,8 @@ def command_line(code: int = 1) -> Iterator[None]:
     except FramsegError as error:
         text = f"error: {error}"
     except OSError as error:
-        path = error.filename2 or error.filename  # of a file that takes another's place, that one's name
-        text = f"error: {path}: {error.strerror}" if path and error.strerror else f"error: {error.strerror or error}"
+        path = f"{error.filename}: " if error.filename else ""
+        text = f"error: {path}{error.strerror or error}"
     if code == 1:
         sys.exit(text)  # Python prints it, and ends with 1
     print(text, file=sys.stderr)

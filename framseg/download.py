@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     which.add_argument("--from", dest="have", type=Path, metavar="HAVE", help="fetch nothing: link what HAVE holds")
     which.add_argument("--reference", action="store_true", help="annotations and the authors' predictions")
     options = parser.parse_args(arguments)
-    folder = (options.folder or (REFERENCE if options.reference else usual)).resolve()
+    folder = (options.folder or (REFERENCE if options.reference else usual)).absolute()
     try:
         get_reference(folder) if options.reference else get(folder, options.have, not options.annotations_only)
     except KeyboardInterrupt:

@@ -140,10 +140,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        try:
+            yield unfinished
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        if str(error.filename) != str(unfinished):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
 
 
 def _no_object(value: object) -> list[str]:

@@ -341,6 +341,7 @@ def test_a_run_that_was_ended_goes_on(site, data, how):
     assert 3_000_000 < kept < size
     if how == signal.SIGINT:
         assert output.splitlines()[-1] == "interrupted: what has arrived is kept, the same command goes on"
+        assert process.returncode == 130
     site.pause = 0.0
     download.main([str(data)])
     assert site.ranges_of("videos.tar.gz") == [None, f"bytes={kept}-"]

@@ -83,7 +83,7 @@ def test_ctrl_c_in_the_shell_leaves_a_state_and_no_process(small_set, tmp_path):
     wait_for(lambda: len(train.read_log(run.step_log)) >= 2)
     os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 1 and "interrupted" in printed and "go on with --from 03" in printed
+    assert process.returncode == 130 and "interrupted" in printed and "go on with --from 03" in printed
     wait_for(lambda: not processes_of(run), seconds=60)
     assert list(run.resume.glob("step_*/state.json")) and not alive(run)
     assert not run.checkpoint.exists()

@@ -1,8 +1,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from framseg.run import stamps
 from framseg.run.paths import hold
 
 RUN_ALL = config.REPOSITORY / "run_all.sh"
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 TOOLS = "bash awk cat cmp df dirname grep mkdir rm tail".split()
 
 
@@ -123,6 +126,47 @@ def test_a_failing_cell_is_shown_and_finished_steps_stay(notebooks, tmp_path, ca
     assert f"The executed copy is {tmp_path / 'a run/notebooks/02_two.ipynb'}" in printed and "--from 02" in printed
     assert (tmp_path / "a run/one.txt").exists() and (tmp_path / "a run/notebooks/02_two.ipynb").exists()
     assert not (tmp_path / "a run/three.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        (
+            "from framseg import prompt; raise prompt.PromptError('the query is empty')",
+            "PromptError: the query is empty",
+        ),
+        ("open('none')", "FileNotFoundError: [Errno 2] No such file or directory: 'none'"),
+    ],
+)
+def test_what_a_user_can_cause_in_a_chapter_is_one_sentence(notebooks, tmp_path, capfd, cell, sentence):
+    notebook(notebooks, "02_two", cell)
+    assert start(tmp_path) == 1
+    printed = capfd.readouterr().err
+    assert f"error: 02_two: cell 3 failed with {sentence}. The executed copy is" in printed
+    assert "Traceback" not in printed and printed.count("error: ") == 1
+
+
+@pytest.mark.parametrize("whom", ["all", "the command"])
+def test_ctrl_c_while_a_chapter_runs(notebooks, tmp_path, whom):
+    """A terminal sends it to the kernel, too."""
+    notebook(
+        notebooks, "01_one", "from pathlib import Path; import time; Path(run_dir, 'here').touch(); time.sleep(99)"
+    )
+    code = (
+        "import sys; from pathlib import Path; from framseg.run import notebooks, preflight;"
+        "preflight.missing = lambda *_: []; notebooks.NOTEBOOKS = Path(sys.argv.pop());"
+        "sys.exit(notebooks.main())"
+    )
+    command = [sys.executable, "-c", code, "paper", "--run-dir", str(tmp_path / "a run"), str(notebooks)]
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(config.REPOSITORY)}, start_new_session=True, **PIPES
+    )
+    while not (tmp_path / "a run/here").exists() and process.poll() is None:
+        time.sleep(0.05)
+    (os.killpg if whom == "all" else os.kill)(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "error: 01_one: interrupted. The executed copy is" in text and "Traceback" not in text
 
 
 def test_a_dead_kernel_is_reported(notebooks, tmp_path, capfd):

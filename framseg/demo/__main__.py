@@ -16,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=base_model.BASE, help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=base_model.BASE_SEED, help="of all random numbers (%(default)s)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**31:
+        parser.error(f"--seed {options.seed}: write a number from 0 to {2**31 - 1}")
     base_model.make_base(options.out, options.seed)
 
 

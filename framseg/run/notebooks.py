@@ -2,10 +2,11 @@
 
 papermill executes every notebook with this Python; the executed copies lie in the run folder, next to the resolved
 profile that all of them read. While nothing that a finished notebook was made from has changed (`framseg.run.stamps`),
-a whole run skips it. Exit code 1: a notebook failed; 2: nothing was started.
+a whole run skips it. Exit code 1: a notebook failed; 2: nothing was started; 130: it was interrupted.
 """
 
 import argparse
+import builtins
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ NOTEBOOKS = PACKAGED if PACKAGED.is_dir() else config.REPOSITORY / "notebooks"
 KERNEL = "python3"  # the kernel's name in the notebooks
 TRAINING = "03"  # the notebook that trains
 MADE_FROM = {"01": ("data", "frames"), "04": ("inference",)}  # other notebooks and what they show of the profile
+INTERRUPTED = "interrupted"
 TAIL = 25  # lines of a failed cell's traceback that are shown
 
 
@@ -77,7 +79,7 @@ def resolve(options: argparse.Namespace) -> tuple[config.Profile, Run]:
         raise RunError(f"--set {wrong[0]}: write KEY=VALUE, e.g. training.epochs=2")
     overrides = {key.strip(): value for key, value in (change.split("=", 1) for change in options.set)}
     profile = config.load(options.name or options.profile or "demo", overrides)
-    run = Run(profile, options.run_dir and options.run_dir.resolve())
+    run = Run(profile, options.run_dir and options.run_dir.absolute())
     if (options.only or options.first) and run.profile.is_file():
         profile = config.load(run.profile, overrides)
     return profile, run
@@ -97,26 +99,33 @@ def execute(notebook: Path, run: Run) -> None:
         # Jupyter may know another interpreter's kernel by this name: this folder, first on its path, has this Python's.
         # It loads no module from the current folder, where a file may have a library's name, unless that is PYTHONPATH:
         # the usual command, `ipykernel_launcher`, takes that away, too.
-        command = [sys.executable, "-m", "ipykernel", "-f", "{connection_file}"]
+        # Of a kernel that an interrupt ends, a level below "critical" would show a traceback.
+        command = [sys.executable, "-m", "ipykernel", "--log-level=CRITICAL", "-f", "{connection_file}"]
         write_kernel_spec(Path(folder) / "kernels" / KERNEL, {"argv": command, "env": {"PYTHONSAFEPATH": "1"}})
         os.environ["JUPYTER_PATH"] = folder
         papermill.execute_notebook(source, copy, parameters, kernel_name=KERNEL, language="python")
 
 
 def failure(notebook: Path, run: Run) -> str | None:
-    """Execute one notebook; returns why it failed, having printed the end of its traceback, or None."""
+    """Execute one notebook; returns why it failed, or None. Of a fault that is no user's, it prints the traceback."""
     try:
         execute(notebook, run)
     except PapermillExecutionError as error:
+        if error.ename == KeyboardInterrupt.__name__:
+            return INTERRUPTED
+        failed = f"cell {error.exec_count} failed with {error.ename}"
         lines = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)).splitlines()
+        kind = getattr(builtins, error.ename, object)
+        if "Traceback" not in lines[0] or issubclass(kind, OSError):  # a FramsegError has none
+            return f"{failed}: {error.evalue}"
         print(*lines[-TAIL:], sep="\n", file=sys.stderr)
-        return f"cell {error.exec_count} failed with {error.ename}"
+        return failed
     except DeadKernelError:
         return "its kernel died, most often for want of memory"
     except OSError as error:
         return str(error)
     except KeyboardInterrupt:
-        return "interrupted"
+        return INTERRUPTED
     return None
 
 
@@ -187,7 +196,7 @@ def run_chapters(chapters: list[stamps.Chapter], profile: config.Profile, run: R
         report.write(profile, run)
         print(f"report: {run.report}")
     if reason:
-        return 1
+        return 130 if reason == INTERRUPTED else 1
     kept = f", {skipped} skipped" if skipped else ""
     print(f"{len(chapters) - skipped} notebooks in {time.monotonic() - began:.0f} s{kept}; everything is in {run.root}")
     return 0
