@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from framseg.jsonl import whole_file, write_lines
-from framseg.run.container import Container, VideoError, anew, ffmpeg
+from framseg.run.container import Container, VideoError, anew, ffmpeg, upright
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -164,12 +164,15 @@ class Video:
 
     def _pictures(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The wanted numbers' pictures, uint8 [H, W, 3], by PyAV."""
-        number_of = dict(zip(self._places.tolist(), range(self.count), strict=True))
+        numbers: dict[int, list[int]] = {}  # by place; an edit list may show a frame more than once
+        for number in sorted(wanted):
+            numbers.setdefault(int(self._places[number]), []).append(number)
         place = -1
         for place, frame in enumerate(self.container.decoded()):
-            if (number := number_of.get(place, -1)) in wanted:
-                yield number, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-        if place < self._places[-1]:
+            if place in numbers:
+                picture = upright(frame)
+                yield from ((number, picture) for number in numbers[place])
+        if place < self._places.max():
             raise VideoError(
                 f"{self.path}: damaged: {place + 1} frames can be decoded, and its list of times has {self.count}; "
                 f"get the file again, or keep what can be shown: {anew(self.path)}"

@@ -215,7 +215,7 @@ def test_playing_sends_a_stretch_or_says_what_is_missing(predictions, tmp_path, 
     assert "nothing to play" not in opened.picture.value
     opened.next()
     opened.play(3)
-    assert "cannot be played" in opened.message.value and sent == [({"kind": "no clip"},)]
+    assert "cannot be opened" in opened.message.value and sent == [({"kind": "no clip"},)]
     opened.next()
     assert "nothing to play" in opened.picture.value and opened.message.value == ""
     opened.play(3)

@@ -6,6 +6,7 @@ earliest of its pictures and sounds.
 
 import os
 import shlex
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ TELL_LENGTH = {"mov", "matroska", "flv", "avi", "asf"}  # containers whose heade
 BROKEN_OFF = ("File ended prematurely", "partial file")  # FFmpeg's words for a file that ends inside of its data
 TS_PACKETS = (188, 192, 204)  # bytes
 FLV_TAGS = (b"\x08", b"\x09", b"\x12")  # sound, picture, data
+UPRIGHT = (65536, 0, 0, 65536)  # how an mp4 writes that a picture is shown as it is coded
 NO_TIMES = 0x80  # FFmpeg's flag of a format without times (AVFMT_NOTIMESTAMPS), for which it would invent some
+ROUNDING = 1e-6  # seconds
 STILL = 0.5  # seconds of frames whose times may be no later than those of frames before them
 
 
@@ -32,8 +35,11 @@ class VideoError(FramsegError, ValueError):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A video file and its picture track, opened by PyAV. VideoError for a file that is missing or no video."""
+def opened(path: Path, whole_media: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A video file and its picture track, opened by PyAV. VideoError for a file that is missing or no video.
+
+    whole_media: leave an mp4's edit list aside.
+    """
     beginning = b""
     if not os.path.exists(path):
         raise VideoError(f"{path}: no such video file")
@@ -43,7 +49,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
                 beginning = file.read(8)
         # The whole path, as a relative one with a colon would be taken for a protocol; no protocol but files, as a
         # playlist could send us into the network; titles may be written in any alphabet.
-        options = {"protocol_whitelist": "file"}
+        options = {"protocol_whitelist": "file"} | ({"ignore_editlist": "1"} if whole_media else {})
         container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
@@ -113,9 +119,10 @@ class Container:
             )
             self._avi = name == "avi"
             h264 = stream.codec_context.codec.canonical_name == "h264"
-            self.plain = (
-                h264 and name.startswith("mov,mp4") and self.fps > 0 and len(set(known)) == len(pts) and not self.cut
-            )
+            mp4 = name.startswith("mov,mp4")
+            matrix, self._edits = _track(self.path, stream.id) if mp4 else (UPRIGHT, [])
+            self.plain = h264 and mp4 and matrix == UPRIGHT and not self._edits and not self.cut
+            self.plain &= self.fps > 0 and len(set(known)) == len(pts)
             self.times = np.array(sorted(known), float) * base - self.begin
 
     def decoded(self) -> Iterator[av.VideoFrame]:
@@ -125,9 +132,9 @@ class Container:
         decoded in front of the first key frame is no damage: a recording may begin anywhere.
         """
         good, damage = None, ""
-        with opened(self.path) as (container, stream):
+        with opened(self.path, whole_media=bool(self._edits)) as (container, stream):
             for number, packet in enumerate(self._packets(container, stream)):
-                if self.cut and packet.size and number >= len(self._numbers) - 1:
+                if self.cut and not self._edits and packet.size and number >= len(self._numbers) - 1:
                     continue  # it may be a part of a frame
                 try:
                     frames = packet.decode()
@@ -148,9 +155,9 @@ class Container:
         self.cut |= bool(damage)
 
     def decode_times(self) -> np.ndarray:
-        """Sets `times` and `last` to what the decoded frames themselves tell; returns which of these are shown.
+        """Sets `times` and `last` to what the decoded frames themselves tell; returns which of these are shown when.
 
-        A whole pass over the file; int64 [shown] numbers in the order of `decoded`. VideoError if times are unknown.
+        A whole pass over the file; int64 [shown] places in the order of `decoded`. VideoError if times are unknown.
         """
         found: list[float | None] = []
         for frame in self.decoded():
@@ -162,6 +169,8 @@ class Container:
             numbers = [number for number in self._numbers if number is not None]
             found = [n / self.fps for n in (sorted(numbers) if len(numbers) == len(found) else range(len(found)))]
         times = self._filled(np.array(found, float))
+        if self._edits:
+            return self._edited(times)
         latest = np.maximum.accumulate(times)
         still = times[1:] <= latest[:-1]
         if still.sum() > STILL * self.fps:
@@ -172,6 +181,25 @@ class Container:
         late = times < latest  # a player has shown a later frame by then and leaves these out
         self.times = times[~late]
         return np.flatnonzero(~late)
+
+    def _edited(self, times: np.ndarray) -> np.ndarray:
+        """As `decode_times`, where an edit list says which stretches of the frames' own times are shown one by one.
+
+        FFmpeg shows the only stretch of such a list right, but errs by frames or seconds where there are several.
+        """
+        now, places, starts = 0.0, list[int](), list[float]()
+        for length, begin in self._edits:
+            if begin is not None:
+                begin -= self.begin
+                first = max(0, int(np.searchsorted(times, begin + ROUNDING, side="right")) - 1)
+                behind = int(np.searchsorted(times, begin + length - ROUNDING))
+                places += range(first, behind)
+                starts += (now + np.maximum(times[first:behind] - begin, 0)).tolist()
+            now += length
+        if not starts:
+            raise VideoError(f"{self.path}: its edit list shows no frame; {anew(self.path, '-ignore_editlist 1')}")
+        self.times, self.last = np.array(starts) - self.begin, now - starts[-1] if np.isfinite(now) else self.last
+        return np.array(places)
 
     def _filled(self, times: np.ndarray) -> np.ndarray:
         """Times of every frame; some containers state that of the first of a few, and the rate does the rest.
@@ -252,6 +280,73 @@ class Container:
 def _seconds(time: int) -> float:
     """A container's own times are in millionths."""
     return time / av.time_base
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """The picture as a player shows it, uint8 [H, W, 3] RGB: turned and mirrored as the file asks."""
+    picture = frame.to_ndarray(format="rgb24")
+    if matrix := frame.side_data.get("DISPLAYMATRIX"):
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        turned = abs(b) > abs(a)  # the sides change places
+        picture = picture.transpose(1, 0, 2) if turned else picture
+        picture = picture[:: -1 if (b if turned else d) < 0 else 1, :: -1 if (c if turned else a) < 0 else 1]
+    return np.ascontiguousarray(picture)
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and content of each box of an mp4's header."""
+    at = 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4])
+        if size < 8:
+            return
+        yield data[at + 4 : at + 8], data[at + 8 : at + size]
+        at += size
+
+
+def _inside(data: bytes, *names: bytes) -> bytes:
+    """The content of the first box of the last name inside of the first one of each name before it."""
+    for name in names:
+        data = next((content for each, content in _boxes(data) if each == name), b"")
+    return data
+
+
+def _movie(path: Path) -> bytes:
+    """The content of an mp4's header."""
+    with path.open("rb") as file:
+        while len(head := file.read(16)) == 16:
+            size, name = int.from_bytes(head[:4]), head[4:8]
+            if name == b"moov":
+                return head[8:] + file.read(size - 16)
+            size = int.from_bytes(head[8:]) if size == 1 else size
+            if size < 8:
+                break
+            file.seek(size - 16, os.SEEK_CUR)
+    return b""
+
+
+def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[tuple[float, float | None]]]:
+    """How an mp4 turns a track's pictures (a, b, c, d of its matrix), and its edits, if FFmpeg does not follow these.
+
+    Edits are (length, begin) in seconds, begin None for an empty one. FFmpeg follows a single one, also behind an
+    empty one.
+    """
+    movie = _movie(path)
+    for name, track in _boxes(movie):
+        about, media = _inside(track, b"tkhd"), _inside(track, b"mdia", b"mdhd")
+        if name != b"trak" or not about or struct.unpack_from(">I", about, 20 if about[0] else 12)[0] != number:
+            continue
+        head, listed = _inside(movie, b"mvhd"), _inside(track, b"edts", b"elst")
+        scales = [struct.unpack_from(">I", box, 20 if box[0] else 12)[0] for box in (head, media)]
+        layout = struct.Struct(">Qqhh" if listed[:1] == b"\1" else ">Iihh")
+        edits = [
+            (length / scales[0] or np.inf, None if begin == -1 else begin / scales[1])
+            for length, begin, *_ in layout.iter_unpack(listed[8 : 8 + (len(listed) - 8) // layout.size * layout.size])
+        ]
+        a, b, _, c, d = struct.unpack_from(">5i", about, 52 if about[0] else 40)
+        followed = len(edits) < 2 or len(edits) == 2 and edits[0][1] is None
+        return (a, b, c, d), [] if followed else edits
+    return UPRIGHT, []
 
 
 @contextmanager
