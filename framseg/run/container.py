@@ -4,6 +4,7 @@ FFmpeg's libraries do the reading, through PyAV. Seconds are the player's: 0 is 
 earliest of its pictures and sounds.
 """
 
+import errno
 import os
 import shlex
 import struct
@@ -20,9 +21,10 @@ from av.video.stream import VideoStream
 
 from framseg import FramsegError
 
-TELL_LENGTH = {"mov", "matroska", "flv", "avi", "asf"}  # containers whose header does; others' lengths are guesses
+TELL_LENGTH = {"mov", "matroska", "avi", "asf"}  # containers whose header does; FFmpeg guesses others' lengths
 BROKEN_OFF = ("File ended prematurely", "partial file")  # FFmpeg's words for a file that ends inside of its data
 TS_PACKETS = (188, 192, 204)  # bytes
+FLV_HEADER = 4096  # bytes in which an FLV's length stands, if anywhere
 FLV_TAGS = (b"\x08", b"\x09", b"\x12")  # sound, picture, data
 UPRIGHT = (65536, 0, 0, 65536)  # how an mp4 writes that a picture is shown as it is coded
 NO_TIMES = 0x80  # FFmpeg's flag of a format without times (AVFMT_NOTIMESTAMPS), for which it would invent some
@@ -51,9 +53,10 @@ def opened(path: Path, whole_media: bool = False) -> Iterator[tuple[InputContain
         # playlist could send us into the network; titles may be written in any alphabet.
         options = {"protocol_whitelist": "file"} | ({"ignore_editlist": "1"} if whole_media else {})
         container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
-    except av.FFmpegError as error:
+    except (OSError, av.FFmpegError) as error:
+        # FFmpeg calls it an input/output error, too, where a file ends in the middle of a header.
+        if isinstance(error, OSError) and not (isinstance(error, av.FFmpegError) and error.errno == errno.EIO):
+            raise VideoError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
         why = f" as a video ({error.strerror}): it is another kind of file, or cut off or damaged"
         if beginning[4:] == b"ftyp":
             why = ": the index of this mp4 (moov) is missing or damaged, as in a file that is cut off"
@@ -246,8 +249,9 @@ class Container:
                         latest, self.last = time, seconds
         name = container.format.name.split(",")[0]
         self.cut |= any(broken.values()) or any(text in line for *_, line in log for text in BROKEN_OFF)
-        self.cut |= self._ends_in_a_packet(name)
-        claimed = _seconds(container.duration) if container.duration and name in TELL_LENGTH else None
+        tells, inside = self._bytes_tell(name)
+        self.cut |= inside
+        claimed = _seconds(container.duration) if container.duration and tells else None
         if name == "avi" and self.fps:  # FFmpeg corrects the duration by the file's size, but not the number of frames
             claimed = stream.frames / self.fps
         missing = (claimed or 0) - (max(ends.values()) - min(0, _seconds(container.start_time or 0)))
@@ -264,17 +268,18 @@ class Container:
         """Seconds by which an intact file's header may claim too much."""
         return max(0.1, 2 / self.fps if self.fps else 0)
 
-    def _ends_in_a_packet(self, name: str) -> bool:
-        """Whether the bytes end inside a packet of a container that FFmpeg does not tell that of."""
+    def _bytes_tell(self, name: str) -> tuple[bool, bool]:
+        """Whether the header tells the length, and whether the bytes end inside a packet, where FFmpeg does not say."""
         size = self.path.stat().st_size
         if name == "mpegts":
-            return all(size % packet for packet in TS_PACKETS)
-        if name == "flv":  # the last four bytes are the size of what lies in front of them
-            with self.path.open("rb") as file:
-                file.seek(max(0, size - 4))
-                file.seek(max(0, size - 4 - int.from_bytes(file.read(4))))
-                return file.read(1) not in FLV_TAGS
-        return False
+            return False, all(size % packet for packet in TS_PACKETS)
+        if name != "flv":
+            return name in TELL_LENGTH, False
+        with self.path.open("rb") as file:
+            _, named, number = file.read(FLV_HEADER).partition(b"duration\0")
+            file.seek(max(0, size - 4))  # the last four bytes are the size of the tag in front of them
+            file.seek(max(0, size - 4 - int.from_bytes(file.read(4))))
+            return bool(named) and any(number[:8]), file.read(1) not in FLV_TAGS
 
 
 def _seconds(time: int) -> float:
@@ -286,7 +291,7 @@ def upright(frame: av.VideoFrame) -> np.ndarray:
     """The picture as a player shows it, uint8 [H, W, 3] RGB: turned and mirrored as the file asks."""
     picture = frame.to_ndarray(format="rgb24")
     if matrix := frame.side_data.get("DISPLAYMATRIX"):
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        a, b, _, c, d = struct.unpack_from("5i", matrix)  # type: ignore[arg-type]  # PyAV does not call it a buffer
         turned = abs(b) > abs(a)  # the sides change places
         picture = picture.transpose(1, 0, 2) if turned else picture
         picture = picture[:: -1 if (b if turned else d) < 0 else 1, :: -1 if (c if turned else a) < 0 else 1]
