@@ -9,7 +9,7 @@ import os
 import shlex
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,10 +26,13 @@ BROKEN_OFF = ("File ended prematurely", "partial file")  # FFmpeg's words for a 
 TS_PACKETS = (188, 192, 204)  # bytes
 FLV_HEADER = 4096  # bytes in which an FLV's length stands, if anywhere
 FLV_TAGS = (b"\x08", b"\x09", b"\x12")  # sound, picture, data
-UPRIGHT = (65536, 0, 0, 65536)  # how an mp4 writes that a picture is shown as it is coded
+UPRIGHT: tuple[int, ...] = (65536, 0, 0, 65536)  # how an mp4 writes that a picture is shown as it is coded
 NO_TIMES = 0x80  # FFmpeg's flag of a format without times (AVFMT_NOTIMESTAMPS), for which it would invent some
 ROUNDING = 1e-6  # seconds
 STILL = 0.5  # seconds of frames whose times may be no later than those of frames before them
+
+
+Edit = tuple[float, float | None]  # its length and where it begins in the frames' own times (s), None if it is empty
 
 
 class VideoError(FramsegError, ValueError):
@@ -117,13 +120,15 @@ class Container:
                     f"{self.path}: its frames carry no times; {anew(self.path, '-framerate 30')}, at its true rate"
                 )
             base = float(stream.time_base or 0)
-            self.begin = (
-                min(known, default=0) * base if container.start_time is None else _seconds(container.start_time)
-            )
+            first = min(known, default=0) * base
+            self.begin = first if container.start_time is None else _seconds(container.start_time)
             self._avi = name == "avi"
             h264 = stream.codec_context.codec.canonical_name == "h264"
             mp4 = name.startswith("mov,mp4")
-            matrix, self._edits = _track(self.path, stream.id) if mp4 else (UPRIGHT, [])
+            matrix, self._edits = UPRIGHT, list[Edit]()
+            if mp4:
+                with suppress(struct.error, IndexError, ZeroDivisionError):  # FFmpeg has made sense of a damaged header
+                    matrix, self._edits = _track(self.path, stream.id)
             self.plain = h264 and mp4 and matrix == UPRIGHT and not self._edits and not self.cut
             self.plain &= self.fps > 0 and len(set(known)) == len(pts)
             self.times = np.array(sorted(known), float) * base - self.begin
@@ -330,11 +335,10 @@ def _movie(path: Path) -> bytes:
     return b""
 
 
-def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[tuple[float, float | None]]]:
+def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
     """How an mp4 turns a track's pictures (a, b, c, d of its matrix), and its edits, if FFmpeg does not follow these.
 
-    Edits are (length, begin) in seconds, begin None for an empty one. FFmpeg follows a single one, also behind an
-    empty one.
+    FFmpeg follows a single one, also behind an empty one.
     """
     movie = _movie(path)
     for name, track in _boxes(movie):
