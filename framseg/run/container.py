@@ -173,9 +173,12 @@ class Container:
             self.last = float((frame.duration or 0) * (frame.time_base or 0))
         if not found:
             raise VideoError(f"{self.path}: damaged or cut off: not one frame can be decoded; get the file again")
-        if self._avi and self.fps:  # which has no times, but a constant rate, and its packets numbers
-            numbers = [number for number in self._numbers if number is not None]
-            found = [n / self.fps for n in (sorted(numbers) if len(numbers) == len(found) else range(len(found)))]
+        if self._avi and self.fps and (numbers := sorted(n for n in self._numbers if n is not None)):
+            # AVI has no times but numbers, in the order of decoding: FFmpeg's times are late by the decoder's delay.
+            own = np.array(found, float)
+            late = own[0] - numbers[0] / self.fps if (np.diff(own) > 0).all() else np.nan
+            even = numbers if len(numbers) == len(found) else range(len(found))
+            found = list(own - late) if np.isfinite(late) else [number / self.fps for number in even]
         times = self._filled(np.array(found, float))
         if self._edits:
             return self._edited(times)

@@ -1,17 +1,20 @@
 """What the frame store costs: bytes per video and per sample, time to extract, time to read a training sample.
 
-python tests/benchmarks/frame_store.py [--videos 6]      (some eight minutes on two cores)
+python tests/benchmarks/frame_store.py [--videos 6] [--before FOLDER]      (some eight minutes on two cores)
 
 Draws videos of 150 s, 640 x 360, 30 frames per second: scenes of moving texture whose amplitudes fall with the
 frequency as those of natural pictures do, shapes and noise, H.264 at 640 kbit/s with a key frame every 5 s
 (QVHighlights' archive has some 757 kbit per second of video, with the sound). Bytes depend on the content, which is
 synthetic: real videos will differ. Extracts them with the paper profile's settings and writes records/frame_store.json.
+--before names a checkout of another commit: decoding by it and by this one then take turns, a fresh process each.
 """
 
 import argparse
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -123,12 +126,50 @@ def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: floa
     assert report.done == len(vids), report.failed
 
 
+ONE_PASS = """
+import sys, time
+from pathlib import Path
+from framseg import frames
+video = frames.Video(Path(sys.argv[1]))
+numbers = video.numbers(*map(float, sys.argv[2:3]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+pictures = video.frames(numbers, int(sys.argv[6]))
+print(time.process_time(), int(pictures.sum(dtype="int64")))
+"""
+
+
+def in_turns(before: Path, paths: list[Path], settings: list) -> dict:
+    """CPU seconds per video, with Python's start, of a whole pass by two checkouts; their pictures must be the same."""
+    here = Path(frames.__file__).parents[1]
+    seconds: dict[Path, list[float]] = {before: [], here: []}
+    for path in paths:
+        sums = set()
+        for checkout, times in seconds.items():
+            command = [sys.executable, "-P", "-c", ONE_PASS, str(path), *map(str, settings)]
+            environment = os.environ | {"PYTHONPATH": str(checkout)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            cpu, total = done.stdout.split()
+            times.append(float(cpu))
+            sums.add(total)
+        assert len(sums) == 1, f"{path}: the two read other pictures"
+    commit = subprocess.run(
+        ["git", "-C", before, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout
+    ratios = np.divide(seconds[here], seconds[before])
+    return {
+        f"commit {commit.strip()}, CPU seconds": round(np.median(seconds[before]), 2),
+        "this commit, CPU seconds": round(np.median(seconds[here]), 2),
+        "ratio": {name: round(float(f(ratios)), 3) for name, f in (("min", min), ("median", np.median), ("max", max))},
+    }
+
+
 def main() -> None:
     from framseg import dataset  # here, because the worker processes import this file and need no torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=6)
-    count = parser.parse_args().videos
+    parser.add_argument("--before", type=Path, help="a checkout of another commit, to compare with")
+    options = parser.parse_args()
+    count = options.videos
     section, size = config.load("paper").frames, config.load("paper").model.vision.image_size
     pictures = f"{section.count} x {2 * section.neighbours + 1} of {size} px, JPEG quality {section.jpeg_quality}"
     with tempfile.TemporaryDirectory() as folder:
@@ -157,6 +198,8 @@ def main() -> None:
                 "frames/s": round(count * SECONDS * FPS / clock),
                 "frames per CPU second": round(count * SECONDS * FPS / cpu),
             }
+        settings = [SECONDS, section.count, section.neighbours, section.neighbour_distance, size]
+        turns = in_turns(options.before, 2 * [*paths.values()], settings) if options.before else None
         rng = np.random.default_rng(0)
         bytes_a_sample, reading = [], []
         for _ in range(READS):
@@ -185,6 +228,8 @@ def main() -> None:
             "samples per CPU second": round(1 / cpu, 1),
         },
     }
+    if turns:
+        record["whole pass by two commits, in turns"] = turns
     print(json.dumps(record, indent=2))
     common.write("frame_store", record)
 
