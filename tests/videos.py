@@ -17,6 +17,8 @@ import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
 
+from framseg import frames
+
 BITS = 12
 SIZE = (160, 96)
 COLOURS = np.array([[200, 60, 60], [60, 180, 70], [60, 80, 200], [210, 200, 80], [190, 80, 190], [128, 128, 128]])
@@ -159,6 +161,7 @@ def write(
         stream.width, stream.height = size
         stream.pix_fmt, stream.codec_context.time_base = pixels, tick
         stream.options = OPTIONS.get(codec, {}) if options is None else options
+        stream.codec_context.thread_count = 1  # some encoders' threads wait for each other at full speed
         prepare(stream)
         heard = None
         if sound:
@@ -418,6 +421,13 @@ def timeless(path: Path, every: int = 4) -> Shown:
     return out
 
 
+def joined(path: Path) -> Shown:
+    """Two recordings of a transport stream, one copied behind the other."""
+    out = write(path, sound=(0, 5))
+    path.write_bytes(2 * path.read_bytes())
+    return out
+
+
 def one_early(path: Path) -> Shown:
     """An mp4 of which one frame in the middle, number 75, says that it is to be shown before all others."""
     out = write(path, options=x264())
@@ -475,9 +485,14 @@ def cases() -> Iterator[Case]:
     yield case("one_group.mp4", "a single key frame", options=x264(3, key=250))
     yield case("key_frames.mp4", "key frames only", options=x264(0, key=1))
     yield case("fragments.mp4", "fragmented", options=three, muxer=fragments)
+    with_edits = {"movflags": "frag_keyframe+delay_moov+default_base_moof"}
+    yield case("sound_fragments.mp4", "fragmented", options=three, muxer=with_edits, sound=(0, 5))
     held = even(5, 30, Fraction(2, 30))  # no edit list takes away what B-frames delay
-    yield case("sound_fragments.mp4", "fragmented", times=held, options=x264(2), muxer=fragments, sound=(0, 5))
+    yield case("held_fragments.mp4", "fragmented", times=held, options=x264(2), muxer=fragments, sound=(0, 5))
     yield case("sound.mp4", "with sound", options=three, sound=(0, 5))
+    yield case("negative.mp4", "offsets below 0", options=three, muxer={"movflags": "negative_cts_offsets"})
+    dash = {"movflags": "frag_keyframe+empty_moov+default_base_moof+dash+global_sidx"}
+    yield case("dash.mp4", "fragmented, with an index", muxer=dash)
     yield case("bframes.mov", "three B-frames, with sound", options=three, sound=(0, 5))
     yield case("bframes.mkv", "three B-frames, with sound", options=three, sound=(0, 5))
     yield case("live.mkv", "no length in its header", options=three, muxer=live)
@@ -499,7 +514,7 @@ def cases() -> Iterator[Case]:
     yield case("bframes.m2ts", "packets of 192 bytes", options=three, muxer=blu_ray, sound=(0, 5))
     mpeg2 = {"qscale": "3", "bf": "2", "g": "15"}
     yield case("mpeg1.mpg", "MPEG-1, two B-frames", codec="mpeg1video", options=mpeg2, sound=(0, 5))
-    yield case("mpeg2.vob", "MPEG-2, two B-frames", codec="mpeg2video", options=mpeg2, kind="vob", sound=(0, 5))
+    yield case("mpeg2.vob", "MPEG-2, two B-frames", codec="mpeg2video", options=mpeg2, kind="dvd", sound=(0, 5))
     yield case("vp8.ogv", "VP8 in Ogg", codec="libvpx", sound=(0, 5))
     yield case("wmv2.wmv", "Windows Media", codec="wmv2", kind="asf", sound=(0, 5))
     yield case("h263.3gp", "H.263 of a phone", codec="h263", size=(176, 144))
@@ -542,6 +557,8 @@ def cases() -> Iterator[Case]:
     yield case("palette.mov", "a palette in the container", codec="smc", pixels="pal8", rate=10)
     yield case("palette_raw.avi", "a palette, uncompressed", codec="rawvideo", pixels="pal8", rate=10)
     yield case("rgb.mov", "QuickTime animation", codec="qtrle", pixels="rgb24", times=even(3))
+    yield case("alpha.mov", "transparency", codec="qtrle", pixels="argb", times=even(3))
+    yield case("grey.mkv", "shades of grey", pixels="gray", colours=False)
     # Rates.
     yield case("film.mp4", "24000/1001 per second", options=three, rate=NTSC)
     yield case("film.mkv", "24000/1001 per second, in milliseconds", options=three, rate=NTSC)
@@ -549,6 +566,8 @@ def cases() -> Iterator[Case]:
     yield case("25.mp4", "25 per second", rate=25)
     yield case("50.mp4", "50 per second", options=three, rate=50)
     yield case("60.mkv", "60 per second, in milliseconds", options=three, rate=60)
+    yield case("120.mp4", "120 per second", times=even(3, 120), options=three, rate=120)
+    yield case("rounded.mp4", "30 per second, in milliseconds", options=three, muxer={"video_track_timescale": "1000"})
     yield case("10.mp4", "10 per second", rate=10)
     yield case("1.mp4", "1 per second", rate=1, times=even(10, 1), options=x264(0, key=5))
     random = np.random.default_rng(1)
@@ -559,6 +578,9 @@ def cases() -> Iterator[Case]:
     yield case("gaps.mp4", "two gaps of 2 s", times=gaps, options=three)
     yield case("gaps.mkv", "two gaps of 2 s", times=gaps, options=three)
     yield case("gaps.ts", "two gaps of 2 s", times=gaps, tick=TS_CLOCK)
+    yield case("gaps.avi", "two gaps of 2 s", times=gaps, codec="mpeg4")
+    dropped = [Fraction(n, 30) for n in range(150) if n % 7 != 3 and not 50 < n < 60]
+    yield case("dropped.avi", "dropped frames", times=dropped, codec="mjpeg", pixels="yuvj420p", sound=(0, 5))
     phone = np.cumsum([0, *random.choice([33, 34, 50, 67, 8], 149)])
     yield case("phone.mp4", "a phone's variable rate", times=[Fraction(int(t), 1000) for t in phone], tick=MILLI)
     slides = [Fraction(int(t), 1000) for t in np.cumsum([0, *random.integers(200, 900, 12)])]
@@ -575,12 +597,12 @@ def cases() -> Iterator[Case]:
     yield case("late.ts", "sound first", times=late, options=three, sound=(0, 4.7))
     yield case("late.flv", "sound first", times=late, options=three, sound=(0, 4.7))
     yield case("late.mpg", "sound first", times=late, codec="mpeg1video", options=mpeg2, sound=(0, 4.7))
-    yield case("late_fragments.mp4", "sound first, fragmented", times=late, sound=(0, 4.7), muxer=fragments)
+    yield case("late_fragments.mp4", "sound first, fragmented", times=late, sound=(0, 4.7), muxer=with_edits)
     yield case("early.mp4", "picture first", options=three, sound=(2, 5))
     yield case("early.mkv", "picture first", options=three, sound=(2, 5))
-    as_it_is = {"avoid_negative_ts": "disabled"}
-    for ending in ("mkv", "mp4"):
-        yield case(f"minus.{ending}", "starts at -1 s", without_a_second, moved=-1, muxer=as_it_is)
+    minus = {"moved": -1, "muxer": {"avoid_negative_ts": "disabled"}}
+    yield case("minus.mp4", "starts at -1 s", without_a_second, **minus)
+    yield case("minus.mkv", "starts at -1 s", without_a_second, **minus, refused="some .* no time; `ffmpeg -i")
     yield case("day.mkv", "starts after an hour", moved=3600, sound=(0, 5), options=three)
     yield case("ten_hours.ts", "starts after ten hours", moved=36000, sound=(0, 5), options=three)
     yield case(
@@ -614,6 +636,19 @@ def cases() -> Iterator[Case]:
         size = tall if quarter % 2 else SIZE
         yield case(f"turned_{angle}.mp4", f"turned by {angle} degrees", turned, matrix=matrix, draw=draw, size=size)
     yield case("mirrored.mp4", "mirrored", turned, matrix=(-1, 0, 0, 1), draw=np.fliplr, size=SIZE)
+    yield case("upside_down.mp4", "mirrored", turned, matrix=(1, 0, 0, -1), draw=np.flipud, size=SIZE)
+    for name, sign, k in (("transposed", 1, 0), ("antitransposed", -1, 2)):
+
+        def transposed(image, k=k):
+            return np.rot90(image, k).transpose(1, 0, 2)
+
+        matrix = (0, sign, sign, 0)
+        yield case(f"{name}.mp4", "turned and mirrored", turned, matrix=matrix, draw=transposed, size=tall)
+
+    def turn(stream):
+        stream.set_display_rotation(90)
+
+    yield case("turned.mkv", "turned by 270 degrees", draw=partial(np.rot90, k=-1), size=tall, prepare=turn)
     yield case("odd.mp4", "161 x 97 pixels, 4:4:4", pixels="yuv444p", size=(161, 97))
     yield case("odd.webm", "161 x 97 pixels", codec="libvpx", size=(161, 97))
     yield case("odd.mjpeg.avi", "161 x 97 pixels", codec="mjpeg", pixels="yuvj420p", size=(161, 97))
@@ -640,6 +675,7 @@ def cases() -> Iterator[Case]:
     yield case("wrong_ending.mp4", "in truth Matroska", kind="matroska")
     # Times that cannot be taken as they are.
     yield case("doubled.mkv", "every tenth frame at the time of the one before", doubled)
+    yield case("joined.ts", "its clock starts anew with a second recording", joined, refused="jump back.*`ffmpeg -i")
     yield case("timeless.ts", "one picture in four states its time", timeless)
     yield case("one_early.mp4", "one frame's time lies before all others", one_early)
     # Few and many pictures.
@@ -660,8 +696,48 @@ def cases() -> Iterator[Case]:
     yield case("text.mp4", "text", nothing, content=b"no video\n" * 500, refused="another kind of file")
     yield case("sound_alone.mp4", "sound alone", sound_alone, refused="holds no pictures")
     lost = partial(without, lambda place: place == 60)
-    yield case("key_lost.mp4", "a key frame left out", change=lost, options=x264(2), refused="damaged.*`ffmpeg -i")
+    yield case("key_lost.mp4", "a key frame left out", change=lost, refused="damaged.*`ffmpeg -i")
     yield case("holed.mp4", "a tenth overwritten", holed, refused="damaged.*`ffmpeg -i")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was read of a file: evenly spread pictures, uint8 [n, 96, 96, 3], and what is told about it."""
+
+    images: np.ndarray
+    length: float
+    offset: float
+    count: int
+    reader: str
+    notes: list[str]
+
+    def errors(self, truth: Shown) -> list[tuple[float, float, float]]:
+        """For each picture its second, and how far off it is: in seconds, and as a share of that frame's duration."""
+        seconds = self.length / len(self.images) * (0.5 + np.arange(len(self.images)))
+        pairs = zip(seconds.tolist(), self.images, strict=True)
+        return [(second, *truth.error(second, number(image))) for second, image in pairs]
+
+
+def read(path: Path, count: int = 12, allow_partial: bool = False) -> Answer:
+    """Read a file as `predict` does, but in this process. Raises VideoError."""
+    video = frames.Video(path, allow_partial)
+    notes = frames._notes(video, allow_partial)
+    images = video.frames(video.numbers(video.length, count)[:, 0], SIZE[1])
+    return Answer(images, video.length, video.offset, video.count, video.reader, notes)
+
+
+def cuts(path: Path, folder: Path) -> dict[int, Path]:
+    """Writes the file cut off after each twentieth of its bytes and between some of its packets; by the bytes left."""
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        between = [packet.pos for packet in container.demux(video=0) if packet.pos]
+    places = [len(content) * part // 20 for part in range(1, 20)] + between[7::17]
+    for place in places:
+        (folder / f"{place} {path.name}").write_bytes(content[:place])
+    return {place: folder / f"{place} {path.name}" for place in places}
 
 
 def make(folder: Path) -> dict[str, Shown]:
@@ -670,3 +746,21 @@ def make(folder: Path) -> dict[str, Shown]:
 
 
 CASES = {case.name: case for case in cases()}
+CUT = {  # files that are cut off in every twentieth of their bytes
+    "bframes2.mp4": "mp4, index first",
+    "sound.mp4": "mp4, index last",
+    "sound_fragments.mp4": "mp4, fragmented",
+    "bframes.mov": "mov",
+    "bframes.mkv": "mkv",
+    "live.mkv": "mkv without a length",
+    "vp8.webm": "webm",
+    "vp8_live.webm": "webm without a length",
+    "bframes.flv": "flv",
+    "no_length.flv": "flv without a length",
+    "bframes.ts": "transport stream",
+    "xvid.avi": "avi",
+    "mpeg1.mpg": "program stream",
+    "vp8.ogv": "ogg",
+}
+
+UNKNOWN = "cannot be known whether its end is missing"  # told of a file without a length

@@ -302,6 +302,35 @@ def browser() -> str:
     )
 
 
+def corpus() -> str:
+    """What was read of the corpus, by container; files that cannot be opened have none."""
+    rows = []
+    for name in sorted({run["container"] for run in record("video_corpus")["rows"]}, key=lambda name: (not name, name)):
+        runs = [run for run in record("video_corpus")["rows"] if run["container"] == name]
+        outcomes = [run["outcome"] for run in runs]
+        worst = max((run["largest error, frames"] for run in runs if "frames" in run), default=None)
+        rows.append(
+            [
+                name.replace(",", ", ") or "none",
+                ", ".join(sorted({run["codec"] for run in runs} - {""})) or "–",
+                str(len(runs)),
+                *(str(outcomes.count(outcome)) for outcome in ("read right", "refused rightly", "wrong")),
+                "–" if worst is None else f"{worst:.2f}",
+            ]
+        )
+    return table(("container", "codecs", "files", "right", "refused", "wrong", "largest error, frames"), rows)
+
+
+def cuts() -> str:
+    """What became of the files of the corpus that were cut off."""
+    cut = record("video_corpus")["cut files"]
+    columns = ("refused", "told", "no frame missing", "silent")
+    rows = [
+        [name, str(sum(counts.values())), *(str(counts[column]) for column in columns)] for name, counts in cut.items()
+    ]
+    return table(("cut file", "cuts", *columns), rows)
+
+
 def plot() -> Figure:
     """A query's milliseconds over frames, beams and queries per video, and what growth in proportion would be."""
     cost_by = record("decoding_demo")["milliseconds per query by"]
@@ -337,6 +366,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "growth": growth,
     "browser": browser,
+    "corpus": corpus,
+    "cuts": cuts,
 }
 
 
