@@ -114,17 +114,16 @@ class Container:
             pts = self._list(container, stream)
             if not pts:
                 raise VideoError(f"{self.path}: damaged or cut off: it holds not one frame; get the file again")
-            name, known = container.format.name, [time for time in pts if time is not None]
-            if container.format.flags & NO_TIMES or name.endswith("_pipe") or name == "image2":
+            known, self._name = [time for time in pts if time is not None], container.format.name
+            if container.format.flags & NO_TIMES or self._name.endswith("_pipe") or self._name == "image2":
                 raise VideoError(
                     f"{self.path}: its frames carry no times; {anew(self.path, '-framerate 30')}, at its true rate"
                 )
             base = float(stream.time_base or 0)
             first = min(known, default=0) * base
             self.begin = first if container.start_time is None else _seconds(container.start_time)
-            self._avi = name == "avi"
             h264 = stream.codec_context.codec.canonical_name == "h264"
-            mp4 = name.startswith("mov,mp4")
+            mp4 = self._name.startswith("mov,mp4")
             matrix, self._edits = UPRIGHT, list[Edit]()
             if mp4:
                 with suppress(struct.error, IndexError, ZeroDivisionError):  # FFmpeg has made sense of a damaged header
@@ -173,7 +172,7 @@ class Container:
             self.last = float((frame.duration or 0) * (frame.time_base or 0))
         if not found:
             raise VideoError(f"{self.path}: damaged or cut off: not one frame can be decoded; get the file again")
-        if self._avi and self.fps and (numbers := sorted(n for n in self._numbers if n is not None)):
+        if self._name == "avi" and self.fps and (numbers := sorted(n for n in self._numbers if n is not None)):
             # AVI has no times but numbers, in the order of decoding: FFmpeg's times are late by the decoder's delay.
             own = np.array(found, float)
             late = own[0] - numbers[0] / self.fps if (np.diff(own) > 0).all() else np.nan
@@ -189,6 +188,9 @@ class Container:
             raise VideoError(
                 f"{self.path}: its frames' times stand still or jump back at {second:.2f} s; {anew(self.path)}"
             )
+        if self._name == "mpeg" and still.any() and abs(np.ptp(times) * self.fps - len(times) + 1) < 0.5:
+            # Of small frames that share a packet FFmpeg may take one's time for another's.
+            times = latest = times[0] + np.arange(len(times)) / self.fps
         late = times < latest  # a player has shown a later frame by then and leaves these out
         self.times = times[~late]
         return np.flatnonzero(~late)
