@@ -5,13 +5,12 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from framseg import annotations, moments, predictions
+from framseg import annotations, command_line, moments, predictions
 from framseg.annotations import ANNOTATORS, LabelledRow, Row, clips, from_dict, labelled
 from framseg.predictions import SALIENCY, WINDOWS, PredictionError, all_have, matched, prediction_record
 
@@ -259,6 +258,7 @@ def _matched(
     return matched(predictions, rows, intersection)
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `framseg evaluate`."""
     parser = argparse.ArgumentParser(prog="framseg evaluate", description="Print the dataset's metrics.")
@@ -266,11 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("annotations", type=Path, help="a split with labels, e.g. highlight_val_release.jsonl")
     parser.add_argument("--intersection", action="store_true", help="score only the queries that both files have")
     chosen = parser.parse_args(arguments)
-    try:
-        records, rows = predictions.read_predictions(chosen.predictions), annotations.read(chosen.annotations)
-        print(json.dumps(evaluate(records, rows, chosen.intersection), indent=4))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    records, rows = predictions.read_predictions(chosen.predictions), annotations.read(chosen.annotations)
+    print(json.dumps(evaluate(records, rows, chosen.intersection), indent=4))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from framseg import FramsegError, moments, prompt
+from framseg import command_line, moments, prompt
 from framseg.annotations import USUAL_SECONDS, Row, frame_times
 from framseg.backbones.blip3 import Blip3
 from framseg.checkpoint import loaded
@@ -162,6 +161,7 @@ def _table(prediction: Prediction) -> str:
     return "\n".join(lines)
 
 
+@command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `framseg predict`."""
     parser = argparse.ArgumentParser(prog="framseg predict", description="Moments and highlights of your own video.")
@@ -173,10 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--allow-partial", action="store_true", help="answer about the part of a file that is cut off")
     parser.add_argument("--json", action="store_true", help="print prediction records, one JSON object per line")
     options = parser.parse_args(arguments)
-    try:
-        answer = predict(options.video, options.query, options.checkpoint, allow_partial=options.allow_partial)
-    except (FramsegError, OSError) as error:
-        sys.exit(f"error: {error}")
+    answer = predict(options.video, options.query, options.checkpoint, allow_partial=options.allow_partial)
     predictions = answer if isinstance(answer, list) else [answer]
     if options.json:
         print(*(json.dumps(prediction.record) for prediction in predictions), sep="\n")

@@ -1,16 +1,22 @@
 import itertools
 import json
+import re
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import small_profile
 from small import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from framseg import config
+from framseg import annotations, config
+from framseg.annotations import LabelledRow
 from framseg.backbones import blip3
-from framseg.run import cost
+from framseg.run import cost, preflight
+from framseg.run.paths import Run
 
 TEXT = 12  # ids other than the images', with the answer
 
@@ -129,3 +135,95 @@ def test_matrix_rate_is_that_of_the_device():
         left @ right
     plain = 200 * 2 * 256**3 / (time.perf_counter() - began)
     assert plain / 10 < cost.matrix_rate("cpu", torch.float32, width=256, seconds=0.1) < 10 * plain
+
+
+# what of it this machine has, before anything starts
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make this machine one with so many GPUs of so many GiB, and of a disk with so many GiB free."""
+
+    def become(gpus: int = 0, gib: float = 0, free: float = 10**6):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        about = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 2**30))
+
+    return become
+
+
+CPU = "set training.device=cpu, which is very slow"
+GPUS = {  # profile, GPUs, GiB of each: what is said
+    ("paper", 2, 79): [],
+    ("h100", 1, 79): [],
+    ("demo", 0, 0): [],
+    ("demo", 1, 8): [],
+    ("paper", 0, 0): [f"GPU: the profile trains on 2 of about 61 GiB, this machine has 0: {CPU}"],
+    ("paper", 1, 79): [
+        "GPU: the profile trains on 2 of about 61 GiB, this machine has 1: use profile h100, or set "
+        f"training.processes=1 training.accumulation=8, or {CPU}"
+    ],
+    ("paper", 2, 24): [
+        "GPU: the training needs about 61 GiB, this GPU has 24: set training.micro_batch=2 training.accumulation=32 "
+        f"inference.batch=4, or {CPU}"
+    ],
+    ("h100", 1, 24): [
+        "GPU: the training needs about 58 GiB, this GPU has 24: set training.gradient_checkpointing=True "
+        f"inference.batch=4, or {CPU}"
+    ],
+    ("h100", 1, 8): [f"GPU: the training needs about 58 GiB, this GPU has 8: {CPU}"],
+}
+
+
+@pytest.mark.parametrize("name, gpus, gib", GPUS)
+def test_gpus_that_are_missing_or_too_small_are_said(machine, name, gpus, gib):
+    machine(gpus, gib)
+    assert preflight.gpus(config.load(name)) == GPUS[name, gpus, gib]
+    assert preflight.gpus(config.load(name, {"training.device": "cpu"})) == []
+
+
+@pytest.mark.parametrize(
+    "name, gpus, gib", [key for key, said in GPUS.items() if said and "set training.device" not in said[0][:110]]
+)
+def test_the_settings_that_are_named_fit_and_train_the_same(machine, name, gpus, gib):
+    machine(gpus, gib)
+    [sentence] = preflight.gpus(config.load(name))
+    settings = dict(pair.split("=") for pair in re.search(r"set ((?:[\w.]+=\w+ ?)+)", sentence)[1].split())
+    profile, before = config.load(name, settings).training, config.load(name).training
+    assert preflight.gpus(config.load(name, settings)) == []
+    size, old = (t.processes * t.micro_batch * t.accumulation for t in (profile, before))
+    assert size == old
+
+
+def test_a_disk_that_is_too_small_is_said_first(machine, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [LabelledRow(i, "a dog", 150, f"v{i}", ((0, 2),), (0,), ((4, 4, 4),)) for i in range(1000)]
+    profile = config.load("paper", {"data.folder": str(tmp_path)})
+    for split in ("train", "val", "test"):
+        annotations.write(tmp_path / getattr(profile.data, split), rows)
+    machine(2, 79, free=15)
+    # 1,000 of the 10,148 videos whose frames take 45.9 GB; 4.36 billion parameters; three states of 135 million.
+    listed = "frames about 4.2, weights about 8.1, states about 6.8"
+    first, ways = preflight.missing(profile, True, tmp_path / "run")[0].split(": make room, or name ")
+    assert first == f"disk: {tmp_path} has 15.0 GiB free, 19.1 are needed ({listed})"
+    assert ways == "another disk's folder with data.folder (frames), HF_HOME (weights), --run-dir (states)"
+    for trains, free in ((True, 20), (False, 13)):
+        machine(2, 79, free=free)
+        assert not [
+            sentence for sentence in preflight.missing(profile, trains, tmp_path / "run") if "disk:" in sentence
+        ]
+
+
+def test_what_is_on_the_disk_already_needs_no_room(machine, trained):
+    profile, run = trained
+    for folder, needs in ((run, 0), (Run(profile, run.root / "another"), 1)):
+        writes = {what: size for what, _, size in preflight._writes(profile, True, folder)}
+        assert writes["frames"] == 0
+        states, checkpoint = (
+            sum(path.stat().st_size for path in made.rglob("*.safetensors")) for made in (run.resume, run.checkpoint)
+        )
+        three = states * 3 / 2 + checkpoint  # there are two, and the next one is written before the first goes
+        assert needs * three + (1 - needs) * three / 4 < writes["states"] < (1 if needs else 0.6) * 1.2 * three
+    other = small_profile(profile.data.folder, frames__jpeg_quality=50)
+    assert dict((what, size > 0) for what, _, size in preflight._writes(other, False, run)) == {"frames": True}

@@ -50,11 +50,23 @@ def test_every_error_has_a_reason_and_a_sentence(error, reason, sentence):
 
 TELLING = "import torch\nfrom framseg.run import launcher\nwith launcher.last_line():\n    raise "
 
+WORDS = "a process or the DeepSpeed launcher ended with the words"
 MODULES = {  # what a started module does, and what is said of it
     "raise KeyError('odd')": r"a process or the DeepSpeed launcher ended with KeyError: 'odd' \(log: ",
     f"{TELLING}MemoryError('64 GiB')": r"out of memory \(64 GiB\): halve .* \(log: ",
     f"{TELLING}torch.distributed.DistBackendError('closed')": "a process was killed or crashed without a word",
     "import os\nos.kill(os.getpid(), 9)": r"a process was killed or crashed without a word \(exit code .*\(log: ",
+    "import os\nos.kill(os.getppid(), 9)": r"a process was killed or crashed without a word \(exit code 0\)",
+    "print('well so far')\nraise SystemExit('error: no such video')": f"{WORDS}: error: no such video \\(log: ",
+    "raise SystemExit('the end')": f"{WORDS}: the end \\(log: ",
+    "import argparse\nargparse.ArgumentParser('x').parse_args(['--y'])": f"{WORDS}: x: error: unrecognized arguments",
+    "import os, sys\nsys.exit(os.system('no-such-program') >> 8)": f"{WORDS}: .*no-such-program: not found",
+    "import os, sys\nos.execv(sys.executable, ['python', '-m', 'gone'])": f"{WORDS}: .*No module named gone",
+    "import sys\nprint('error: 1\\nUserWarning: error 2\\nbye')\nsys.exit(3)": f"{WORDS}: error: 1 \\(log: ",
+    "import ctypes\nctypes.string_at(0)": r"a process crashed with SIGSEGV \(log: ",
+    "import os\nos.write(2, b\"terminate called after throwing an instance of 'X'\\n  what():  Y\\n\")\nos.abort()": (
+        r"a process crashed with SIGABRT, its last words were: terminate called after .* 'X' what\(\): Y \(log: "
+    ),
 }
 
 
@@ -66,8 +78,29 @@ def test_what_a_process_leaves_in_the_log_is_told(tmp_path, monkeypatch, code):
     log.write_text("Traceback (most recent call last):\nof an earlier run\n")
     with launcher.Job("started", config.load("demo", {"training.processes": 1}), log, []) as job:
         assert list(job.polls())[-1]
-    assert job.process.returncode
     assert re.match(MODULES[code], job.failure()), job.failure()
+
+
+def test_only_a_process_that_a_job_started_writes_its_line(tmp_path, monkeypatch):
+    """Started on several machines, by hand, it ends with a sentence."""
+    monkeypatch.delenv(launcher.WATCHER, raising=False)
+    with pytest.raises(FramsegError, match=r"^cannot write a \(Permission denied\): give another --run-dir"):
+        with launcher.last_line():
+            raise PermissionError(errno.EACCES, "Permission denied", "a")
+    monkeypatch.setenv(launcher.WATCHER, str(os.getpid()))
+    with pytest.raises(SystemExit), launcher.last_line():
+        raise PermissionError(errno.EACCES, "Permission denied", "a")
+
+
+@pytest.mark.parametrize("where, gpus", [("auto", ""), ("auto", "0"), ("cpu", "0")])
+def test_what_trains_on_the_cpu_is_started_without_a_gpu(monkeypatch, where, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    environment = launcher._environment(config.load("demo", {"training.device": where}))
+    on_cpu = where == "cpu" or not gpus
+    assert environment.get("DS_ACCELERATOR") == ("cpu" if on_cpu else None)
+    assert environment["CUDA_VISIBLE_DEVICES"] == ("" if on_cpu else gpus)
 
 
 START = """

@@ -15,7 +15,7 @@ import yaml
 from framseg import config
 from framseg.run import notebooks as driver
 from framseg.run import stamps
-from framseg.run.paths import hold
+from framseg.run.paths import Run, hold
 
 RUN_ALL = config.REPOSITORY / "run_all.sh"
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -346,6 +346,132 @@ def test_what_the_first_chapter_makes_is_no_change(notebooks, tmp_path, capfd):
         options = ["--profile", "demo", "--run-dir", str(tmp_path / "a run"), "--set", f"data.folder={folder}"]
         assert run(*options) == 0
         assert announced(capfd) == dict.fromkeys(NAMES, expected)
+
+
+# a run's profile.yaml has the settings that its results were made with
+
+
+@pytest.fixture
+def finished(inputs, monkeypatch):
+    """A run whose training is finished, and whose fourth chapter has decoded; nothing may be executed from here on."""
+    notebook(inputs / "note books", "04_four")
+    assert again(inputs) == 0
+    made = Run("paper", inputs / "a run")
+    for path in (made.train, made.checkpoint):
+        path.mkdir()
+        shutil.copy(made.profile, path)
+    monkeypatch.setattr(driver, "execute", None)
+    return made
+
+
+def refused(run: Run, capsys, *options: str) -> str:
+    before = run.profile.read_bytes()
+    capsys.readouterr()
+    assert again(run.root.parent, *options) == 2
+    assert run.profile.read_bytes() == before
+    return capsys.readouterr().err
+
+
+def allowed(run: Run, monkeypatch, *options: str) -> config.Profile:
+    monkeypatch.setattr(driver, "failure", lambda *_: None)
+    assert again(run.root.parent, *options) == 0
+    return config.load(run.profile)
+
+
+PARTS = [(), ("--only", "02"), ("--only", "03"), ("--from", "02"), ("--from", "04"), ("--force",)]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=" ".join)
+@pytest.mark.parametrize("named", ["[]", "[training.learning_rate]"])
+def test_a_finished_training_keeps_its_settings(finished, capsys, part, named):
+    """Whichever chapters run, and even if training.may_change names the key: no step will be done with it."""
+    message = refused(
+        finished, capsys, *part, "--set", "training.learning_rate=1", "--set", f"training.may_change={named}"
+    )
+    assert (
+        f"error: {finished.train} was trained with other settings (training.learning_rate: 2e-05 there, 1.0 now)"
+        in message
+    )
+    assert "give another --run-dir" in message and "may_change" not in message
+
+
+def test_a_profile_file_that_was_edited_in_between(finished, capsys):
+    own = finished.root.parent / "own.yaml"
+    for seed in (42, 43):
+        own.write_text(
+            f"extends: paper\nname: paper\nseed: {seed}\ndata: {{folder: {finished.root.parent / 'data'}}}\n"
+        )
+        code = run(str(own), "--run-dir", str(finished.root))
+        assert code == (0 if seed == 42 else 2)
+    assert "seed: 42 there, 43 now" in capsys.readouterr().err
+    shutil.copy(finished.profile, finished.root / "before.yaml")
+    edited = finished.profile.read_text().replace("seed: 42", "seed: 43")
+    finished.profile.write_text(edited)  # by hand, in the run's own folder
+    assert run("paper", "--run-dir", str(finished.root), "--only", "02") == 2
+    assert "seed: 42 there, 43 now" in capsys.readouterr().err
+
+
+def test_fewer_epochs_than_were_trained_are_no_change_to_go_on_with(finished, capsys, monkeypatch):
+    named = ("--set", "training.may_change=[training.epochs]")
+    assert "training.epochs: 11 there, 5 now" in refused(finished, capsys, *named, "--set", "training.epochs=5")
+    assert "training.epochs: 11 there, 20 now" in refused(
+        finished, capsys, *named, "--set", "training.epochs=20", "--only", "04"
+    )
+    assert allowed(finished, monkeypatch, *named, "--set", "training.epochs=20").training.epochs == 20
+
+
+def test_an_unfinished_training_goes_on_with_what_is_named(finished, capsys, monkeypatch):
+    shutil.rmtree(finished.checkpoint)
+    change = ("--set", "training.learning_rate=1")
+    assert "name the keys in training.may_change" in refused(finished, capsys, *change, "--from", "03")
+    change += ("--set", "training.may_change=[training.learning_rate]")
+    assert "was trained with other settings" in refused(finished, capsys, *change, "--only", "04")  # nothing trains
+    assert allowed(finished, monkeypatch, *change, "--from", "03").training.learning_rate == 1
+
+
+def test_where_things_lie_may_change_if_it_is_named(finished, capsys, monkeypatch):
+    change = ("--only", "04", "--set", "model.weights=/elsewhere")
+    assert "model.weights" in refused(finished, capsys, *change)
+    assert (
+        allowed(finished, monkeypatch, *change, "--set", "training.may_change=[model.weights]").model.weights
+        == "/elsewhere"
+    )
+
+
+def test_a_checkpoint_alone_is_a_finished_training(finished, capsys):
+    shutil.rmtree(finished.train)
+    message = refused(finished, capsys, "--only", "04", "--set", "adapter.rank=8")
+    assert f"{finished.checkpoint} was trained with other settings (adapter.rank: 16 there, 8 now)" in message
+
+
+def test_how_it_decodes_changes_together_with_what_was_decoded(finished, capsys, monkeypatch):
+    change = ("--set", "inference.beams=1")
+    for part in (("--only", "02"), ("--only", "03")):
+        message = refused(finished, capsys, *change, *part)
+        assert "chapter 04 in" in message and "inference.beams: 2 there, 1 now" in message and "--from 04" in message
+    assert allowed(finished, monkeypatch, *change, "--from", "04").inference.beams == 1
+
+
+def test_what_the_first_chapter_shows_changes_together_with_it(finished, capsys, monkeypatch):
+    for path in (finished.train, finished.checkpoint):
+        shutil.rmtree(path)
+    change = ("--set", "frames.count=20")
+    assert "chapter 01 in" in refused(finished, capsys, *change, "--from", "03")
+    assert allowed(finished, monkeypatch, *change).frames.count == 20
+
+
+@pytest.mark.parametrize(
+    "command", [("-m", "framseg", "run"), ("-m", "framseg.run"), None], ids=["framseg", "run", "sh"]
+)
+def test_however_it_is_started(finished, command):
+    before = finished.profile.read_bytes()
+    start = [sys.executable, "-P", *command] if command else ["bash", str(RUN_ALL)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = ["paper", "--run-dir", str(finished.root), "--only", "04", "--set", "seed=1"]
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(config.REPOSITORY)}
+    done = subprocess.run([*start, *options], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "seed: 42 there, 1 now" in done.stderr and "Traceback" not in done.stderr
+    assert finished.profile.read_bytes() == before
 
 
 # the report

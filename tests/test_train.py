@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from framseg import config, dataset, decode, frames, losses, prompt, train
 from framseg.checkpoint import load_base, load_trained
 from framseg.predictions import read_predictions
-from framseg.run import preflight, resume
+from framseg.run import launcher, preflight, resume
 from framseg.run.paths import Run
 
 
@@ -108,8 +108,33 @@ def test_a_finished_run_is_not_trained_again(trained, capsys):
 def test_other_settings_in_the_same_folder_are_refused(trained):
     profile, run = trained
     changed = profile.model_copy(update={"training": profile.training.model_copy(update={"learning_rate": 1e-3})})
+    before = {path: path.read_bytes() for path in (run.profile, run.trained_with)}
     with pytest.raises(resume.ResumeError, match="training.learning_rate: 0.0003 there, 0.001 now"):
         train.launch(changed, run)
+    # Neither do the processes go on that somebody starts without `launch`, as on several machines.
+    config.save(changed, run.root / "changed.yaml")
+    arguments = ["--profile", str(run.root / "changed.yaml"), "--run-dir", str(run.root)]
+    with launcher.Job("framseg.train", changed, run.root / "changed.log", arguments) as job:
+        assert list(job.polls())[-1]
+    assert job.failure().startswith(
+        f"{run.train} was trained with other settings (training.learning_rate: 0.0003 there"
+    )
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_other_frames_than_a_checkpoints_do_not_decode(trained):
+    """As from chapter 04 in JupyterLab with another profile."""
+    profile, run = trained
+    changed = profile.model_copy(update={"frames": profile.frames.model_copy(update={"count": 10})})
+    with pytest.raises(resume.ResumeError, match="frames.count: 25 there, 10 now"):
+        decode.whole(changed, run, "val")
+
+
+def test_a_training_is_finished_when_its_checkpoint_has_all_epochs(trained):
+    """More epochs are asked for, and the training is killed after the last step: the checkpoint has the first ones."""
+    profile, run = trained
+    longer = profile.model_copy(update={"training": profile.training.model_copy(update={"epochs": 3})})
+    assert resume.finished(profile, run) and not resume.finished(longer, run)
 
 
 @pytest.mark.slow
@@ -324,6 +349,41 @@ def test_training_videos_without_frames_are_refused_or_left_out_by_name(small_se
         aside.rename(store.path(rows[0].vid))
     assert rows[0].vid in sentence and kept == [row for row in rows if row.vid != rows[0].vid]
     assert train.readable(profile) == (rows, "")
+
+
+def test_bfloat16_trains_and_decodes_on_a_cpu_where_the_profile_says_so(small_set, tmp_path):
+    profile = small_profile(small_set, model__dtype="bfloat16", training__device="cpu", training__epochs=1)
+    run = Run(profile, tmp_path / "bfloat16")
+    train.launch(profile, run)
+    steps = train.read_log(run.step_log)
+    assert len(steps) == train.total_steps(profile, len(dataset.rows(profile, "train")))
+    assert all(step["loss"] > 0 and step["gradient_norm"] > 0 for step in steps)
+    answers = decode.whole(profile, run, "val")
+    assert len(answers) == len(dataset.rows(profile, "val")) and all(len(answer["mask"]) == 25 for answer in answers)
+    # The adapter is merged into the weights now, which rounds.
+    both = [[record["probability"] for record in made] for made in (answers, read_predictions(run.predicted("val", 1)))]
+    assert np.abs(np.subtract(*both)).mean() < 0.05
+    model, _ = load_trained(run.checkpoint)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} and model.device.type == "cpu"
+
+
+def test_decoding_whose_launcher_is_killed_leaves_no_old_answers(trained, monkeypatch):
+    """DeepSpeed's launcher then ends with the code 0."""
+    profile, run = trained
+    two = small_profile(profile.data.folder, training__processes=2)
+    run.predictions.mkdir(exist_ok=True)
+    run.predicted("test").write_text("{}\n")
+
+    def killed(job):
+        job.process.kill()
+        job.process.wait()
+        job.process.returncode = 0
+        yield True
+
+    monkeypatch.setattr(launcher.Job, "polls", killed)
+    with pytest.raises(decode.DecodeError, match="decoding test failed: a process was killed"):
+        decode.whole(two, run, "test")
+    run.predicted("test").unlink()
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from framseg import annotations, config, dataset, prompt
 from framseg.run import cost, resume
@@ -134,16 +135,20 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
     base, trained = cost.parameters(profile)
     name, size = profile.model.weights, getattr(torch, profile.model.dtype).itemsize
-    if config.local_weights(name) is None and not _cached(name, WEIGHTS):
+    if config.local_weights(name) is None and not Path(name).is_absolute() and not _cached(name, WEIGHTS):
         yield "weights", Path(constants.HF_HUB_CACHE), base * size
     if trains:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
-        states = (resume.KEPT + 1) * (size + 12)  # the new one is written before the oldest goes
+        # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
+        states = (resume.KEPT + 1) * (2 * size + 12)
         yield "states", run.root, max(0, trained * (states + size + 4) - kept)
 
 
 def _cached(name: str, file: str) -> bool:
-    return isinstance(try_to_load_from_cache(name, file), str)
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:  # no repository can have this name
+        return False
 
 
 def _on_hub(name: str, file: str) -> bool:
