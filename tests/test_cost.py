@@ -12,7 +12,7 @@ from small import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from framseg import annotations, config
+from framseg import annotations, config, dataset
 from framseg.annotations import LabelledRow
 from framseg.backbones import blip3
 from framseg.run import cost, preflight
@@ -205,9 +205,9 @@ def test_a_disk_that_is_too_small_is_said_first(machine, monkeypatch, tmp_path):
     machine(2, 79, free=15)
     # 1,000 of the 10,148 videos whose frames take 45.9 GB; 4.36 billion parameters; three states of 135 million.
     listed = "frames about 4.2, weights about 8.1, states about 6.8"
-    first, ways = preflight.missing(profile, True, tmp_path / "run")[0].split(": make room, or name ")
+    first, ways = preflight.missing(profile, True, tmp_path / "run")[0].split(": make room, or choose ")
     assert first == f"disk: {tmp_path} has 15.0 GiB free, 19.1 are needed ({listed})"
-    assert ways == "another disk's folder with data.folder (frames), HF_HOME (weights), --run-dir (states)"
+    assert ways == "another disk by data.folder (frames, features), HF_HOME (weights), --run-dir (states)"
     for trains, free in ((True, 20), (False, 13)):
         machine(2, 79, free=free)
         assert not [
@@ -225,5 +225,9 @@ def test_what_is_on_the_disk_already_needs_no_room(machine, trained):
         )
         three = states * 3 / 2 + checkpoint  # there are two, and the next one is written before the first goes
         assert needs * three + (1 - needs) * three / 4 < writes["states"] < (1 if needs else 0.6) * 1.2 * three
+    cached = small_profile(profile.data.folder, training__cache_features=True, frames__count=24)
+    features = {what: size for what, _, size in preflight._writes(cached, True, run)}["features"]
+    # As many pictures of 9 patches by 64 float32 numbers.
+    assert features == len({row.vid for row in dataset.rows(profile, "train")}) * 24 * 3 * 9 * 64 * 4
     other = small_profile(profile.data.folder, frames__jpeg_quality=50)
     assert dict((what, size > 0) for what, _, size in preflight._writes(other, False, run)) == {"frames": True}

@@ -1,6 +1,7 @@
 """What a profile needs and this machine lacks, found before anything starts and without loading the model's code."""
 
 import importlib.util
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -60,49 +61,42 @@ def gpus(profile: config.Profile) -> list[str]:
     if section.device == "cpu" or not (count or profile.model.dtype == "bfloat16"):
         return []
     has = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
-    others = [config.load(name) for name in config.names() if name != profile.name]
-    fit = [
-        p.name for p in others if _same_model(p, profile) and p.training.processes <= count and cost.gpu_bytes(p) < has
-    ]
-    if count >= section.processes and cost.gpu_bytes(profile) < has:
-        return []
-    ways = [f"use profile {fit[0]}"] if fit else []
-    ways += [f"set {settings}"] if (settings := _smaller(profile, count, has)) else []
-    ways += ["set training.device=cpu, which is very slow"]
     needs = f"about {cost.gpu_bytes(profile) / GIB:.0f} GiB"
     if count < section.processes:
         what = f"the profile trains on {section.processes} of {needs}, this machine has {count}"
-    else:
+    elif cost.gpu_bytes(profile) > has:
         what = f"the training needs {needs}, this GPU has {has / GIB:.0f}"
-    return [f"GPU: {what}: {', or '.join(ways)}"]
-
-
-def _same_model(one: config.Profile, other: config.Profile) -> bool:
-    return (one.model.vision, one.model.language) == (other.model.vision, other.model.language)
+    else:
+        return []
+    ways: list[str] = []
+    for other in map(config.load, config.names()):
+        if other.model.language == profile.model.language and other.training.processes <= count and not ways:
+            ways += [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else []
+    if settings := _smaller(profile, count, has):
+        ways.append(f"set {settings}")
+    return [f"GPU: {what}: {', or '.join([*ways, 'set training.device=cpu, which is very slow'])}"]
 
 
 def _smaller(profile: config.Profile, count: int, has: float) -> str:
     """The settings with which `count` GPUs of `has` bytes do the same training soonest, "" if there are none."""
     training, inference = profile.training, profile.inference
     processes = min(count, training.processes)
-    if not processes or training.processes % processes:
-        return ""
-    savings: list[dict] = [{}, {"gradient_checkpointing": True}]
-    savings.append(savings[1] | {"offload_optimizer": True})
-    for saved in savings:
-        for share in (2**halved for halved in range(training.micro_batch.bit_length())):
-            if training.micro_batch % share:
-                break
-            accumulation = training.accumulation * share * training.processes // processes
-            change = saved | {"processes": processes, "micro_batch": training.micro_batch // share}
-            batch = min(inference.batch, 2 * change["micro_batch"])
-            sections = {
-                "training": training.model_copy(update=change | {"accumulation": accumulation}),
-                "inference": inference.model_copy(update={"batch": batch}),
-            }
-            trial = profile.model_copy(update=sections)
-            if cost.gpu_bytes(trial) < has:
-                return " ".join(resume.differences(profile, trial, tuple(sections), "{key}={new}").values())
+    for saves, share in itertools.product(range(3), (1, 2, 4, 8, 16, 32, 64)):
+        micro_batch, left = divmod(training.micro_batch, share)
+        if left or not processes or training.processes % processes:
+            continue
+        change = {
+            "processes": processes,
+            "micro_batch": micro_batch,
+            "accumulation": training.accumulation * share * training.processes // processes,
+            "gradient_checkpointing": saves > 0 or training.gradient_checkpointing,
+            "offload_optimizer": saves > 1 or training.offload_optimizer,
+        }
+        batch = {"batch": min(inference.batch, 2 * micro_batch)}
+        sections = {"training": training.model_copy(update=change), "inference": inference.model_copy(update=batch)}
+        trial = profile.model_copy(update=sections)
+        if cost.gpu_bytes(trial) < has:
+            return " ".join(resume.differences(profile, trial, tuple(sections), "{key}={new}").values())
     return ""
 
 
@@ -119,22 +113,26 @@ def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
             listed = ", ".join(f"{what} about {size / GIB:.1f}" for what, _, size in writes)
             out.append(
                 f"disk: {writes[0][1]} has {free / GIB:.1f} GiB free, {needs / GIB:.1f} are needed ({listed}): make "
-                f"room, or name another disk's folder with data.folder (frames), HF_HOME (weights), --run-dir (states)"
+                f"room, or choose another disk by data.folder (frames, features), HF_HOME (weights), --run-dir (states)"
             )
     return out
 
 
 def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[str, Path, float]]:
     """What a run still has to write: in words, its folder, and its bytes, about."""
-    store, vision = dataset.store(profile), profile.model.vision
+    store, vision, size = dataset.store(profile), profile.model.vision, getattr(torch, profile.model.dtype).itemsize
     files = [dataset.annotation_file(profile, split) for split in ("train", "val", "test")]
     if all(file.is_file() for file in files):  # else that is what is missing
         vids = {row.vid for file in files for row in annotations.read(file)}
         pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
         waiting = sum(vid not in store for vid in vids)
         yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
+        if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
+            values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
+            videos = len({row.vid for row in annotations.read(files[0])})
+            yield "features", store.folder, videos * pictures * values * size
     base, trained = cost.parameters(profile)
-    name, size = profile.model.weights, getattr(torch, profile.model.dtype).itemsize
+    name = profile.model.weights
     if config.local_weights(name) is None and not Path(name).is_absolute() and not _cached(name, WEIGHTS):
         yield "weights", Path(constants.HF_HUB_CACHE), base * size
     if trains:
