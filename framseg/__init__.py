@@ -1,5 +1,6 @@
 """Moment and highlight detection by frame segmentation with a multimodal LLM."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ def command_line(code: int = 1) -> Iterator[None]:
 
     Ctrl-C ends it with the code 130. Every other error keeps its traceback. `@command_line()` stands above each `main`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

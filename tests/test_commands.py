@@ -223,6 +223,14 @@ def test_a_module_says_the_same_as_its_command(places, module):
     assert text.count("error: ") == 1 and "Traceback" not in text and "none" in text.split("error: ")[1], text
 
 
+@pytest.mark.parametrize("module", ["framseg.train", "framseg.decode"])
+def test_one_process_by_itself_says_who_starts_it(places, module):
+    line = "--profile demo --run-dir x --split val".split()[: 6 if module == "framseg.decode" else 4]
+    process = started(sys.executable, "-m", module, *line, cwd=places)
+    assert process.communicate(timeout=120)[1].startswith("error: this process has no rank: `deepspeed --module`")
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize("line", ["--only 04 none.yaml", "papre", "demo --run-dir good", "--set"])
 def test_the_script_says_it_too(places, line):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -255,6 +263,17 @@ def test_nobody_takes_what_is_printed(places, line, taker):
     _, text = process.communicate(timeout=120)
     reason = os.strerror(errno.EPIPE if taker == "a closed pipe" else errno.ENOSPC)
     assert (process.returncode, text) == (1, f"error: cannot write to standard output ({reason})\n")
+
+
+@pytest.mark.parametrize("name", [b"\xff.zip", "ä 源.zip".encode()])
+def test_names_that_the_terminal_cannot_show(places, name):
+    line = "codalab pack --val good --test good --out".split()
+    command = ("env", "PYTHONIOENCODING=ascii", sys.executable, "-m", "framseg", *line)
+    process = started(*command, name, cwd=places)
+    out, text = process.communicate(timeout=120)
+    assert (process.returncode, text) == (0, "") and out.startswith("\\")
+    process = started(*command, b"none/" + name + b"/x", cwd=places / "data")
+    assert process.communicate(timeout=120)[1].startswith("error: good: cannot be read")
 
 
 def test_ctrl_c_ends_without_a_traceback(tmp_path):

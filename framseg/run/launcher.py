@@ -202,6 +202,8 @@ def _environment(profile: config.Profile) -> dict[str, str]:
 
 def join(profile: config.Profile) -> tuple[int, int]:
     """Join the other processes. Returns this one's rank and how many there are."""
+    if "RANK" not in os.environ:
+        raise FramsegError("this process has no rank: `deepspeed --module` starts it, or framseg run does all of it")
     import deepspeed
 
     # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
