@@ -15,7 +15,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.bitstream import BitStreamFilterContext
 
 from framseg import frames
 
@@ -80,10 +79,11 @@ def picture(number: int, width: int = SIZE[0], height: int = SIZE[1]) -> np.ndar
 
 def by_palette(image: np.ndarray) -> av.VideoFrame:
     """A picture whose pixels are numbers of a palette's colours."""
-    palette = np.concatenate([[[0, 0, 0], [255, 255, 255]], COLOURS, np.zeros((248 - len(COLOURS) + 6, 3))])
-    places = (image[:, :, None] == palette[None, None, :8]).all(-1).argmax(-1)
-    with_alpha = np.concatenate([np.full((256, 1), 255), palette], 1)
-    return av.VideoFrame.from_ndarray((places.astype(np.uint8), with_alpha.astype(np.uint8)), "pal8")
+    used = np.concatenate([[[0] * 3, [255] * 3], COLOURS])
+    palette = np.full((256, 4), 255, np.uint8)  # opaque
+    palette[: len(used), 1:] = used
+    places = (image[:, :, None] == used).all(-1).argmax(-1)
+    return av.VideoFrame.from_ndarray((places.astype(np.uint8), palette), "pal8")
 
 
 def number(image: np.ndarray) -> int:
@@ -223,7 +223,7 @@ def silence(stream, start: float, end: float) -> list:
 
 HOLDS_BOXES = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts"}  # those of an mp4
 TRACK = (b"moov", b"trak")
-EDITS, HEADER, ORDER = (*TRACK, b"edts"), (*TRACK, b"tkhd"), (*TRACK, b"mdia", b"minf", b"stbl", b"ctts")
+EDITS, HEADER, TABLES = (*TRACK, b"edts"), (*TRACK, b"tkhd"), (*TRACK, b"mdia", b"minf", b"stbl")
 
 
 def box(kind: bytes, payload: bytes) -> bytes:
@@ -365,22 +365,6 @@ def replaced(packet, content: bytes):
     return new
 
 
-def at_dts(packets: list) -> list:
-    """Packets that lost the times of their frames and kept those of decoding, as old writers of AVI had them."""
-    for packet in packets:
-        packet.pts = packet.dts
-    return packets
-
-
-def filtered(names: str, packets: list) -> list:
-    """Packets after one of FFmpeg's bitstream filters."""
-    bsf = BitStreamFilterContext(names, packets[0].stream)
-    out = [new for packet in packets for new in bsf.filter(packet)] + bsf.filter()
-    for new in out:
-        new.stream, new.time_base = packets[0].stream, packets[0].time_base
-    return out
-
-
 def without(places: Callable[[int], bool], packets: list) -> list:
     """Some packets are missing."""
     return [packet for place, packet in enumerate(packets) if not places(place)]
@@ -404,6 +388,20 @@ def doubled(path: Path) -> Shown:
     return replace(out, starts=[out.starts[place - (place % 10 == 5)] for place in range(len(out.starts))])
 
 
+def hidden(path: Path) -> Shown:
+    """VP8 in IVF with frames that are decoded and never shown, each at the time of the one behind it."""
+    out = write(path, codec="libvpx")
+    content, at = bytearray(path.read_bytes()), 32  # the file's header; 12 bytes lead each frame: its size and time
+    for place in range(len(out.starts)):
+        if place % 10 == 5:
+            content[at + 4 : at + 12] = struct.pack("<Q", place + 1)
+            content[at + 12] &= ~0x10  # the bit that asks to show it
+        at += 12 + struct.unpack_from("<I", content, at)[0]
+    path.write_bytes(content)
+    kept = [place for place in range(len(out.starts)) if place % 10 != 5]
+    return Shown([out.starts[place] for place in kept], kept, out.end)
+
+
 def timeless(path: Path, every: int = 4) -> Shown:
     """A transport stream in which only one picture in `every` states its time."""
     out = write(path, even())
@@ -421,6 +419,12 @@ def timeless(path: Path, every: int = 4) -> Shown:
     return out
 
 
+def headless(path: Path) -> Shown:
+    """A recording that begins with frame 45, which cannot be decoded, as the first key frame is 60."""
+    out = write(path, change=partial(without, lambda place: place < 45))
+    return Shown([start - 1.5 for start in out.starts[60:]], out.numbers[60:], out.end - 1.5)
+
+
 def joined(path: Path) -> Shown:
     """Two recordings of a transport stream, one copied behind the other."""
     out = write(path, sound=(0, 5))
@@ -433,10 +437,9 @@ def one_early(path: Path) -> Shown:
     out = write(path, options=x264())
     content = path.read_bytes()
     place = content.index(b"stts") + 4
-    _, count, _, gap = struct.unpack_from(">IIII", content, place)
+    *_, gap = struct.unpack_from(">IIII", content, place)
     offsets = struct.pack(">IIIiIiIi", 1 << 24, 3, 75, 0, 1, -80 * gap, len(out.starts) - 76, 0)
-    table = (*TRACK, b"mdia", b"minf", b"stbl")
-    path.write_bytes(rebuilt(content, {table: lambda payload: payload + box(b"ctts", offsets)}))
+    path.write_bytes(rebuilt(content, {TABLES: lambda payload: payload + box(b"ctts", offsets)}))
     kept = [place for place in range(len(out.starts)) if place != 75]
     return Shown([out.starts[place] for place in kept], kept, out.end)
 
@@ -448,6 +451,7 @@ def nothing(path: Path, content: bytes = b"") -> Shown:
 
 
 def sound_alone(path: Path) -> Shown:
+    """A file without pictures."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("flac", rate=48000, layout="stereo")
         container.start_encoding()
@@ -498,8 +502,8 @@ def cases() -> Iterator[Case]:
     yield case("live.mkv", "no length in its header", options=three, muxer=live)
     yield case("vp8.webm", "with sound", codec="libvpx", sound=(0, 5))
     yield case("vp8_live.webm", "no length in its header", codec="libvpx", muxer=live, sound=(0, 5))
-    vp9 = OPTIONS["libvpx-vp9"] | {"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"}
-    yield case("vp9_altref.webm", "frames that are never shown", codec="libvpx-vp9", options=vp9)
+    ahead = OPTIONS["libvpx-vp9"] | {"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"}
+    yield case("vp9.webm", "its encoder looked ahead", codec="libvpx-vp9", options=ahead)
     yield case("vp9_live.webm", "no length in its header", codec="libvpx-vp9", muxer=live)
     yield case("av1.webm", "AV1", codec="libsvtav1")
     yield case("h264.avi", "three B-frames, packets without times", options=three)
@@ -515,12 +519,12 @@ def cases() -> Iterator[Case]:
     mpeg2 = {"qscale": "3", "bf": "2", "g": "15"}
     yield case("mpeg1.mpg", "MPEG-1, two B-frames", codec="mpeg1video", options=mpeg2, sound=(0, 5))
     yield case("mpeg2.vob", "MPEG-2, two B-frames", codec="mpeg2video", options=mpeg2, kind="dvd", sound=(0, 5))
+    small = {"codec": "mpeg2video", "options": mpeg2, "kind": "vob", "sound": (0, 5)}
+    yield case("small.vob", "several frames per packet, of which one states its time", **small)
     yield case("vp8.ogv", "VP8 in Ogg", codec="libvpx", sound=(0, 5))
     yield case("wmv2.wmv", "Windows Media", codec="wmv2", kind="asf", sound=(0, 5))
     yield case("h263.3gp", "H.263 of a phone", codec="h263", size=(176, 144))
     yield case("vp8.ivf", "VP8", codec="libvpx")
-    vp8 = OPTIONS["libvpx"] | {"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"}
-    yield case("vp8_altref.ivf", "frames that are never shown", codec="libvpx", options=vp8)
     yield case("av1.ivf", "AV1", codec="libsvtav1")
     yield case("bframes.nut", "three B-frames, with sound", options=three, sound=(0, 5))
     yield case("mpeg2.mxf", "MPEG-2 of a camera", codec="mpeg2video", options=mpeg2, rate=25)
@@ -581,6 +585,7 @@ def cases() -> Iterator[Case]:
     yield case("gaps.avi", "two gaps of 2 s", times=gaps, codec="mpeg4")
     dropped = [Fraction(n, 30) for n in range(150) if n % 7 != 3 and not 50 < n < 60]
     yield case("dropped.avi", "dropped frames", times=dropped, codec="mjpeg", pixels="yuvj420p", sound=(0, 5))
+    yield case("dropped_b.avi", "dropped frames, two B-frames", times=dropped, codec="mpeg4", options=xvid)
     phone = np.cumsum([0, *random.choice([33, 34, 50, 67, 8], 149)])
     yield case("phone.mp4", "a phone's variable rate", times=[Fraction(int(t), 1000) for t in phone], tick=MILLI)
     slides = [Fraction(int(t), 1000) for t in np.cumsum([0, *random.integers(200, 900, 12)])]
@@ -627,6 +632,10 @@ def cases() -> Iterator[Case]:
         yield edits("three_edits", "two parts left out", (0, 1), (1.8, 1.2), (4, 1))
         yield edits("repeat", "a part twice", (0, 2), (1, 2))
         yield edits("hole", "nothing in the middle", (0, 2), (None, 1), (2, 3))
+    both = {"sound": (0, 5), "muxer": {"video_track_timescale": "48000"}}  # one clock for both tracks' edits
+    yield case("trim_sound.mp4", "edit list: both ends trimmed, with sound", edited, edits=[(1.7, 2.1)], **both)
+    two = [(0.5, 1.5), (3.2, 1.5)]
+    yield case("edits_sound.mp4", "edit list: a part left out, with sound", edited, edits=two, **both)
     yield case("twice.mp4", "edit list: at twice the speed", edited, edits=[(0, 2.5)], speed=2)
     # Pictures turned and of odd sizes.
     tall = SIZE[::-1]
@@ -676,6 +685,9 @@ def cases() -> Iterator[Case]:
     # Times that cannot be taken as they are.
     yield case("doubled.mkv", "every tenth frame at the time of the one before", doubled)
     yield case("joined.ts", "its clock starts anew with a second recording", joined, refused="jump back.*`ffmpeg -i")
+    for ending in ("ts", "mkv"):
+        yield case(f"headless.{ending}", "begins between key frames", headless)
+    yield case("hidden.ivf", "frames that are never shown, at the time of the next", hidden)
     yield case("timeless.ts", "one picture in four states its time", timeless)
     yield case("one_early.mp4", "one frame's time lies before all others", one_early)
     # Few and many pictures.
