@@ -389,7 +389,7 @@ def test_a_finished_training_keeps_its_settings(finished, capsys, part, named):
         finished, capsys, *part, "--set", "training.learning_rate=1", "--set", f"training.may_change={named}"
     )
     assert (
-        f"error: {finished.train} was trained with other settings (training.learning_rate: 2e-05 there, 1.0 now)"
+        f"error: {finished.root} was trained with other settings (training.learning_rate: 2e-05 there, 1.0 now)"
         in message
     )
     assert "give another --run-dir" in message and "may_change" not in message
@@ -441,7 +441,16 @@ def test_where_things_lie_may_change_if_it_is_named(finished, capsys, monkeypatc
 def test_a_checkpoint_alone_is_a_finished_training(finished, capsys):
     shutil.rmtree(finished.train)
     message = refused(finished, capsys, "--only", "04", "--set", "adapter.rank=8")
-    assert f"{finished.checkpoint} was trained with other settings (adapter.rank: 16 there, 8 now)" in message
+    assert f"{finished.root} was trained with other settings (adapter.rank: 16 there, 8 now)" in message
+
+
+def test_a_checkpoint_from_before_a_training_anew_is_not_decoded_under_the_new_settings(finished, capsys, monkeypatch):
+    shutil.rmtree(finished.train)
+    new = ("--set", "training.learning_rate=1")
+    finished.train.mkdir()
+    config.save(allowed(finished, monkeypatch, *new), finished.trained_with)  # and it was interrupted
+    assert "training.learning_rate: 2e-05 there, 1.0 now" in refused(finished, capsys, *new, "--only", "04")
+    assert allowed(finished, monkeypatch, *new, "--from", "03").training.learning_rate == 1
 
 
 def test_how_it_decodes_changes_together_with_what_was_decoded(finished, capsys, monkeypatch):

@@ -116,9 +116,7 @@ def test_other_settings_in_the_same_folder_are_refused(trained):
     arguments = ["--profile", str(run.root / "changed.yaml"), "--run-dir", str(run.root)]
     with launcher.Job("framseg.train", changed, run.root / "changed.log", arguments) as job:
         assert list(job.polls())[-1]
-    assert job.failure().startswith(
-        f"{run.train} was trained with other settings (training.learning_rate: 0.0003 there"
-    )
+    assert job.failure().startswith(f"{run.root} was trained with other settings (training.learning_rate: 0.0003 there")
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -135,6 +133,12 @@ def test_a_training_is_finished_when_its_checkpoint_has_all_epochs(trained):
     profile, run = trained
     longer = profile.model_copy(update={"training": profile.training.model_copy(update={"epochs": 3})})
     assert resume.finished(profile, run) and not resume.finished(longer, run)
+    before = run.trained_with.read_bytes()
+    config.save(longer, run.trained_with)
+    assert not resume.finished(profile, run)  # the folder's training is another one
+    with pytest.raises(resume.ResumeError, match="training.epochs: 3 there, 2 now"):
+        resume.changes(small_profile(profile.data.folder, training__may_change=["training.epochs"]), run)
+    run.trained_with.write_bytes(before)
 
 
 @pytest.mark.slow

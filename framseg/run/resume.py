@@ -51,9 +51,13 @@ def label(profile: config.Profile, run: "Run") -> None:
 
 
 def finished(profile: config.Profile, run: "Run") -> bool:
-    """True if the run's checkpoint has seen as many epochs as the profile asks for."""
+    """True if the run's checkpoint is that of its folder's training and has all epochs that the profile asks for."""
     about = run.checkpoint / config.FILE
-    return about.is_file() and config.load(about).training.epochs >= profile.training.epochs
+    if not about.is_file():
+        return False
+    made = config.load(about)
+    began = config.load(run.trained_with) if run.trained_with.is_file() else made
+    return made.training.epochs >= profile.training.epochs and differences(made, began, TRAINED).keys() <= PLACES
 
 
 def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: Sequence[str] = TRAINED) -> list[str]:
@@ -62,13 +66,16 @@ def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: 
     What is trained already, and stays if nothing `trains` now, keeps its settings: only PLACES may change then. Raises
     ResumeError for settings that may not or that `training.may_change` does not name, and for other rows.
     """
-    about = run.trained_with if trains or run.trained_with.is_file() else run.checkpoint / config.FILE
+    about = run.checkpoint / config.FILE  # what is there if nothing trains; a training anew may have begun since
+    about = run.trained_with if trains or not about.is_file() else about
     if not about.is_file():
         return []
     trained, over = config.load(about), not trains or finished(profile, run)
     changed = differences(trained, profile, sections)
     changed.pop("training.may_change", None)
-    may = PLACES.intersection(profile.training.may_change) if over else profile.training.may_change
+    may = PLACES.intersection(profile.training.may_change) if over else set(profile.training.may_change)
+    if profile.training.epochs < trained.training.epochs:  # steps after them may be done already
+        may -= {"training.epochs"}
     refused = [words for key, words in changed.items() if key not in may]
     per_step = {t.processes * t.micro_batch * t.accumulation for t in (trained.training, profile.training)}
     if len(per_step) > 1 and not over:
@@ -80,8 +87,8 @@ def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: 
     if refused:
         way = "go back to the old ones" if over else "name the keys in training.may_change to go on with the new values"
         raise ResumeError(
-            f"{about.parent} was trained with other settings ({'; '.join(refused)}): give another --run-dir, remove "
-            f"{about.parent} to train anew, or {way}"
+            f"{run.root} was trained with other settings ({'; '.join(refused)}): give another --run-dir, remove "
+            f"{run.train} to train anew, or {way}"
         )
     return list(changed.values())
 
