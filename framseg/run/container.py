@@ -159,6 +159,7 @@ class Container:
                     elif not (damage and good):
                         good, damage = frame, ""
                         yield frame
+            self._delay = stream.codec_context.reorder_depth
         self.cut |= bool(damage)
 
     def decode_times(self) -> np.ndarray:
@@ -172,12 +173,12 @@ class Container:
             self.last = float((frame.duration or 0) * (frame.time_base or 0))
         if not found:
             raise VideoError(f"{self.path}: damaged or cut off: not one frame can be decoded; get the file again")
-        if self._name == "avi" and self.fps and (numbers := sorted(n for n in self._numbers if n is not None)):
-            # AVI has no times but numbers, in the order of decoding: FFmpeg's times are late by the decoder's delay.
-            own = np.array(found, float)
-            late = own[0] - numbers[0] / self.fps if (np.diff(own) > 0).all() else np.nan
-            even = numbers if len(numbers) == len(found) else range(len(found))
-            found = list(own - late) if np.isfinite(late) else [number / self.fps for number in even]
+        if self._name == "avi" and self.fps:  # which has no times, but a constant rate and numbers in decoding order
+            numbers = np.sort([number for number in self._numbers if number is not None])
+            if len(numbers) != len(found):  # two frames in a packet, for example
+                numbers = np.arange(len(found))
+            delay = self._delay  # the decoder gives each frame when it has read so many more
+            found = [*(np.append(numbers[delay:], numbers[-1] + 1 + np.arange(delay)) - delay) / self.fps]
         times = self._filled(np.array(found, float))
         if self._edits:
             return self._edited(times)
