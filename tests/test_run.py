@@ -431,7 +431,7 @@ def test_an_unfinished_training_goes_on_with_what_is_named(finished, capsys, mon
 
 def test_where_things_lie_may_change_if_it_is_named(finished, capsys, monkeypatch):
     change = ("--only", "04", "--set", "model.weights=/elsewhere")
-    assert "model.weights" in refused(finished, capsys, *change)
+    assert "model.weights" in (message := refused(finished, capsys, *change)) and "training.may_change" in message
     assert (
         allowed(finished, monkeypatch, *change, "--set", "training.may_change=[model.weights]").model.weights
         == "/elsewhere"

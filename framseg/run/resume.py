@@ -85,7 +85,9 @@ def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: 
     if run.trained_on.is_file() and file.is_file() and run.trained_on.read_text(encoding="utf-8") != checksum(file):
         refused.append(f"other rows in {file.name}")
     if refused:
-        way = "go back to the old ones" if over else "name the keys in training.may_change to go on with the new values"
+        way = "name the keys in training.may_change to go on with the new values"
+        if over and not PLACES.issuperset(changed.keys() - may):
+            way = "go back to the old ones"
         raise ResumeError(
             f"{run.root} was trained with other settings ({'; '.join(refused)}): give another --run-dir, remove "
             f"{run.train} to train anew, or {way}"
