@@ -586,6 +586,7 @@ def cases() -> Iterator[Case]:
     dropped = [Fraction(n, 30) for n in range(150) if n % 7 != 3 and not 50 < n < 60]
     yield case("dropped.avi", "dropped frames", times=dropped, codec="mjpeg", pixels="yuvj420p", sound=(0, 5))
     yield case("dropped_b.avi", "dropped frames, two B-frames", times=dropped, codec="mpeg4", options=xvid)
+    yield case("dropped_pyramid.avi", "dropped frames, H.264 with three B-frames", times=dropped, options=three)
     phone = np.cumsum([0, *random.choice([33, 34, 50, 67, 8], 149)])
     yield case("phone.mp4", "a phone's variable rate", times=[Fraction(int(t), 1000) for t in phone], tick=MILLI)
     slides = [Fraction(int(t), 1000) for t in np.cumsum([0, *random.integers(200, 900, 12)])]
@@ -742,7 +743,7 @@ def read(path: Path, count: int = 12, allow_partial: bool = False) -> Answer:
 
 
 def cuts(path: Path, folder: Path) -> dict[int, Path]:
-    """Writes the file cut off after each twentieth of its bytes and between some of its packets; by the bytes left."""
+    """Writes the file cut off after each twentieth of its bytes, and between some of its packets; by bytes left."""
     content = path.read_bytes()
     with av.open(str(path)) as container:
         between = [packet.pos for packet in container.demux(video=0) if packet.pos]
@@ -758,11 +759,11 @@ def make(folder: Path) -> dict[str, Shown]:
 
 
 CASES = {case.name: case for case in cases()}
-CUT = {  # files that are cut off in every twentieth of their bytes
+CUT = {  # files that are cut off at many places
     "bframes2.mp4": "mp4, index first",
     "sound.mp4": "mp4, index last",
     "sound_fragments.mp4": "mp4, fragmented",
-    "bframes.mov": "mov",
+    "bframes.mov": "mov, index last",
     "bframes.mkv": "mkv",
     "live.mkv": "mkv without a length",
     "vp8.webm": "webm",
