@@ -26,6 +26,7 @@ BROKEN_OFF = ("File ended prematurely", "partial file")  # FFmpeg's words for a 
 TS_PACKETS = (188, 192, 204)  # bytes
 FLV_HEADER = 4096  # bytes in which an FLV's length stands, if anywhere
 FLV_TAGS = (b"\x08", b"\x09", b"\x12")  # sound, picture, data
+MP4_STARTS = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"}  # names of an mp4's first box
 UPRIGHT: tuple[int, ...] = (65536, 0, 0, 65536)  # how an mp4 writes that a picture is shown as it is coded
 NO_TIMES = 0x80  # FFmpeg's flag of a format without times (AVFMT_NOTIMESTAMPS), for which it would invent some
 ROUNDING = 1e-6  # seconds
@@ -52,6 +53,8 @@ def opened(path: Path, whole_media: bool = False) -> Iterator[tuple[InputContain
         if path.is_file():  # opening a pipe would wait for whoever writes into it
             with path.open("rb") as file:
                 beginning = file.read(8)
+            if beginning[4:] in MP4_STARTS:
+                _movie(path)
         # The whole path, as a relative one with a colon would be taken for a protocol; no protocol but files, as a
         # playlist could send us into the network; titles may be written in any alphabet.
         options = {"protocol_whitelist": "file"} | ({"ignore_editlist": "1"} if whole_media else {})
@@ -61,7 +64,7 @@ def opened(path: Path, whole_media: bool = False) -> Iterator[tuple[InputContain
         if isinstance(error, OSError) and not (isinstance(error, av.FFmpegError) and error.errno == errno.EIO):
             raise VideoError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
         why = f" as a video ({error.strerror}): it is another kind of file, or cut off or damaged"
-        if beginning[4:] == b"ftyp":
+        if beginning[4:] in MP4_STARTS:
             why = ": the index of this mp4 (moov) is missing or damaged, as in a file that is cut off"
         if not path.stat().st_size:
             why = ": it is empty"
@@ -233,7 +236,9 @@ class Container:
     def _packets(self, container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
         """The packets of these streams, or of all; where the data break off, `cut` is set."""
         try:
-            for packet in container.demux(*streams):
+            for packet in container.demux(
+                *(streams or container.streams)
+            ):  # not those met later, PyAV cannot name them
                 self.alive()
                 yield packet
         except av.FFmpegError:
@@ -328,12 +333,15 @@ def _inside(data: bytes, *names: bytes) -> bytes:
 
 
 def _movie(path: Path) -> bytes:
-    """The content of an mp4's header."""
+    """The content of an mp4's index; VideoError if the file ends inside it, as FFmpeg would take what is there."""
     with path.open("rb") as file:
         while len(head := file.read(16)) == 16:
             size, name = int.from_bytes(head[:4]), head[4:8]
             if name == b"moov":
-                return head[8:] + file.read(size - 16)
+                content = head[8:] + file.read(max(0, size - 16))
+                if len(content) < size - 8:
+                    raise VideoError(f"{path}: cannot be opened: cut off inside its index (moov); get the file again")
+                return content
             size = int.from_bytes(head[8:]) if size == 1 else size
             if size < 8:
                 break
