@@ -118,6 +118,17 @@ def test_no_cut_passes_silently(corpus, tmp_path, name):
     assert answered >= (0 if "index last" in CUT[name] else 10)
 
 
+@pytest.mark.parametrize("name", ["late_2.mp4", "trim_sound.mp4", "turned_270.mp4"])
+def test_an_mp4_cut_inside_its_index_is_refused(corpus, tmp_path, name):
+    """What is lost there is a track, whose start may be the file's, or how pictures are to be decoded or turned."""
+    content = (corpus[0] / name).read_bytes()
+    for place in range(content.index(b"moov") + 12, len(content), 97):
+        (tmp_path / name).write_bytes(content[:place])
+        for allow_partial in (False, True):
+            with pytest.raises(frames.VideoError, match=r"cut off inside its index \(moov\)"):
+                videos.read(tmp_path / name, allow_partial=allow_partial)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CUT)
 def test_the_process_that_predict_starts_says_the_same_of_what_is_cut_off(corpus, tmp_path, name):

@@ -743,11 +743,12 @@ def read(path: Path, count: int = 12, allow_partial: bool = False) -> Answer:
 
 
 def cuts(path: Path, folder: Path) -> dict[int, Path]:
-    """Writes the file cut off after each twentieth of its bytes, and between some of its packets; by bytes left."""
+    """Writes the file cut off after each twentieth of its bytes, between some packets, near its end; by bytes left."""
     content = path.read_bytes()
     with av.open(str(path)) as container:
         between = [packet.pos for packet in container.demux(video=0) if packet.pos]
     places = [len(content) * part // 20 for part in range(1, 20)] + between[7::17]
+    places += [len(content) - lost for lost in (1, 10, 100, 1000)]
     for place in places:
         (folder / f"{place} {path.name}").write_bytes(content[:place])
     return {place: folder / f"{place} {path.name}" for place in places}
