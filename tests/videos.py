@@ -748,7 +748,7 @@ def cuts(path: Path, folder: Path) -> dict[int, Path]:
     with av.open(str(path)) as container:
         between = [packet.pos for packet in container.demux(video=0) if packet.pos]
     places = [len(content) * part // 20 for part in range(1, 20)] + between[7::17]
-    places += [len(content) - lost for lost in (1, 10, 100, 1000)]
+    places += [len(content) - lost for lost in (1, 10, 100, 400, 1000)]
     for place in places:
         (folder / f"{place} {path.name}").write_bytes(content[:place])
     return {place: folder / f"{place} {path.name}" for place in places}
@@ -763,6 +763,7 @@ CASES = {case.name: case for case in cases()}
 CUT = {  # files that are cut off at many places
     "bframes2.mp4": "mp4, index first",
     "sound.mp4": "mp4, index last",
+    "late_2.mp4": "mp4, index last, sound first",
     "sound_fragments.mp4": "mp4, fragmented",
     "bframes.mov": "mov, index last",
     "bframes.mkv": "mkv",

@@ -236,11 +236,10 @@ class Container:
     def _packets(self, container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
         """The packets of these streams, or of all; where the data break off, `cut` is set."""
         try:
-            for packet in container.demux(
-                *(streams or container.streams)
-            ):  # not those met later, PyAV cannot name them
-                self.alive()
-                yield packet
+            with suppress(IndexError):  # PyAV's, at the end of a file in which FFmpeg has met one more stream
+                for packet in container.demux(*streams):
+                    self.alive()
+                    yield packet
         except av.FFmpegError:
             self.cut = True
 
@@ -251,8 +250,8 @@ class Container:
         ends, broken, latest = dict.fromkeys(bases, -np.inf), dict.fromkeys(bases, False), -np.inf
         with _ffmpeg_log() as log:
             for packet in self._packets(container):
-                if not packet.size:
-                    continue  # the mark of a stream's end
+                if not packet.size or packet.stream_index not in bases:
+                    continue  # the mark of a stream's end, or a stream that nothing announced
                 index, time = packet.stream_index, packet.dts if packet.pts is None else packet.pts
                 broken[index] = packet.is_corrupt
                 seconds = (packet.duration or 0) * bases[index]
@@ -335,7 +334,7 @@ def _inside(data: bytes, *names: bytes) -> bytes:
 def _movie(path: Path) -> bytes:
     """The content of an mp4's index; VideoError if the file ends inside it, as FFmpeg would take what is there."""
     with path.open("rb") as file:
-        while len(head := file.read(16)) == 16:
+        while len(head := file.read(16)) >= 8:
             size, name = int.from_bytes(head[:4]), head[4:8]
             if name == b"moov":
                 content = head[8:] + file.read(max(0, size - 16))
