@@ -223,6 +223,10 @@ def store() -> str:
         ["decoding, CPU seconds per video", "; ".join(f"{name} {seconds:.1f}" for name, seconds in cpu.items())],
         ["reading a sample, one core", f"{read['ms, median']} ms, {read['samples/s']:.0f} samples/s"],
     ]
+    if turns := content.get("whole pass by two commits, in turns"):
+        before, ratio = next(iter(turns)).split(",")[0], turns["ratio"]
+        value = f"{ratio['median']} ({ratio['min']} to {ratio['max']}), the same pictures"
+        rows.append([f"whole pass, CPU seconds compared with those of {before}", value])
     return table(("what", "measured"), rows)
 
 
