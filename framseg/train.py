@@ -207,7 +207,9 @@ def _unfit(record: dict) -> list[str]:
             values += [record[key] for key in LOSSES if record[key] is not None]
     except (LookupError, TypeError) as error:
         return [f"is no record of a training ({error!r})"]
+    # A loss may be no number or infinite, a place in the training may not.
     odd = [value for value in values if not isinstance(value, float) and not is_number(value)]
+    odd += [record[place] for place in ("epoch", "step") if place in record and not is_number(record[place])]
     return [f"has {str(odd[0])[:60]!r} where a number must stand"] if odd else []
 
 

@@ -475,6 +475,15 @@ def test_logs_of_a_training(tmp_path, contents):
         assert all(train.epoch_line(validation, LOG) for validation in read[1])
 
 
+@pytest.mark.parametrize("place, log", [("epoch", VALIDATIONS), ("epoch", LOG), ("step", LOG)])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_place_in_a_training_is_finite(tmp_path, place, log, value):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(record | {place: value}) + "\n" for record in log))
+    with pytest.raises(TrainError, match=f"{path}:1: has '{str(value)}' where a number must stand"):
+        train.read_log(path)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder of a run that the browser opens and whose first chapter is finished."""
