@@ -477,6 +477,8 @@ def _silence_decoders() -> None:
 
 def _decode_request() -> None:
     """The process that `read_apart` starts: reads its JSON request, prints count and length (s) or an error as JSON."""
+    if len(sys.argv) != 2:
+        sys.exit("error: this is started by framseg.predict; see framseg predict --help")
     request = json.loads(sys.argv[1])
     _silence_decoders()
     # When the timer runs out, its signal ends the process in native code too.

@@ -736,6 +736,12 @@ def test_no_room_stops_with_one_sentence_and_keeps_what_is_finished(corpus, tmp_
     assert store.read("c").shape == (5, 32, 32, 3)
 
 
+def test_the_process_of_read_apart_says_what_it_is():
+    command = [sys.executable, "-m", "framseg.frames"]
+    done = subprocess.run(command, cwd=Path(frames.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: this is started by framseg.predict")
+
+
 def test_workers_start_without_torch():
     code = "import sys, framseg.frames; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(frames.__file__).parents[1]).returncode == 0
