@@ -213,12 +213,13 @@ def read_apart(
     that nobody can know whether it is. Raises VideoError if the video cannot be decoded or the disk of `file` has no
     room.
     """
+    from framseg.config import import_path  # here, because the process that decodes has no use for the profiles
+
     request = {"path": str(path), "min_count": min_count, "interval": interval, "image_size": image_size}
     request |= {"time_limit": time_limit, "file": file.fileno(), "allow_partial": allow_partial}
     # multiprocessing would run the caller's script again where that has no `if __name__ == "__main__"`.
     command = [sys.executable, "-P", "-m", "framseg.frames", json.dumps(request)]
-    import_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": import_path}
+    environment = os.environ | {"PYTHONPATH": import_path()}
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     done = subprocess.run(command, env=environment, stdin=null, stdout=pipe, pass_fds=[file.fileno()])
     if done.returncode:
@@ -382,7 +383,7 @@ def extract(
             count = min(workers or cpus, max(len(waiting), 1))
             pool = pebble.ProcessPool(count, context=context, initializer=_silence_decoders)
             try:
-                vids: dict[Future[None], str] = {}
+                vids: dict[Future[dict], str] = {}
                 for vid, duration in waiting.items():
                     arguments = vid, duration, folder, store, duration_tolerance, Path(aside)
                     vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
@@ -391,9 +392,8 @@ def extract(
                     vid = vids[task]
                     path = folder / f"{vid}.mp4"
                     try:
-                        task.result()
+                        stored[vid] = task.result()
                         report.done += 1
-                        stored[vid] = store.about(vid)
                     except VideoError as error:
                         report.failed[vid] = str(error)
                     except TimeoutError:
@@ -416,8 +416,11 @@ def extract(
     return report
 
 
-def _store_video(vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path) -> None:
-    """In a worker process: store a video, written in `aside` first. Raises VideoError if it cannot be decoded."""
+def _store_video(vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path) -> dict:
+    """In a worker process: store a video, written in `aside` first; returns what the file says of it.
+
+    Raises VideoError if the video cannot be decoded.
+    """
     store.path(vid)
     video = Video(folder / f"{vid}.mp4")
     if abs(video.length - duration) > duration_tolerance:
@@ -432,6 +435,7 @@ def _store_video(vid: str, duration: float, folder: Path, store: Store, duration
     unfinished = replace(store, folder=aside)
     unfinished.write(vid, pictures, about)
     os.replace(unfinished.path(vid), store.path(vid))
+    return about
 
 
 def _stored(store: Store, vid: str) -> dict | None:

@@ -17,6 +17,7 @@ import av
 import decord
 import numpy as np
 import pytest
+import videos
 from PIL import Image, JpegImagePlugin
 
 from framseg import frames
@@ -581,16 +582,10 @@ def test_inputs_that_went_wrong_give_the_frame_that_a_player_shows(shared, name)
     assert (video.count, video.length) == (count, pytest.approx(length, abs=0.01))
     images = video.frames(video.numbers(video.length, 40)[:, 0], 96)
     seconds = video.length / 40 * (0.5 + np.arange(40))
-    source = np.array([burned_in(image) for image in images]) / 30
+    source = np.array([videos.number(image) for image in images]) / 30
     expected = np.maximum(seconds, video.offset) + offset  # the first frame before there is one
     gaps = np.diff(np.append(video.starts, video.length)).max()
     assert ((source - expected < 0.5 / 30) & (expected - source < gaps + 1e-3)).all()
-
-
-def burned_in(image: np.ndarray) -> int:
-    """The number of a frame of the clips above: twelve black or white columns."""
-    row = image.astype(float).mean(-1)[24:72].mean(0)
-    return sum(1 << (11 - k) for k in range(12) if row[int((k + 0.5) * len(row) / 12)] > 128)
 
 
 def test_palettes_are_pictures(shared):

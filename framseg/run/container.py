@@ -10,7 +10,6 @@ import shlex
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -54,7 +53,7 @@ def opened(path: Path, whole_media: bool = False) -> Iterator[tuple[InputContain
             with path.open("rb") as file:
                 beginning = file.read(8)
             if beginning[4:] in MP4_STARTS:
-                _movie(path)
+                _index(path)
         # The whole path, as a relative one with a colon would be taken for a protocol; no protocol but files, as a
         # playlist could send us into the network; titles may be written in any alphabet.
         options = {"protocol_whitelist": "file"} | ({"ignore_editlist": "1"} if whole_media else {})
@@ -91,7 +90,6 @@ def anew(path: Path, options: str = "") -> str:
     return f"{ffmpeg(path, options, '', f'{path.stem}-anew.mp4')} writes it anew"
 
 
-@dataclass
 class Container:
     """A video file, its packets listed without decoding any. Raises VideoError for a file that is no video.
 
@@ -102,15 +100,9 @@ class Container:
     ends in the middle of its data. `alive` is called after every step.
     """
 
-    path: Path
-    alive: Callable[[], object]
-    cut: bool = False
-    claimed: float | None = None
-    missing: float = 0.0
-    last: float = 0.0
-    _numbers: list[int | None] = field(default_factory=list)  # decoding times, in frames where that is their unit
-
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path, alive: Callable[[], object]):
+        self.path, self.alive, self.cut, self.last = path, alive, False, 0.0
+        self._numbers: list[int | None] = []  # decoding times, in frames where that is their unit
         with opened(self.path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate else 0.0
@@ -331,21 +323,24 @@ def _inside(data: bytes, *names: bytes) -> bytes:
     return data
 
 
-def _movie(path: Path) -> bytes:
-    """The content of an mp4's index; VideoError if the file ends inside it, as FFmpeg would take what is there."""
+def _index(path: Path) -> tuple[int, int]:
+    """Where the content of an mp4's index begins and ends, in bytes; 0, 0 if it has none.
+
+    VideoError if the file ends inside it, as FFmpeg would take what is there.
+    """
+    place, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while len(head := file.read(16)) >= 8:
             size, name = int.from_bytes(head[:4]), head[4:8]
             if name == b"moov":
-                content = head[8:] + file.read(max(0, size - 16))
-                if len(content) < size - 8:
+                if place + max(size, 8) > end:
                     raise VideoError(f"{path}: cannot be opened: cut off inside its index (moov); get the file again")
-                return content
+                return place + 8, place + max(size, 8)
             size = int.from_bytes(head[8:]) if size == 1 else size
             if size < 8:
                 break
-            file.seek(size - 16, os.SEEK_CUR)
-    return b""
+            place = file.seek(place + size)
+    return 0, 0
 
 
 def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
@@ -353,7 +348,10 @@ def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
 
     FFmpeg follows a single one, also behind an empty one.
     """
-    movie = _movie(path)
+    begin, end = _index(path)
+    with path.open("rb") as file:
+        file.seek(begin)
+        movie = file.read(end - begin)
     for name, track in _boxes(movie):
         about, media = _inside(track, b"tkhd"), _inside(track, b"mdia", b"mdhd")
         if name != b"trak" or not about or struct.unpack_from(">I", about, 20 if about[0] else 12)[0] != number:

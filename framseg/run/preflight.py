@@ -123,14 +123,13 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
     store, vision, size = dataset.store(profile), profile.model.vision, getattr(torch, profile.model.dtype).itemsize
     files = [dataset.annotation_file(profile, split) for split in ("train", "val", "test")]
     if all(file.is_file() for file in files):  # else that is what is missing
-        vids = {row.vid for file in files for row in annotations.read(file)}
+        vids = [{row.vid for row in annotations.read(file)} for file in files]
         pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
-        waiting = sum(vid not in store for vid in vids)
+        waiting = sum(vid not in store for vid in set().union(*vids))
         yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
-            videos = len({row.vid for row in annotations.read(files[0])})
-            yield "features", store.folder, videos * pictures * values * size
+            yield "features", store.folder, len(vids[0]) * pictures * values * size
     base, trained = cost.parameters(profile)
     name = profile.model.weights
     if config.local_weights(name) is None and not Path(name).is_absolute() and not _cached(name, WEIGHTS):

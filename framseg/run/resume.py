@@ -99,18 +99,18 @@ def differences(
     old: config.Profile, new: config.Profile, sections: Sequence[str], words: str = "{key}: {old} there, {new} now"
 ) -> dict[str, str]:
     """The keys of these sections whose values differ, and for each both values in words."""
-    before, after = (_flat(profile.model_dump(mode="json", include=set(sections))) for profile in (old, new))
+    before, after = (flat(profile.model_dump(mode="json", include=set(sections))) for profile in (old, new))
     return {
         key: words.format(key=key, old=before[key], new=value) for key, value in after.items() if before[key] != value
     }
 
 
-def _flat(section: dict, prefix: str = "") -> dict[str, object]:
+def flat(section: dict, prefix: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, object] = {}
+    out: dict[str, object] = {}
     for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
 
 
 # --- the states ----------------------------------------------------------------------------------------------------

@@ -18,16 +18,9 @@ import common
 
 from framseg import annotations, evaluate
 from framseg.predictions import read_predictions
+from framseg.run.resume import flat
 
 REPEATS = 9
-
-
-def _flat(metrics: dict, place: str = "") -> dict[str, float]:
-    """The numbers of nested metrics by their whole name."""
-    numbers = {}
-    for name, value in metrics.items():
-        numbers |= _flat(value, f"{place}{name} ") if isinstance(value, dict) else {place + name: value}
-    return numbers
 
 
 def main() -> None:
@@ -37,12 +30,12 @@ def main() -> None:
     seconds, equal = [], {}
     for name in ("official", "rounding"):
         predictions = read_predictions(shared / f"golden/{name}_val_predictions.jsonl")
-        expected = _flat(json.loads((shared / f"golden/{name}_val_metrics.json").read_text(encoding="utf-8")))
+        expected = flat(json.loads((shared / f"golden/{name}_val_metrics.json").read_text(encoding="utf-8")))
         for _ in range(REPEATS):
             began = time.perf_counter()
             metrics = evaluate.evaluate(predictions, rows)
             seconds.append(round(time.perf_counter() - began, 4))
-        right = _flat(metrics).items() & expected.items()
+        right = flat(metrics).items() & expected.items()
         equal[name] = f"{len(right)} of {len(expected)} metrics"
     record = common.about(queries=len(rows), equal=equal, seconds=seconds, median=statistics.median(seconds))
     print(record["median"], "s; equal to the official metrics:", equal)

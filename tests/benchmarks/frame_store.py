@@ -127,12 +127,11 @@ def extract(vids: list[str], folder: Path, store: frames.Store, time_limit: floa
 
 
 ONE_PASS = """
-import sys, time
-from pathlib import Path
+import json, sys, time
 from framseg import frames
-video = frames.Video(Path(sys.argv[1]))
-numbers = video.numbers(*map(float, sys.argv[2:3]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
-pictures = video.frames(numbers, int(sys.argv[6]))
+video = frames.Video(sys.argv[1])
+*sampling, size = json.loads(sys.argv[2])
+pictures = video.frames(video.numbers(*sampling), size)
 print(time.process_time(), int(pictures.sum(dtype="int64")))
 """
 
@@ -144,7 +143,7 @@ def in_turns(before: Path, paths: list[Path], settings: list) -> dict:
     for path in paths:
         sums = set()
         for checkout, times in seconds.items():
-            command = [sys.executable, "-P", "-c", ONE_PASS, str(path), *map(str, settings)]
+            command = [sys.executable, "-P", "-c", ONE_PASS, str(path), json.dumps(settings)]
             environment = os.environ | {"PYTHONPATH": str(checkout)}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             cpu, total = done.stdout.split()
