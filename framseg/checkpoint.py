@@ -3,39 +3,28 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from framseg import config, prompt
-from framseg.backbones import CheckpointError, device
+from framseg.backbones import CheckpointError, device, precision
 from framseg.backbones.blip3 import Blip3
 from framseg.evaluate import METRICS
-from framseg.jsonl import is_integer, is_number, parse_object
+from framseg.run import cost, released
+from framseg.run.released import hub_errors
 
 PROFILE, CARD, METRICS_FILE = config.FILE, "README.md", "metrics.json"
 RESAMPLER, ADAPTER = "resampler.safetensors", "adapter/adapter_model.safetensors"
 ADAPTER_SETTINGS = "adapter/adapter_config.json"
-NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings of an adapter
 # Nothing else of a repository is fetched: no code, no pickles.
 HUB_FILES = [PROFILE, prompt.FILE, METRICS_FILE, CARD, RESAMPLER, "adapter/adapter_*"]
-
-
-@contextmanager
-def hub_errors(before: str, after: str = "") -> Iterator[None]:
-    """Whatever the hub's library raises becomes a CheckpointError: `before`, the reason in brackets, `after`."""
-    try:
-        yield
-    except Exception as error:  # the HTTP library's errors share no base class with the hub's
-        raise CheckpointError(f"{before} ({' '.join(str(error).split())}){after}") from None
 
 
 def load_base(profile: config.Profile) -> Blip3:
@@ -51,7 +40,7 @@ def load_base(profile: config.Profile) -> Blip3:
         if Path(name).is_absolute() or name.count("/") != 1:
             raise CheckpointError(f"{name}: the base model's folder is not here{advice}")
         with hub_errors(f"{name}: neither the base model's folder nor to be had from the Hugging Face hub", advice):
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+            folder = released.fetch(name)
     return Blip3.load_published(profile.model, folder)
 
 
@@ -94,17 +83,41 @@ def require_complete(folder: Path | str) -> Path:
     return folder
 
 
-def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
+def load_trained(folder: Path | str, dtype: str | None = None) -> tuple[Blip3, config.Profile]:
     """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
 
-    Raises CheckpointError if the folder is incomplete or damaged or its tensors do not fit the profile's model, and
-    ProfileError for its profile.
+    dtype: another one than the profile's. Raises CheckpointError if the folder is incomplete or damaged or its tensors
+    do not fit the profile's model, and ProfileError for its profile.
     """
     folder = require_complete(folder)
-    profile = config.load(folder / PROFILE)
-    resampler, pairs = (_tensors(folder / name) for name in (RESAMPLER, ADAPTER))
-    targets, scaling = _adapter_settings(folder / ADAPTER_SETTINGS)
-    model = load_base(profile)
+    profile = _with_dtype(config.load(folder / PROFILE), dtype)
+    resampler, pairs = (released.tensors(folder / name) for name in (RESAMPLER, ADAPTER))
+    adapter = pairs, *released.adapter_settings(folder / ADAPTER_SETTINGS)
+    return _merged(folder, load_base(profile), resampler, *adapter), profile
+
+
+def load_published(folders: Sequence[Path], profile: config.Profile) -> Blip3:
+    """The model of weights that framseg did not write: merged ones in one folder, or the authors' pair on its base.
+
+    Raises CheckpointError if they are incomplete or damaged or do not fit the profile's model.
+    """
+    if not (files := released.pair(folders)):
+        return Blip3.load_published(profile.model, folders[0])
+    tensors = released.tensors(files[0])
+    resampler = {name.removeprefix("vlm.").removeprefix("vision_tokenizer."): x for name, x in tensors.items()}
+    adapter = released.unconverted(files[1])
+    return _merged(files[1], load_base(profile), resampler, *adapter)
+
+
+def _merged(
+    folder: Path,
+    model: Blip3,
+    resampler: dict[str, Tensor],
+    pairs: dict[str, Tensor],
+    targets: list[str],
+    scaling: float,
+) -> Blip3:
+    """The base `model` with the trained resampler and with the adapter's pairs added to the layers `targets`."""
     try:
         model.vision_tokenizer.load_state_dict(resampler)
         with torch.no_grad():
@@ -115,52 +128,46 @@ def load_trained(folder: Path | str) -> tuple[Blip3, config.Profile]:
     except (RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: does not fit the profile's model: {error}") from None
     if pairs:
-        raise CheckpointError(f"{folder / ADAPTER}: {min(pairs)} belongs to none of adapter_config.json's targets")
-    return model.eval(), profile
+        raise CheckpointError(f"{folder}: {min(pairs)} belongs to none of adapter_config.json's targets")
+    return model.eval()
 
 
-def loaded(checkpoint: Path | str, where: str = "auto") -> tuple[Blip3, config.Profile, Tokenizer]:
-    """Model, profile and tokenizer of a checkpoint (see `local_folder`), on `backbones.device(where)` and in eval mode.
+def _with_dtype(profile: config.Profile, dtype: str | None) -> config.Profile:
+    model = profile.model.model_copy(update={"dtype": dtype or profile.model.dtype})
+    return profile.model_copy(update={"model": model})
 
-    The last one stays loaded until its folder changes. Raises CheckpointError, ProfileError or PromptError for one
-    that cannot be used.
+
+def loaded(
+    checkpoint: Path | str | Sequence[Path | str], where: str = "auto", dtype: str | None = None
+) -> tuple[Blip3, config.Profile, Tokenizer]:
+    """Model, profile and tokenizer of a checkpoint (see `framseg.predict`), in eval mode.
+
+    The model is on `backbones.device(where)` and in `backbones.precision(dtype)`, by default the profile's; a device
+    with too little memory is told on standard error. The last one stays loaded until its folder changes. Raises
+    CheckpointError, ProfileError or PromptError for one that cannot be used.
     """
-    folder = local_folder(checkpoint)
-    return _loaded(folder, max((file.stat().st_mtime_ns for file in folder.rglob("*")), default=0), where)
+    folders = tuple(map(local_folder, released.names(checkpoint)))
+    changed = max((file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")), default=0)
+    model, profile, tokenizer = _loaded(folders, changed, where, dtype)
+    model.origin = released.origin(checkpoint) if released.published(folders[0]) else ""
+    return model, profile, tokenizer
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, changed: int, where: str) -> tuple[Blip3, config.Profile, Tokenizer]:
-    """`changed` is the time of the folder's last change, so that a checkpoint written anew is loaded anew."""
-    model, profile = load_trained(folder)
-    tokenizer = prompt.load(folder)
-    prompt.check(tokenizer, profile.model, profile.frames.count)  # it may be somebody else's checkpoint
-    return model.to(device(where)), profile, tokenizer
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-    if odd := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
-        raise CheckpointError(f"{file}: {odd[0]} holds values that are no numbers; fetch it again, or train anew")
-    return tensors
-
-
-def _adapter_settings(file: Path) -> tuple[list[str], float]:
-    """Layers of a plain LoRA adapter and what their pairs are multiplied by; nothing else is taken from the file."""
-    settings, reasons = parse_object(file.read_bytes())
-    if settings is not None:
-        rank, alpha, targets = (settings.get(key) for key in ("r", "lora_alpha", "target_modules"))
-        reasons = [f"{key} is set, and only a plain LoRA adapter can be read" for key in NOT_PLAIN if settings.get(key)]
-        if not is_integer(rank) or rank < 1 or not is_number(alpha):
-            reasons.append("r and lora_alpha must be numbers, r at least 1")
-        elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-            reasons.append("target_modules must be a list of names")
-        elif not reasons:
-            return targets, alpha / rank
-    raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
+def _loaded(
+    folders: tuple[Path, ...], changed: int, where: str, dtype: str | None
+) -> tuple[Blip3, config.Profile, Tokenizer]:
+    """`changed` is the time of the folders' last change, so that a checkpoint written anew is loaded anew."""
+    place, foreign = device(where), len(folders) > 1 or released.published(folders[0])
+    profile = config.load(released.PROFILE if foreign else folders[0] / PROFILE)
+    profile = _with_dtype(profile, precision(dtype, place, profile.model.dtype))
+    print(*cost.short_of_memory(profile, place), sep="", end="", file=sys.stderr)
+    if foreign:
+        model, tokenizer = load_published(folders, profile), released.tokenizer(folders, profile)
+    else:
+        model, tokenizer = load_trained(folders[0], profile.model.dtype)[0], prompt.load(folders[0])
+        prompt.check(tokenizer, profile.model, profile.frames.count)  # it may be somebody else's checkpoint
+    return model.to(place), profile, tokenizer
 
 
 def model_card(profile: config.Profile, metrics: dict) -> str:
@@ -186,8 +193,7 @@ def local_folder(checkpoint: Path | str) -> Path:
     Raises CheckpointError if it is neither, or not a whole checkpoint.
     """
     folder = Path(os.path.expanduser(checkpoint))
-    if os.path.exists(folder) or str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~")):
-        return require_complete(folder).resolve()
-    with hub_errors(f"{checkpoint}: neither a checkpoint's folder nor to be had from the Hugging Face hub"):
-        fetched = snapshot_download(str(checkpoint), allow_patterns=HUB_FILES)
-    return require_complete(fetched)
+    if not (os.path.exists(folder) or str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~"))):
+        with hub_errors(f"{checkpoint}: neither a checkpoint's folder nor to be had from the Hugging Face hub"):
+            folder = released.fetch(str(checkpoint), (*HUB_FILES, *released.WEIGHTS))
+    return (folder if released.published(folder) else require_complete(folder)).resolve()

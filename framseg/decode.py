@@ -310,7 +310,7 @@ def answers(
     ids, mask = (torch.from_numpy(array).to(model.device) for array in padded)
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
     masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
-    return masks, decoded.probability.double().cpu().numpy()
+    return masks, decoded.probability.cpu().double().numpy()
 
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:

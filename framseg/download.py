@@ -66,8 +66,16 @@ class _Unreachable(_Cut):
     """The server did not answer."""
 
 
-def fetch(address: str, path: Path, sha256: str | None = None) -> None:
+def fetch(
+    address: str,
+    path: Path,
+    sha256: str | None = None,
+    headers: dict[str, str] | None = None,
+    otherwise: str = ", or take a folder that has the file with --from",
+) -> None:
     """Fetch the file at `address` to `path`, which appears when it is complete.
+
+    headers: further ones to send. otherwise: another way to the file, for the messages.
 
     Until then its bytes are in {path}.part, and {path}.part.json says of which version they are; the next call goes on
     with them, unless the file has changed at the server. Raises DownloadError.
@@ -77,7 +85,7 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
     most, failures, first = _size(part), 0, True
     while True:
         try:
-            _transfer(address, part, note)
+            _transfer(address, part, note, headers or {})
             break
         except _Cut as cut:
             size = _size(part)
@@ -85,8 +93,8 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
             most, failures = (size, 0) if size > most else (most, failures + 1)
             if failures == TRIES or (first and isinstance(cut, _Unreachable)):
                 raise DownloadError(
-                    f"{address}: {cut}; {f'{_words(size)} are kept: ' if size else ''}give the same command again to "
-                    f"go on, or take a folder that has the data with --from"
+                    f"{_shown(address)}: {cut}; {f'{_words(size)} are kept: ' if size else ''}give the same command "
+                    f"again to go on{otherwise}"
                 ) from None
             first = False
             time.sleep(PAUSE * 2**failures)
@@ -94,21 +102,21 @@ def fetch(address: str, path: Path, sha256: str | None = None) -> None:
         part.unlink()
         note.unlink()
         raise DownloadError(
-            f"{path}: what {address} sends has SHA-256 {actual}, expected is {sha256}; it was not kept: give the same "
-            f"command again, or take a folder that has the file with --from"
+            f"{path}: what {_shown(address)} sends has SHA-256 {actual}, expected is {sha256}; it was not kept: give "
+            f"the same command again{otherwise}"
         )
     part.replace(path)
     note.unlink()
 
 
-def _transfer(address: str, part: Path, note: Path) -> None:
+def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> None:
     """One connection: add to `part` until it is complete, or raise _Cut."""
     known: dict = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"version": "", "length": 0}
     version, length = known["version"], known["length"]
     size = _size(part) if version else 0
     if size and size == length:
         return
-    headers = {"User-Agent": "framseg", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "framseg"} | more | {"Accept-Encoding": "identity"}
     if size:
         headers |= {"Range": f"bytes={size}-", "If-Range": version}
     with _answer(address, headers) as answer:
@@ -130,7 +138,9 @@ def _transfer(address: str, part: Path, note: Path) -> None:
         elif answer.status in (408, 429, *range(500, 600)):
             raise _Cut(status)
         else:
-            raise DownloadError(f"{address}: {status}; get the file by another way and take its folder with --from")
+            raise DownloadError(
+                f"{_shown(address)}: {status}; get the file by another way and take its folder with --from"
+            )
         bar = tqdm(desc=part.stem, total=length, initial=size, unit="B", unit_scale=True)
         try:
             with bar, part.open("ab") as file:
@@ -247,6 +257,10 @@ def _unwritable(path: Path, needed: int, error: OSError) -> DownloadError:
         f"{path}: no room ({error.strerror}): {_words(needed)} more are needed, {_words(free)} are free; what has "
         f"arrived is kept: make room and give the same command again"
     )
+
+
+def _shown(address: str) -> str:
+    return address.partition("?")[0]  # what follows may be a key
 
 
 def _size(path: Path) -> int:

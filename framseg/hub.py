@@ -11,7 +11,8 @@ from huggingface_hub import HfApi
 
 from framseg import command_line, config
 from framseg.backbones import CheckpointError
-from framseg.checkpoint import HUB_FILES, PROFILE, hub_errors, require_complete
+from framseg.checkpoint import HUB_FILES, PROFILE, require_complete
+from framseg.run.released import hub_errors
 
 
 def push(folder: Path | str, name: str, private: bool = False) -> str:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from framseg import command_line, moments, prompt
+from framseg import backbones, command_line, moments, prompt
 from framseg.annotations import USUAL_SECONDS, Row, frame_times
 from framseg.backbones.blip3 import Blip3
 from framseg.checkpoint import loaded
 from framseg.decode import answers, encoded
 from framseg.frames import read_apart
 from framseg.predictions import SALIENCY, WINDOWS, answer_record, prediction_record
+from framseg.run import released
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +34,8 @@ class Prediction:
     score for each 2-second clip. mask: n characters 0 and 1. probability: float64 [n], of each frame; n is f, or more
     for a video longer than 150 s (see `predict`). valid: False if the model marked no frame, in which case the mask is
     all ones. frames, times: f of the n frames, evenly spread, uint8 [f, H, W, 3], and their seconds [f]. notes: what to
-    know about the seconds, a sentence each: that the picture starts late, that the end is missing or may be.
+    know, a sentence each: which published weights answered, that the picture starts late, that the end is missing or
+    may be.
     """
 
     video: str
@@ -69,18 +71,26 @@ class Prediction:
 def predict(
     video: Path | str,
     query: str | Sequence[str],
-    checkpoint: Path | str,
+    checkpoint: Path | str | Sequence[Path | str],
     windows: moments.Policy = moments.BEST_WINDOWS,
     saliency: moments.Method = moments.BEST_SALIENCY,
     allow_partial: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Prediction | list[Prediction]:
     """Moments and highlights of your own video file, of any length.
 
     query: one text, or several about the same video (which is then decoded and encoded once); several give a list of
     Predictions in their order. checkpoint: the folder that a training has written (``runs/<profile>/checkpoint``), or
-    the name of a repository on the Hugging Face hub that holds one. windows, saliency: policy and method of
-    framseg.moments, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the authors'.
+    the name of a repository on the Hugging Face hub that holds one. ``"paper"`` is the paper's own model: about 8.7 GB,
+    fetched once. Other weights in the layout of the base model are read as well, and so is the authors' pair of
+    resampler and PiSSA adapter with its ``pissa_init``: both in one folder, or a tuple of two. windows, saliency:
+    policy and method of framseg.moments, whatever the checkpoint's profile says; ``"mask"`` and ``"overlap"`` are the
+    authors'.
     allow_partial: answer about the part that is there of a file that is cut off, instead of refusing it.
+    device: "auto" (the GPU if there is one), "cpu", "cuda" or "mps" (Apple's; never tried). dtype: "float32",
+    "float16", "bfloat16", or "auto": the checkpoint's own, bfloat16 for the paper's model; float16 where that is
+    bfloat16 and the GPU has none. On a CPU the paper's model needs half the memory in bfloat16 of what float32 takes.
 
     Seconds, of the answer as of the frames that the model sees, are those of a player: second 0 is the start of the
     file, also where the picture starts later than the sound; until then the first frame counts.
@@ -96,7 +106,7 @@ def predict(
     does not fit the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or
     method.
     """
-    model, profile, tokenizer = loaded(checkpoint)
+    model, profile, tokenizer = loaded(checkpoint, device, dtype)
     count = profile.frames.count
     inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
     queries = [query] if isinstance(query, str) else list(query)
@@ -104,7 +114,7 @@ def predict(
         prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
     section, size = profile.frames, profile.model.vision.image_size
     with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
-        notes: list[str] = []
+        notes = [model.origin] if model.origin else []
         interval, limit = USUAL_SECONDS / count, section.time_limit
         images, length = read_apart(video, count, interval, size, limit, file, allow_partial, notes.append)
         total = len(images)
@@ -168,12 +178,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("video", type=Path, help="a video file, of any length")
     parser.add_argument("-q", "--query", action="append", required=True, help="what to look for; may be given again")
     parser.add_argument(
-        "--checkpoint", required=True, help="folder of a trained checkpoint, or a repository's name on the hub"
+        "--checkpoint",
+        action="append",
+        help="a trained checkpoint's folder or a repository's name on the hub; `paper` is the paper's model, fetched "
+        "once; given twice, the authors' pair",
     )
+    parser.add_argument("--yes", action="store_true", help="without --checkpoint: fetch the paper's model unasked")
+    parser.add_argument("--device", choices=backbones.DEVICES, default="auto", help="mps was never tried")
+    parser.add_argument("--dtype", choices=backbones.DTYPES, default="auto", help="of the weights")
     parser.add_argument("--allow-partial", action="store_true", help="answer about the part of a file that is cut off")
     parser.add_argument("--json", action="store_true", help="print prediction records, one JSON object per line")
     options = parser.parse_args(arguments)
-    answer = predict(options.video, options.query, options.checkpoint, allow_partial=options.allow_partial)
+    names = options.checkpoint or [released.offer(options.yes)]
+    more = {"allow_partial": options.allow_partial, "device": options.device, "dtype": options.dtype}
+    answer = predict(options.video, options.query, names[0] if len(names) == 1 else names, **more)
     predictions = answer if isinstance(answer, list) else [answer]
     if options.json:
         print(*(json.dumps(prediction.record) for prediction in predictions), sep="\n")

@@ -30,9 +30,11 @@ predictions
 evaluate
 backbones
 backbones.blip3
-checkpoint dataset download
+dataset download run.cost
+run.released
+checkpoint
 hub
-run.paths run.launcher run.cost
+run.paths run.launcher
 run.resume
 run.preflight
 decode

@@ -44,7 +44,7 @@ def checkpoint(setup, tmp_path):
 def test_predict(setup, checkpoint, tmp_path, monkeypatch):
     video = make_video(tmp_path / "own.mp4", 21)
     loaded, load = [], load_trained
-    monkeypatch.setattr(checkpoints, "load_trained", lambda folder: loaded.append(folder) or load(folder))
+    monkeypatch.setattr(checkpoints, "load_trained", lambda *a: loaded.append(a) or load(*a))
     one = framseg.predict(video, "a dog runs", checkpoint=checkpoint)
     queries = ["a dog runs", "a cat sleeps", "night falls"]
     several = framseg.predict(str(video), queries, checkpoint=str(checkpoint))

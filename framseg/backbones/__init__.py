@@ -9,6 +9,7 @@ from framseg import FramsegError
 if TYPE_CHECKING:
     import torch
 
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "float16", "bfloat16")
 SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
@@ -29,10 +30,30 @@ def fingerprint(module: "torch.nn.Module") -> str:
 def device(where: str = "auto") -> "torch.device":
     """Where models run: the GPU of this process (of several, the one that the launcher gave it), or the CPU.
 
-    where: `training.device` of a profile; "cpu" leaves a GPU alone.
+    where: "auto" is the GPU if there is one, else the CPU; "cpu", "cuda", or "mps" (Apple's GPU; never tried). Raises
+    FramsegError for a device that this machine does not have.
     """
     import torch  # here, so that who only needs the error does not wait for it
 
-    if where == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    usable = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
+    kind = next(name for name, is_here in usable.items() if is_here) if where == "auto" else where
+    if not usable.get(kind):
+        here = ", ".join(name for name, is_here in usable.items() if is_here)
+        raise FramsegError(f"device {where!r}: this machine does not have it; choose auto or one of {here}")
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+
+
+def precision(dtype: str | None, place: "torch.device", usual: str) -> str:
+    """The number format to load a model in: `usual` for None, else one of DTYPES.
+
+    "auto" is `usual`, the profile's, except where that is bfloat16 and `place` a GPU without it: there it is float16.
+    Raises FramsegError for another name.
+    """
+    import torch
+
+    if dtype not in (None, *DTYPES):
+        raise FramsegError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if dtype == "auto" and usual == "bfloat16" and place.type != "cpu":
+        has = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return usual if has else "float16"
+    return usual if dtype in (None, "auto") else dtype

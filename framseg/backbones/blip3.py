@@ -149,6 +149,8 @@ class Blip3(nn.Module):
     The vision encoder is never trained (Section "Model" of the paper): it runs without an autograd graph.
     """
 
+    origin = ""  # what a user should know of the weights, a sentence
+
     def __init__(self, section: config.Model):
         super().__init__()
         self.section = section

@@ -141,6 +141,18 @@ def gpu_bytes(profile: config.Profile) -> float:
     return sum(fixed_bytes(profile)) + max(trains, profile.inference.batch * query_bytes(profile)) + SPARE
 
 
+def short_of_memory(profile: config.Profile, place: torch.device) -> list[str]:
+    """A line if answering a query needs more memory than the device has: the weights and what the query adds, about."""
+    needs, has = (
+        fixed_bytes(profile)[0] + query_bytes(profile),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if place.type == "cuda":
+        has = torch.cuda.get_device_properties(place).total_memory
+    text = f"an answer in {profile.model.dtype} needs about {needs / 2**30:.1f} GiB, {place} has {has / 2**30:.1f}"
+    return [f"{text}: it may fail; choose another device or dtype\n"] if needs > has else []
+
+
 def _patches(vision: config.Vision) -> int:
     return (vision.image_size // vision.patch_size) ** 2
 

@@ -1,0 +1,213 @@
+"""Weights that others published: fetched from the Hugging Face hub, read from their files; the paper's own model."""
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import DryRunError
+from huggingface_hub.file_download import DryRunFileInfo, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from framseg import config, download, prompt
+from framseg.backbones import CheckpointError
+from framseg.jsonl import is_integer, is_number, parse_object
+
+NAME = "paper"  # as a checkpoint's name: the paper's model
+PROFILE = "paper"  # the profile whose model and frames are those of all published weights
+MERGED = "jwnt4/xgenmm-mr-v1-merged"
+PAIR = {"jwnt4/xgenmm-mr-v1-vision_tokenizer", "jwnt4/xgenmm-mr-v1-lang_model-pissa-r16a16-rslora"}
+TOKENIZERS = ("Salesforce/xgen-mm-phi3-mini-instruct-interleave-r-v1.5", "microsoft/Phi-3-mini-4k-instruct")
+ORIGIN = "the model is the paper's model, trained on QVHighlights, real videos"
+RESAMPLER, START = "vision_tokenizer.safetensors", "pissa_init"  # of the authors' pair
+ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
+WEIGHTS = ["*.safetensors", "*.json"]
+NOT_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings that no adapter here may have
+
+
+@contextmanager
+def hub_errors(before: str, after: str = "") -> Iterator[None]:
+    """Whatever the hub's library raises becomes a CheckpointError: `before`, the reason in brackets, `after`."""
+    try:
+        yield
+    except Exception as error:  # the HTTP library's errors share no base class with the hub's
+        raise CheckpointError(f"{before} ({' '.join(str(error).split())}){after}") from None
+
+
+def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
+    """The folder in the hub's cache with a repository's files, each fetched once; its size is told before.
+
+    What has arrived of a file of weights when the connection, the disk or the user ends the call is kept: the next call
+    goes on with it. Raises CheckpointError for a repository without weights and for a disk with too little room, and
+    whatever the hub's library raises.
+    """
+    files, cache = _listed(name, patterns), Path(constants.HF_HUB_CACHE)
+    if files is not None and not any(file.filename.endswith(".safetensors") for file in files):
+        raise CheckpointError(f"{name} is no checkpoint: the repository has no .safetensors file")
+    repository = repo_folder_name(repo_id=name, repo_type="model")
+    blobs, absent = cache / repository / "blobs", [file for file in files or () if file.will_download]
+    size = sum(file.file_size or 0 for file in absent) - sum(part.stat().st_size for part in blobs.glob("*.part"))
+    if absent:
+        there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if size > free:
+            raise CheckpointError(f"{_words(size)} to fetch, {there} has {_words(free)} free: make room or set HF_HOME")
+        print(f"{name}: fetching {_words(size)} into {cache}, which has {_words(free)} free", file=sys.stderr)
+    for file in absent:
+        if not file.filename.endswith(".safetensors"):
+            continue  # small: the hub's library, which begins a file anew after each interruption, may fetch it
+        address = hf_hub_url(name, file.filename, revision=file.commit_hash)
+        about = get_hf_file_metadata(address)
+        blob, lock = blobs / str(about.etag), cache / ".locks" / repository / f"{about.etag}.lock"
+        own = urlsplit(about.location).netloc == urlsplit(address).netloc  # another server may not see the token
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):  # several processes may want the same file
+            if not blob.exists():
+                checksum = blob.name if len(blob.name) == 64 else None
+                download.fetch(about.location, blob, checksum, build_hf_headers() if own else {}, "")
+    return Path(snapshot_download(name, allow_patterns=list(patterns)))
+
+
+def _listed(name: str, patterns: Sequence[str]) -> list[DryRunFileInfo] | None:
+    """The files of a repository, None if the hub does not tell."""
+    try:
+        return snapshot_download(name, allow_patterns=list(patterns), dry_run=True)
+    except DryRunError:
+        return None
+
+
+def offer(yes: bool) -> str:
+    """The name of the paper's model, after asking whether it may be fetched if it is not there; `yes` is an answer.
+
+    Raises CheckpointError if the answer is no, or if there is no terminal to ask at.
+    """
+    with hub_errors(f"no --checkpoint is given, and of the paper's model, {MERGED}, no size is to be had"):
+        size = sum(file.file_size or 0 for file in _listed(MERGED, WEIGHTS) or () if file.will_download)
+    what = f"no --checkpoint is given: the paper's model, {MERGED} ({_words(size)}), can be fetched"
+    if size and not yes:
+        if not sys.stdin.isatty():
+            raise CheckpointError(f"{what} with --yes; or give --checkpoint")
+        print(f"{what}. Fetch it? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise CheckpointError("nothing was fetched; give --checkpoint")
+    return NAME
+
+
+def names(checkpoint: Path | str | Sequence[Path | str]) -> list[Path | str]:
+    """The folders or repositories that a `checkpoint=` names: one, or the two of the authors' pair."""
+    if isinstance(checkpoint, Path | str):
+        return [MERGED if checkpoint == NAME else checkpoint]
+    return list(checkpoint)
+
+
+def origin(checkpoint: Path | str | Sequence[Path | str]) -> str:
+    """What is known of published weights, in a sentence."""
+    given = set(map(str, names(checkpoint)))
+    unknown = f"the model is {', '.join(sorted(given))}: what it was trained on is not known"
+    return ORIGIN if given in ({MERGED}, PAIR) else unknown
+
+
+def published(folder: Path) -> bool:
+    """Whether a folder holds weights that framseg's training did not write."""
+    ours = any((folder / name).exists() for name in (config.FILE, "resampler.safetensors"))
+    return not ours and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", START, f"*/{START}"))
+
+
+def pair(folders: Sequence[Path]) -> tuple[Path, Path] | None:
+    """The authors' file of the resampler and folder of the adapter, in these folders or just below; None without both.
+
+    Raises CheckpointError if only one of them is there.
+    """
+    places = [place for folder in folders for place in (folder, *sorted(folder.iterdir())) if place.is_dir()]
+    resampler = next((place / RESAMPLER for place in places if (place / RESAMPLER).is_file()), None)
+    adapter = next((place for place in places if (place / START).is_dir()), None)
+    if resampler and adapter:
+        return resampler, adapter
+    if resampler or adapter or len(folders) > 1:
+        lacks = [
+            name for name, there in ((RESAMPLER, resampler), (f"{START}/ in an adapter's folder", adapter)) if not there
+        ]
+        raise CheckpointError(f"{', '.join(map(str, folders))}: of the authors' pair, {' and '.join(lacks)} is missing")
+    return None
+
+
+def unconverted(folder: Path) -> tuple[dict[str, Tensor], list[str], float]:
+    """A PiSSA adapter that peft saved as it was trained, as a plain one of the base: pairs, layers, factor.
+
+    peft took s B0 A0 out of each weight, so the change is s (B A - B0 A0): one pair of twice the rank. Raises
+    CheckpointError.
+    """
+    _, scaling = adapter_settings(folder / SETTINGS, plain=False)
+    trained, start = tensors(folder / ADAPTER), tensors(folder / START / ADAPTER)
+    if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in start.items()}:
+        raise CheckpointError(f"{folder}: {START} holds other pairs than the adapter; fetch both again")
+    pairs = {}
+    for key, value in trained.items():
+        layer = key.removeprefix("base_model.model.").removeprefix("vlm.")  # the adapter may be the language model's
+        layer = layer if layer.startswith("lang_model.") else f"lang_model.{layer}"
+        dim, sign = (0, 1) if "lora_A" in key else (1, -1)
+        pairs[f"base_model.model.{layer}"] = torch.cat([value.float(), sign * start[key].float()], dim)
+    ending = ".lora_A.weight"
+    return pairs, [k[len("base_model.model.") : -len(ending)] for k in pairs if k.endswith(ending)], scaling
+
+
+def tokenizer(folders: Sequence[Path], profile: config.Profile) -> Tokenizer:
+    """The first tokenizer that fits the profile, of these folders and of the public places. Raises PromptError."""
+    reasons = []
+    places: list[Path | str] = [*folders, *TOKENIZERS]
+    for place in places:
+        try:
+            candidate = prompt.load(place)
+            prompt.check(candidate, profile.model, profile.frames.count)
+            return candidate
+        except prompt.PromptError as error:
+            reasons.append(str(error))
+    raise prompt.PromptError(f"no tokenizer fits: {'; '.join(reasons)}")
+
+
+def tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError for a damaged one or values that are no numbers."""
+    try:
+        read = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
+    if odd := [name for name, value in read.items() if not value.float().isfinite().all()]:
+        raise CheckpointError(f"{file}: {odd[0]} holds values that are no numbers; fetch it again, or train anew")
+    return read
+
+
+def adapter_settings(file: Path, plain: bool = True) -> tuple[list[str], float]:
+    """Layers of a LoRA adapter and what their pairs are multiplied by; nothing else is taken from the file.
+
+    plain: the layers must be listed one by one and the factor be alpha / r. Raises CheckpointError.
+    """
+    try:
+        settings, reasons = parse_object(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}; fetch it again") from None
+    if settings is not None:
+        rank, alpha = settings.get("r"), settings.get("lora_alpha")
+        targets = settings.get("target_modules") if plain else []
+        unread = ("use_rslora", *NOT_PLAIN) if plain else NOT_PLAIN
+        reasons = [f"{key} is set, and only a plain LoRA adapter can be read" for key in unread if settings.get(key)]
+        if not is_integer(rank) or rank < 1 or not is_number(alpha):
+            reasons.append("r and lora_alpha must be numbers, r at least 1")
+        elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            reasons.append("target_modules must be a list of names")
+        elif not reasons:
+            return targets, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
+
+
+def _words(size: int) -> str:
+    return tqdm.format_sizeof(size, "B")

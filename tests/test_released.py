@@ -1,0 +1,427 @@
+"""Weights that others published: fetched from a server that answers as the hub does, read, and said what they are."""
+
+import hashlib
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import make_video, tiny
+from test_decode import prepared
+
+import framseg
+from framseg import FramsegError, backbones, checkpoint, config, download, prompt
+from framseg.backbones import CheckpointError, blip3
+from framseg.run import cost, released
+
+BASE, PHI = released.TOKENIZERS
+ASK = """
+import sys
+from framseg import predictor
+from framseg.run import released
+released.PROFILE = sys.argv[1]
+predictor.main(sys.argv[2:])
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The repositories in `server.files`, by name; a connection ends after `server.cut` bytes, if that is set."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, content: bytes, status: int = 200, **headers: str):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.server.cut is not None and "Content_Range" in headers | {"Content_Range": len(content) > 100_000}:
+            content, self.close_connection = content[: self.server.cut], True
+        self.wfile.write(content)
+
+    def do_GET(self):
+        server = self.server
+        name = next((name for name in server.files if f"/{name}/" in f"{self.path}/"), None)
+        if server.status or name is None:
+            code = "GatedRepo" if server.status == 401 else "RepoNotFound"
+            return self.reply(b"{}", server.status or 404, X_Error_Code=code)
+        files, path = server.files[name], self.path.partition("?")[0].partition("/resolve/")[2].partition("/")[2]
+        if path in files:
+            content = files[path]
+            begin = int((self.headers["Range"] or "bytes=0-")[6:].split("-")[0])
+            if self.command == "GET":
+                server.fetched.append((f"{name}/{path}", begin))
+            about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": "1" * 40}
+            if begin:
+                about["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            return self.reply(content[begin:], 206 if begin else 200, **about)
+        if "/api/models/" not in self.path:
+            return self.reply(b"{}", 404, X_Error_Code="EntryNotFound", X_Repo_Commit="1" * 40)
+        siblings = [{"rfilename": path} for path in files]
+        about = {"id": name, "sha": "1" * 40, "siblings": siblings, "tags": [], "private": False}
+        tree = [{"type": "file", "path": path, "size": len(files[path]), "oid": "1" * 40} for path in files]
+        self.reply(json.dumps(tree if "/tree/" in self.path else about).encode(), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.files, server.fetched, server.cut, server.status = {}, [], None, 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """A tiny model in the published layout, a profile for it and a video."""
+    setup = prepared(tmp_path)
+    setup.model.save_published(tmp_path / "merged")
+    setup.profile = setup.profile.model_copy(
+        update={"model": setup.profile.model.model_copy(update={"weights": str(tmp_path / "merged")})}
+    )
+    config.save(setup.profile, tmp_path / "profile.yaml")
+    setup.video = make_video(tmp_path / "own.mp4", 21)
+    return setup
+
+
+@pytest.fixture
+def local(setup, tmp_path, monkeypatch):
+    """In this process, published weights are of the tiny model, and no tokenizer is asked for at the hub."""
+    monkeypatch.setattr(released, "PROFILE", tmp_path / "profile.yaml")
+    monkeypatch.setattr(released, "TOKENIZERS", ("framseg/demo/base",))
+    return setup
+
+
+@pytest.fixture
+def hub(server, setup, tmp_path):
+    """The server with the paper's model on it, in shards without an index, and a tokenizer in the second place."""
+    whole = load_file(tmp_path / "merged/model.safetensors")
+    names = sorted(whole)
+    (tmp_path / "shards").mkdir()
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        shard = {name: whole[name] for name in part}
+        save_file(shard, tmp_path / f"shards/model-{number:05}-of-00002.safetensors")
+    strange = {"config.json": b"{}", "code.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04"}
+    server.files[released.MERGED] = contents(tmp_path / "shards") | strange
+    server.files[PHI] = {"tokenizer.json": Path("framseg/demo/base/tokenizer.json").read_bytes()}
+    return server
+
+
+def environment(server, tmp_path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(config.REPOSITORY),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_TOKEN": "hf_nobody",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+
+
+def ask(server, tmp_path, *arguments: str, before: str = "", **more: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-c",
+        before + ASK,
+        str(tmp_path / "profile.yaml"),
+        str(tmp_path / "own.mp4"),
+        "-q",
+        "dog",
+    ]
+    return subprocess.run(
+        [*command, *arguments], env=environment(server, tmp_path) | more, capture_output=True, text=True,
+        timeout=180, cwd=tmp_path, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess, *words: str):
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout, done.stderr
+    [_, sentence] = done.stderr.split("error: ")
+    assert len(sentence.splitlines()) == 1
+    for word in words:
+        assert word in sentence, sentence
+
+
+def test_the_papers_model_is_fetched_once_and_says_what_it_is(hub, tmp_path):
+    first = ask(hub, tmp_path, "--checkpoint", "paper", "--json")
+    assert first.returncode == 0, first.stderr[-3000:]
+    record = json.loads(first.stdout)
+    assert record["notes"] == ["the model is the paper's model, trained on QVHighlights, real videos"]
+    size = sum(len(content) for name, content in hub.files[released.MERGED].items() if name.endswith(("ors", "son")))
+    assert f"{released.MERGED}: fetching {released._words(size)} into {tmp_path / 'cache/hub'}" in first.stderr
+    fetched = [name for name, _ in hub.fetched]
+    assert len(set(fetched)) == len(fetched) and not any(name.endswith((".py", ".bin")) for name in fetched)
+
+    hub.shutdown()  # nobody answers: what is there is used, with or without the variable that says so
+    hub.server_close()
+    for offline in "01":
+        again = ask(hub, tmp_path, "--checkpoint", released.MERGED, HF_HUB_OFFLINE=offline)
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert "  note: the model is the paper's model, trained on QVHighlights, real videos\n" in again.stdout
+        assert "fetching" not in again.stderr
+
+
+def test_without_a_checkpoint_the_papers_model_is_offered(hub, tmp_path):
+    refused(ask(hub, tmp_path), "no --checkpoint is given: the paper's model, jwnt4/xgenmm-mr-v1-merged (", "--yes")
+    assert not hub.fetched
+    for answer, code in (("no", 1), ("yes", 0)):
+        ours, theirs = pty.openpty()
+        os.write(ours, f"{answer}\n".encode())
+        command = [sys.executable, "-c", ASK, str(tmp_path / "profile.yaml"), str(tmp_path / "own.mp4"), "-q", "dog"]
+        done = subprocess.run(
+            command, env=environment(hub, tmp_path), stdin=theirs, capture_output=True, text=True, timeout=180
+        )
+        os.close(ours), os.close(theirs)
+        assert done.returncode == code and "can be fetched. Fetch it? [y/N] " in done.stderr, done.stderr
+        assert bool(hub.fetched) == (code == 0) and ("nothing was fetched" in done.stderr) == (code == 1)
+    assert ask(hub, tmp_path).returncode == 0  # it is there: no question
+
+
+def test_yes_fetches_unasked(hub, tmp_path):
+    done = ask(hub, tmp_path, "--yes")
+    assert done.returncode == 0 and "[y/N]" not in done.stderr and hub.fetched
+
+
+def test_a_connection_that_is_cut_and_a_process_that_is_killed_lose_nothing(hub, tmp_path):
+    first = f"{released.MERGED}/model-00001-of-00002.safetensors"
+    kill = (
+        "import os, framseg.download as d\n"
+        "def update(bar, n):\n    bar.n += n\n    bar.n > 300_000 and os._exit(9)\n"
+        "d.tqdm = type('Bar', (d.tqdm,), {'update': update})\n"
+    )
+    assert ask(hub, tmp_path, "--checkpoint", "paper", before=kill).returncode == 9
+    [part] = (tmp_path / "cache/hub").rglob("*.part")
+    begin = part.stat().st_size
+    assert begin > 200_000
+    hub.fetched.clear()
+    hub.cut = 400_000
+    again = ask(hub, tmp_path, "--checkpoint", "paper", before="import framseg.download as d; d.PAUSE = 0\n")
+    assert again.returncode == 0, again.stderr[-3000:]
+    begins = [place for name, place in hub.fetched if name == first]
+    assert begins[0] == begin and len(begins) > 2 and begins == sorted(set(begins))
+
+
+@pytest.mark.parametrize(
+    "status, words",
+    [(401, ["neither", "401"]), (404, ["neither", "404"]), (503, ["neither", "503"])],
+)
+def test_a_hub_that_refuses(hub, tmp_path, status, words):
+    hub.status = status
+    refused(ask(hub, tmp_path, "--checkpoint", "paper"), released.MERGED, *words)
+
+
+@pytest.mark.parametrize("offline", "01")
+def test_nobody_answers_and_nothing_is_there(hub, tmp_path, offline):
+    hub.shutdown()
+    hub.server_close()
+    done = ask(hub, tmp_path, "--checkpoint", "paper", HF_HUB_OFFLINE=offline)
+    refused(done, released.MERGED, "neither a checkpoint's folder nor to be had from the Hugging Face hub")
+
+
+def test_a_repository_that_is_no_checkpoint_and_weights_of_another_shape(hub, tmp_path):
+    hub.files["somebody/words"] = {"README.md": b"words", "config.json": b"{}"}
+    refused(ask(hub, tmp_path, "--checkpoint", "somebody/words"), "somebody/words is no checkpoint")
+    assert not hub.fetched
+    blip3.Blip3(tiny().model).save_published(tmp_path / "other")
+    hub.files["somebody/other"] = contents(tmp_path / "other")
+    refused(ask(hub, tmp_path, "--checkpoint", "somebody/other"), "not a checkpoint of this model", "the profile's is")
+
+
+def test_a_full_disk_is_told_before_and_keeps_what_has_arrived(hub, tmp_path):
+    full = (
+        "import shutil, collections; T = collections.namedtuple('T', 'total used free')\n"
+        "shutil.disk_usage = lambda path: T(9, 9, {})\n"
+    )
+    refused(ask(hub, tmp_path, "--checkpoint", "paper", before=full.format(1000)), "1.00kB free", "HF_HOME")
+    assert not hub.fetched
+    # Room at first, and then none: the file begun is refused, and the next call goes on.
+    later = full.replace("lambda path: T(9, 9, {})", "lambda path, n=iter([10**9, 10**9] + [10] * 9): T(9, 9, next(n))")
+    refused(ask(hub, tmp_path, "--checkpoint", "paper", before=later), "no room", "kept", released.MERGED)
+    first = [name for name, _ in hub.fetched if name.endswith("00001-of-00002.safetensors")]
+    assert len(first) == 1
+    assert ask(hub, tmp_path, "--checkpoint", "paper").returncode == 0
+    assert [name for name, _ in hub.fetched].count(first[0]) == 1
+
+
+def test_a_file_that_is_not_what_the_hub_says_is_not_kept(tmp_path, server):
+    server.files["a/b"] = {"w.safetensors": b"x" * 1000}
+    with pytest.raises(download.DownloadError, match="w.safetensors has SHA-256 .* give the same command again$"):
+        address = f"http://127.0.0.1:{server.server_port}/a/b/resolve/main/w.safetensors?key=secret"
+        download.fetch(address, tmp_path / "w", "0" * 64, otherwise="")
+    assert not list(tmp_path.glob("w*"))
+
+
+def test_a_folder_in_the_published_layout_answers_as_the_model_does(local, tmp_path):
+    one = framseg.predict(local.video, "a dog runs", checkpoint=tmp_path / "merged")
+    assert one.notes == [f"the model is {tmp_path / 'merged'}: what it was trained on is not known"]
+    model, profile, tokenizer = checkpoint.loaded(tmp_path / "merged")
+    assert profile == local.profile and tokenizer.to_str() == local.tokenizer.to_str()
+    for name, value in local.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def batch(profile) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    frames, tokens = profile.frames.count, profile.model.tokens
+    size = profile.model.vision.image_size
+    ids = torch.randint(60, 250, (2, 3 * frames + 4), generator=draw)
+    ids[:, 1 : 3 * frames : 3] = tokens.image
+    pixels = torch.rand(2, frames, 3, size, size, generator=draw) * 2 - 1
+    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.fixture
+def trained_pair(local, tmp_path):
+    """The authors' pair, made by peft: an adapter of the language model as it was trained, and how it began."""
+    torch.manual_seed(3)
+    model = checkpoint.load_base(local.profile)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=4, use_rslora=True, init_lora_weights="pissa",
+        target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    )  # fmt: skip
+    language = peft.get_peft_model(model.lang_model, settings)
+    folder = tmp_path / "adapter"
+    language.peft_config["default"].init_lora_weights = True
+    language.save_pretrained(folder / "pissa_init")
+    language.peft_config["default"].init_lora_weights = "pissa"
+    model.vision_tokenizer.requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch(local.profile)).log_softmax(-1)[..., local.profile.model.tokens.one].mean().neg().backward()
+        optimizer.step()
+    language.save_pretrained(folder)
+    (tmp_path / "resampler").mkdir()
+    state = {f"vision_tokenizer.{name}": x.contiguous() for name, x in model.vision_tokenizer.state_dict().items()}
+    save_file(state, tmp_path / "resampler/vision_tokenizer.safetensors")
+    return model.eval()
+
+
+def test_the_authors_pair_is_converted_exactly(local, trained_pair, tmp_path):
+    parts = (tmp_path / "resampler", tmp_path / "adapter")
+    both = tmp_path / "both"
+    shutil.copytree(parts[1], both)
+    shutil.copy(parts[0] / "vision_tokenizer.safetensors", both)
+    below = tmp_path / "below"
+    for part in parts:
+        shutil.copytree(part, below / part.name)
+    inputs = batch(local.profile)
+    with torch.inference_mode():
+        expected = trained_pair(**inputs)
+        base = local.model(**inputs)
+        for name in (parts, both, below):
+            model, *_ = checkpoint.loaded(name)
+            difference = (model(**inputs) - expected).abs().max()
+            assert difference < 1e-4 < 0.01 < (base - expected).abs().max(), name
+    answer = framseg.predict(local.video, "a dog runs", checkpoint=parts)
+    assert answer.mask == framseg.predict(local.video, "a dog runs", checkpoint=both).mask
+
+
+def test_a_pair_that_is_not_whole(local, trained_pair, tmp_path):
+    with pytest.raises(CheckpointError, match="vision_tokenizer.safetensors is missing"):
+        checkpoint.loaded(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="pissa_init/.* is missing"):
+        checkpoint.loaded(tmp_path / "resampler")
+    parts = (tmp_path / "resampler", tmp_path / "adapter")
+    settings = tmp_path / "adapter/adapter_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace('"use_dora": false', '"use_dora": true'))
+    with pytest.raises(CheckpointError, match="use_dora"):
+        checkpoint.loaded(parts)
+    settings.unlink()
+    with pytest.raises(CheckpointError, match="adapter_config.json: No such file"):
+        checkpoint.loaded(parts)
+    settings.write_text(text)
+    start = tmp_path / "adapter/pissa_init/adapter_model.safetensors"
+    pairs = load_file(start)
+    save_file({name: x for name, x in pairs.items() if name != min(pairs)}, start)
+    with pytest.raises(CheckpointError, match="pissa_init holds other pairs"):
+        checkpoint.loaded(parts)
+    for file in (start, tmp_path / "adapter/adapter_model.safetensors"):
+        save_file({name.replace("layers.0", "layers.7"): x for name, x in pairs.items()}, file)
+    with pytest.raises(CheckpointError, match="does not fit the profile's model.*7"):
+        checkpoint.loaded(parts)
+
+
+def test_names_of_the_papers_weights_are_known():
+    assert released.names("paper") == [released.MERGED]
+    for known in ("paper", released.MERGED, sorted(released.PAIR)):
+        assert released.origin(known) == released.ORIGIN
+    assert "not known" in released.origin("somebody/else")
+
+
+def test_a_tokenizer_that_does_not_fit_is_passed_over(local, shared, monkeypatch, tmp_path):
+    shutil.copy(shared / "tokenizer/qwen3/tokenizer.json", tmp_path / "merged")
+    assert released.tokenizer([tmp_path / "merged"], local.profile).to_str() == local.tokenizer.to_str()
+    monkeypatch.setattr(released, "TOKENIZERS", (str(tmp_path / "shards"),))
+    with pytest.raises(prompt.PromptError, match="no tokenizer fits: .*id.*; .*shards"):
+        released.tokenizer([tmp_path / "merged"], local.profile)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "auto"])
+def test_the_weights_are_loaded_as_asked(local, tmp_path, dtype):
+    answer = framseg.predict(local.video, "a dog runs", tmp_path / "merged", device="cpu", dtype=dtype)
+    assert np.isfinite(answer.probability).all()
+    model, *_ = checkpoint.loaded(tmp_path / "merged", "cpu", dtype)
+    assert model.vision_tokenizer.latents.dtype == getattr(torch, "float32" if dtype == "auto" else dtype)
+    exact = framseg.predict(local.video, "a dog runs", tmp_path / "merged")
+    np.testing.assert_allclose(answer.probability, exact.probability, atol=0.05)
+
+
+def test_which_device_and_which_dtype(monkeypatch):
+    gpu, cpu, apple = torch.device("cuda", 0), torch.device("cpu"), torch.device("mps")
+    for has, expected in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert backbones.precision("auto", gpu, "bfloat16") == expected
+        assert backbones.precision(None, gpu, "bfloat16") == "bfloat16"
+        assert backbones.precision("auto", gpu, "float32") == "float32"
+    assert backbones.precision("auto", cpu, "bfloat16") == "bfloat16"
+    assert backbones.precision("auto", apple, "bfloat16") == "float16"
+    with pytest.raises(FramsegError, match="dtype 'int4' is none of auto, float32"):
+        backbones.precision("int4", cpu, "float32")
+    for cuda, mps, auto in ((False, False, "cpu"), (False, True, "cpu"), (True, True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert backbones.device().type == auto and backbones.device("cpu").type == "cpu"
+        for name, there in (("cuda", cuda), ("mps", mps), ("tpu", False)):
+            if there:
+                assert backbones.device(name).type == name
+            else:
+                with pytest.raises(FramsegError, match=f"device '{name}': this machine does not have it; .*cpu"):
+                    backbones.device(name)
+
+
+def test_too_little_memory_is_told_before_loading(local, tmp_path, monkeypatch, capsys):
+    paper = config.load("paper")
+    assert 9 < (cost.fixed_bytes(paper)[0] + cost.query_bytes(paper)) / 2**30 < 11
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**21}[name])
+    [line] = cost.short_of_memory(paper, torch.device("cpu"))
+    assert re.fullmatch(r"an answer in bfloat16 needs about 9\.\d GiB, cpu has 8\.0: it may fail; .*\n", line)
+    assert not cost.short_of_memory(local.profile, torch.device("cpu"))
+    monkeypatch.setattr(os, "sysconf", lambda _: 16)
+    checkpoint._loaded.cache_clear()
+    checkpoint.loaded(tmp_path / "merged")
+    assert "it may fail" in capsys.readouterr().err
