@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from framseg import config, prompt
-from framseg.backbones import CheckpointError, device, precision
+from framseg.backbones import CheckpointError, device
 from framseg.backbones.blip3 import Blip3
 from framseg.evaluate import METRICS
 from framseg.run import cost, released
-from framseg.run.released import hub_errors
 
 PROFILE, CARD, METRICS_FILE = config.FILE, "README.md", "metrics.json"
 RESAMPLER, ADAPTER = "resampler.safetensors", "adapter/adapter_model.safetensors"
@@ -39,7 +37,9 @@ def load_base(profile: config.Profile) -> Blip3:
         advice = "; set model.weights to where it is"
         if Path(name).is_absolute() or name.count("/") != 1:
             raise CheckpointError(f"{name}: the base model's folder is not here{advice}")
-        with hub_errors(f"{name}: neither the base model's folder nor to be had from the Hugging Face hub", advice):
+        with released.hub_errors(
+            f"{name}: neither the base model's folder nor to be had from the Hugging Face hub", advice
+        ):
             folder = released.fetch(name)
     return Blip3.load_published(profile.model, folder)
 
@@ -83,58 +83,17 @@ def require_complete(folder: Path | str) -> Path:
     return folder
 
 
-def load_trained(folder: Path | str, dtype: str | None = None) -> tuple[Blip3, config.Profile]:
-    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with.
+def load_trained(folder: Path | str, profile: config.Profile | None = None) -> tuple[Blip3, config.Profile]:
+    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with, or `profile`.
 
-    dtype: another one than the profile's. Raises CheckpointError if the folder is incomplete or damaged or its tensors
-    do not fit the profile's model, and ProfileError for its profile.
+    Raises CheckpointError if the folder is incomplete or damaged or its tensors do not fit the profile's model, and
+    ProfileError for its profile.
     """
     folder = require_complete(folder)
-    profile = _with_dtype(config.load(folder / PROFILE), dtype)
+    profile = profile or config.load(folder / PROFILE)
     resampler, pairs = (released.tensors(folder / name) for name in (RESAMPLER, ADAPTER))
     adapter = pairs, *released.adapter_settings(folder / ADAPTER_SETTINGS)
-    return _merged(folder, load_base(profile), resampler, *adapter), profile
-
-
-def load_published(folders: Sequence[Path], profile: config.Profile) -> Blip3:
-    """The model of weights that framseg did not write: merged ones in one folder, or the authors' pair on its base.
-
-    Raises CheckpointError if they are incomplete or damaged or do not fit the profile's model.
-    """
-    if not (files := released.pair(folders)):
-        return Blip3.load_published(profile.model, folders[0])
-    tensors = released.tensors(files[0])
-    resampler = {name.removeprefix("vlm.").removeprefix("vision_tokenizer."): x for name, x in tensors.items()}
-    adapter = released.unconverted(files[1])
-    return _merged(files[1], load_base(profile), resampler, *adapter)
-
-
-def _merged(
-    folder: Path,
-    model: Blip3,
-    resampler: dict[str, Tensor],
-    pairs: dict[str, Tensor],
-    targets: list[str],
-    scaling: float,
-) -> Blip3:
-    """The base `model` with the trained resampler and with the adapter's pairs added to the layers `targets`."""
-    try:
-        model.vision_tokenizer.load_state_dict(resampler)
-        with torch.no_grad():
-            for target in targets:
-                a, b = (pairs.pop(f"base_model.model.{target}.lora_{half}.weight").float() for half in "AB")
-                weight = model.get_parameter(f"{target}.weight")
-                weight.add_((b @ a * scaling).to(weight.dtype))
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: does not fit the profile's model: {error}") from None
-    if pairs:
-        raise CheckpointError(f"{folder}: {min(pairs)} belongs to none of adapter_config.json's targets")
-    return model.eval()
-
-
-def _with_dtype(profile: config.Profile, dtype: str | None) -> config.Profile:
-    model = profile.model.model_copy(update={"dtype": dtype or profile.model.dtype})
-    return profile.model_copy(update={"model": model})
+    return released.merged(load_base(profile), folder, resampler, *adapter), profile
 
 
 def loaded(
@@ -142,7 +101,7 @@ def loaded(
 ) -> tuple[Blip3, config.Profile, Tokenizer]:
     """Model, profile and tokenizer of a checkpoint (see `framseg.predict`), in eval mode.
 
-    The model is on `backbones.device(where)` and in `backbones.precision(dtype)`, by default the profile's; a device
+    The model is on `backbones.device(where)` and in `cost.precision(dtype)`, by default the profile's; a device
     with too little memory is told on standard error. The last one stays loaded until its folder changes. Raises
     CheckpointError, ProfileError or PromptError for one that cannot be used.
     """
@@ -160,13 +119,15 @@ def _loaded(
     """`changed` is the time of the folders' last change, so that a checkpoint written anew is loaded anew."""
     place, foreign = device(where), len(folders) > 1 or released.published(folders[0])
     profile = config.load(released.PROFILE if foreign else folders[0] / PROFILE)
-    profile = _with_dtype(profile, precision(dtype, place, profile.model.dtype))
+    section = {"dtype": cost.precision(dtype, place, profile.model.dtype)}
+    profile = profile.model_copy(update={"model": profile.model.model_copy(update=section)})
     print(*cost.short_of_memory(profile, place), sep="", end="", file=sys.stderr)
-    if foreign:
-        model, tokenizer = load_published(folders, profile), released.tokenizer(folders, profile)
-    else:
-        model, tokenizer = load_trained(folders[0], profile.model.dtype)[0], prompt.load(folders[0])
+    if not foreign:
+        model, tokenizer = load_trained(folders[0], profile)[0], prompt.load(folders[0])
         prompt.check(tokenizer, profile.model, profile.frames.count)  # it may be somebody else's checkpoint
+    else:
+        pair, tokenizer = released.pair(folders), released.tokenizer(folders, profile)
+        model = released.merged(load_base(profile), *pair) if pair else Blip3.load_published(profile.model, folders[0])
     return model.to(place), profile, tokenizer
 
 
@@ -194,6 +155,8 @@ def local_folder(checkpoint: Path | str) -> Path:
     """
     folder = Path(os.path.expanduser(checkpoint))
     if not (os.path.exists(folder) or str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~"))):
-        with hub_errors(f"{checkpoint}: neither a checkpoint's folder nor to be had from the Hugging Face hub"):
+        with released.hub_errors(
+            f"{checkpoint}: neither a checkpoint's folder nor to be had from the Hugging Face hub"
+        ):
             folder = released.fetch(str(checkpoint), (*HUB_FILES, *released.WEIGHTS))
     return (folder if released.published(folder) else require_complete(folder)).resolve()

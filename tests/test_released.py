@@ -50,7 +50,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.server.cut is not None and "Content_Range" in headers | {"Content_Range": len(content) > 100_000}:
+        if self.server.cut is not None and self.path.endswith(".safetensors"):
             content, self.close_connection = content[: self.server.cut], True
         self.wfile.write(content)
 
@@ -205,7 +205,7 @@ def test_yes_fetches_unasked(hub, tmp_path):
 
 
 def test_a_connection_that_is_cut_and_a_process_that_is_killed_lose_nothing(hub, tmp_path):
-    first = f"{released.MERGED}/model-00001-of-00002.safetensors"
+    first = f"{released.MERGED}/model-00001-of-00002.safetensors"  # files come in the order of their names
     kill = (
         "import os, framseg.download as d\n"
         "def update(bar, n):\n    bar.n += n\n    bar.n > 300_000 and os._exit(9)\n"
@@ -267,7 +267,7 @@ def test_a_full_disk_is_told_before_and_keeps_what_has_arrived(hub, tmp_path):
 
 def test_a_file_that_is_not_what_the_hub_says_is_not_kept(tmp_path, server):
     server.files["a/b"] = {"w.safetensors": b"x" * 1000}
-    with pytest.raises(download.DownloadError, match="w.safetensors has SHA-256 .* give the same command again$"):
+    with pytest.raises(download.DownloadError, match="w.safetensors sends has SHA-256 .* give the same command again$"):
         address = f"http://127.0.0.1:{server.server_port}/a/b/resolve/main/w.safetensors?key=secret"
         download.fetch(address, tmp_path / "w", "0" * 64, otherwise="")
     assert not list(tmp_path.glob("w*"))
@@ -343,7 +343,7 @@ def test_the_authors_pair_is_converted_exactly(local, trained_pair, tmp_path):
 def test_a_pair_that_is_not_whole(local, trained_pair, tmp_path):
     with pytest.raises(CheckpointError, match="vision_tokenizer.safetensors is missing"):
         checkpoint.loaded(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="pissa_init/.* is missing"):
+    with pytest.raises(CheckpointError, match="pissa_init is missing"):
         checkpoint.loaded(tmp_path / "resampler")
     parts = (tmp_path / "resampler", tmp_path / "adapter")
     settings = tmp_path / "adapter/adapter_config.json"
@@ -395,13 +395,13 @@ def test_which_device_and_which_dtype(monkeypatch):
     gpu, cpu, apple = torch.device("cuda", 0), torch.device("cpu"), torch.device("mps")
     for has, expected in ((True, "bfloat16"), (False, "float16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert backbones.precision("auto", gpu, "bfloat16") == expected
-        assert backbones.precision(None, gpu, "bfloat16") == "bfloat16"
-        assert backbones.precision("auto", gpu, "float32") == "float32"
-    assert backbones.precision("auto", cpu, "bfloat16") == "bfloat16"
-    assert backbones.precision("auto", apple, "bfloat16") == "float16"
+        assert cost.precision("auto", gpu, "bfloat16") == expected
+        assert cost.precision(None, gpu, "bfloat16") == "bfloat16"
+        assert cost.precision("auto", gpu, "float32") == "float32"
+    assert cost.precision("auto", cpu, "bfloat16") == "bfloat16"
+    assert cost.precision("auto", apple, "bfloat16") == "float16"
     with pytest.raises(FramsegError, match="dtype 'int4' is none of auto, float32"):
-        backbones.precision("int4", cpu, "float32")
+        cost.precision("int4", cpu, "float32")
     for cuda, mps, auto in ((False, False, "cpu"), (False, True, "cpu"), (True, True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)

@@ -41,19 +41,3 @@ def device(where: str = "auto") -> "torch.device":
         here = ", ".join(name for name, is_here in usable.items() if is_here)
         raise FramsegError(f"device {where!r}: this machine does not have it; choose auto or one of {here}")
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-
-
-def precision(dtype: str | None, place: "torch.device", usual: str) -> str:
-    """The number format to load a model in: `usual` for None, else one of DTYPES.
-
-    "auto" is `usual`, the profile's, except where that is bfloat16 and `place` a GPU without it: there it is float16.
-    Raises FramsegError for another name.
-    """
-    import torch
-
-    if dtype not in (None, *DTYPES):
-        raise FramsegError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if dtype == "auto" and usual == "bfloat16" and place.type != "cpu":
-        has = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return usual if has else "float16"
-    return usual if dtype in (None, "auto") else dtype

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from framseg import config
+from framseg import FramsegError, config
+from framseg.backbones import DTYPES
 
 TERA = 1e12
 TEXT = 421  # positions of prompt and answer next to the frames' vectors, about
@@ -139,6 +140,20 @@ def gpu_bytes(profile: config.Profile) -> float:
     """Bytes that each GPU of the training needs, about: it trains, and decodes val after each epoch."""
     trains = profile.training.micro_batch * sample_bytes(profile)
     return sum(fixed_bytes(profile)) + max(trains, profile.inference.batch * query_bytes(profile)) + SPARE
+
+
+def precision(dtype: str | None, place: torch.device, usual: str) -> str:
+    """The number format to load a model in: `usual` for None, else one of backbones.DTYPES.
+
+    "auto" is `usual`, the profile's, except where that is bfloat16 and `place` a GPU without it: there it is float16.
+    Raises FramsegError for another name.
+    """
+    if dtype not in (None, *DTYPES):
+        raise FramsegError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if dtype == "auto" and usual == "bfloat16" and place.type != "cpu":
+        has = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return usual if has else "float16"
+    return usual if dtype in (None, "auto") else str(dtype)
 
 
 def short_of_memory(profile: config.Profile, place: torch.device) -> list[str]:

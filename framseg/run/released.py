@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from framseg import config, download, prompt
 from framseg.backbones import CheckpointError
+from framseg.backbones.blip3 import Blip3
 from framseg.jsonl import is_integer, is_number, parse_object
 
 NAME = "paper"  # as a checkpoint's name: the paper's model
@@ -81,7 +82,8 @@ def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
 def _listed(name: str, patterns: Sequence[str]) -> list[DryRunFileInfo] | None:
     """The files of a repository, None if the hub does not tell."""
     try:
-        return snapshot_download(name, allow_patterns=list(patterns), dry_run=True)
+        files = snapshot_download(name, allow_patterns=list(patterns), dry_run=True)
+        return sorted(files, key=lambda file: file.filename)
     except DryRunError:
         return None
 
@@ -120,45 +122,61 @@ def origin(checkpoint: Path | str | Sequence[Path | str]) -> str:
 def published(folder: Path) -> bool:
     """Whether a folder holds weights that framseg's training did not write."""
     ours = any((folder / name).exists() for name in (config.FILE, "resampler.safetensors"))
-    return not ours and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", START, f"*/{START}"))
+    return not ours and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", f"*/{START}"))
 
 
-def pair(folders: Sequence[Path]) -> tuple[Path, Path] | None:
-    """The authors' file of the resampler and folder of the adapter, in these folders or just below; None without both.
+def pair(folders: Sequence[Path]) -> "tuple[Path, dict[str, Tensor], dict[str, Tensor], list[str], float] | None":
+    """The authors' pair in these folders or just below, as `merged` takes it; None if it is not there.
 
-    Raises CheckpointError if only one of them is there.
+    Their adapter is as peft trained it: peft took s B0 A0 out of each weight, so the change is s (B A - B0 A0), one
+    pair of twice the rank. Raises CheckpointError for half a pair, a damaged one, or one of another kind.
     """
     places = [place for folder in folders for place in (folder, *sorted(folder.iterdir())) if place.is_dir()]
-    resampler = next((place / RESAMPLER for place in places if (place / RESAMPLER).is_file()), None)
-    adapter = next((place for place in places if (place / START).is_dir()), None)
-    if resampler and adapter:
-        return resampler, adapter
-    if resampler or adapter or len(folders) > 1:
-        lacks = [
-            name for name, there in ((RESAMPLER, resampler), (f"{START}/ in an adapter's folder", adapter)) if not there
-        ]
-        raise CheckpointError(f"{', '.join(map(str, folders))}: of the authors' pair, {' and '.join(lacks)} is missing")
-    return None
-
-
-def unconverted(folder: Path) -> tuple[dict[str, Tensor], list[str], float]:
-    """A PiSSA adapter that peft saved as it was trained, as a plain one of the base: pairs, layers, factor.
-
-    peft took s B0 A0 out of each weight, so the change is s (B A - B0 A0): one pair of twice the rank. Raises
-    CheckpointError.
-    """
-    _, scaling = adapter_settings(folder / SETTINGS, plain=False)
-    trained, start = tensors(folder / ADAPTER), tensors(folder / START / ADAPTER)
-    if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in start.items()}:
-        raise CheckpointError(f"{folder}: {START} holds other pairs than the adapter; fetch both again")
+    file, init = (next((p / name for p in places if (p / name).exists()), None) for name in (RESAMPLER, START))
+    if not file and not init and len(folders) == 1:
+        return None
+    if not file or not init:
+        lacking = START if file else RESAMPLER
+        raise CheckpointError(f"{', '.join(map(str, folders))}: of the authors' pair, {lacking} is missing")
+    resampler = {name.removeprefix("vlm.").removeprefix("vision_tokenizer."): x for name, x in tensors(file).items()}
+    _, scaling = adapter_settings(init.parent / SETTINGS, plain=False)
+    trained, start = tensors(init.parent / ADAPTER), tensors(init / ADAPTER)
+    if {name: x.shape for name, x in trained.items()} != {name: x.shape for name, x in start.items()}:
+        raise CheckpointError(f"{init.parent}: {START} holds other pairs than the adapter; fetch both again")
     pairs = {}
     for key, value in trained.items():
-        layer = key.removeprefix("base_model.model.").removeprefix("vlm.")  # the adapter may be the language model's
-        layer = layer if layer.startswith("lang_model.") else f"lang_model.{layer}"
+        layer = key.removeprefix("base_model.model.").removeprefix("vlm.").removeprefix("lang_model.")
         dim, sign = (0, 1) if "lora_A" in key else (1, -1)
-        pairs[f"base_model.model.{layer}"] = torch.cat([value.float(), sign * start[key].float()], dim)
+        pairs[f"base_model.model.lang_model.{layer}"] = torch.cat([value.float(), sign * start[key].float()], dim)
     ending = ".lora_A.weight"
-    return pairs, [k[len("base_model.model.") : -len(ending)] for k in pairs if k.endswith(ending)], scaling
+    targets = [name[len("base_model.model.") : -len(ending)] for name in pairs if name.endswith(ending)]
+    return init.parent, resampler, pairs, targets, scaling
+
+
+def merged(
+    model: Blip3,
+    folder: Path,
+    resampler: dict[str, Tensor],
+    pairs: dict[str, Tensor],
+    targets: list[str],
+    scaling: float,
+) -> Blip3:
+    """The base model with the trained resampler, and the pairs added to its layers `targets`. `folder` is for messages.
+
+    Raises CheckpointError if they do not fit the model.
+    """
+    try:
+        model.vision_tokenizer.load_state_dict(resampler)
+        with torch.no_grad():
+            for target in targets:
+                a, b = (pairs.pop(f"base_model.model.{target}.lora_{half}.weight").float() for half in "AB")
+                weight = model.get_parameter(f"{target}.weight")
+                weight.add_((b @ a * scaling).to(weight.dtype))
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: does not fit the profile's model: {error}") from None
+    if pairs:
+        raise CheckpointError(f"{folder}: {min(pairs)} belongs to none of the adapter's layers")
+    return model.eval()
 
 
 def tokenizer(folders: Sequence[Path], profile: config.Profile) -> Tokenizer:
