@@ -84,6 +84,7 @@ class Hub(BaseHTTPRequestHandler):
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.files, server.fetched, server.cut, server.status = {}, [], None, 0
+        server.handle_error = lambda *_: None  # who asks may be killed
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -205,7 +206,6 @@ def test_yes_fetches_unasked(hub, tmp_path):
 
 
 def test_a_connection_that_is_cut_and_a_process_that_is_killed_lose_nothing(hub, tmp_path):
-    first = f"{released.MERGED}/model-00001-of-00002.safetensors"  # files come in the order of their names
     kill = (
         "import os, framseg.download as d\n"
         "def update(bar, n):\n    bar.n += n\n    bar.n > 300_000 and os._exit(9)\n"
@@ -213,7 +213,8 @@ def test_a_connection_that_is_cut_and_a_process_that_is_killed_lose_nothing(hub,
     )
     assert ask(hub, tmp_path, "--checkpoint", "paper", before=kill).returncode == 9
     [part] = (tmp_path / "cache/hub").rglob("*.part")
-    begin = part.stat().st_size
+    begin, sums = part.stat().st_size, {hashlib.sha256(x).hexdigest(): n for n, x in hub.files[released.MERGED].items()}
+    first = f"{released.MERGED}/{sums[part.stem]}"
     assert begin > 200_000
     hub.fetched.clear()
     hub.cut = 400_000
@@ -366,8 +367,24 @@ def test_a_pair_that_is_not_whole(local, trained_pair, tmp_path):
         checkpoint.loaded(parts)
 
 
+def test_the_pair_is_fetched_by_its_names(hub, local, trained_pair, tmp_path):
+    for name in released.PAIR:
+        part = "adapter" if "pissa" in name else "resampler"
+        hub.files[name] = contents(tmp_path / part)
+    arguments = [word for name in sorted(released.PAIR) for word in ("--checkpoint", name)]
+    done = ask(hub, tmp_path, *arguments, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(done.stdout)
+    answer = framseg.predict(local.video, "dog", checkpoint=(tmp_path / "resampler", tmp_path / "adapter"))
+    assert record["notes"] == [released.ORIGIN] and record["mask"] == answer.mask
+    np.testing.assert_allclose(record["probability"], answer.probability, atol=1e-4)
+
+
 def test_names_of_the_papers_weights_are_known():
     assert released.names("paper") == [released.MERGED]
+    for wrong in ([], ["a", "b", "c"]):
+        with pytest.raises(CheckpointError, match="one name or two"):
+            released.names(wrong)
     for known in ("paper", released.MERGED, sorted(released.PAIR)):
         assert released.origin(known) == released.ORIGIN
     assert "not known" in released.origin("somebody/else")

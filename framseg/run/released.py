@@ -107,9 +107,10 @@ def offer(yes: bool) -> str:
 
 def names(checkpoint: Path | str | Sequence[Path | str]) -> list[Path | str]:
     """The folders or repositories that a `checkpoint=` names: one, or the two of the authors' pair."""
-    if isinstance(checkpoint, Path | str):
-        return [MERGED if checkpoint == NAME else checkpoint]
-    return list(checkpoint)
+    given = [checkpoint] if isinstance(checkpoint, Path | str) else list(checkpoint)
+    if len(given) not in (1, 2):
+        raise CheckpointError(f"a checkpoint is one name or two (the authors' pair), not {len(given)}")
+    return [MERGED if name == NAME else name for name in given]
 
 
 def origin(checkpoint: Path | str | Sequence[Path | str]) -> str:
