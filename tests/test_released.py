@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -64,9 +65,14 @@ class Hub(BaseHTTPRequestHandler):
         if path in files:
             content = files[path]
             begin = int((self.headers["Range"] or "bytes=0-")[6:].split("-")[0])
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            if server.elsewhere and path.endswith(".safetensors"):
+                about = {"X_Linked_Etag": etag, "X_Linked_Size": str(len(content)), "X_Repo_Commit": "1" * 40}
+                return self.reply(b"", 302, Location=f"{server.elsewhere}{self.path}?signature=1", **about)
             if self.command == "GET":
                 server.fetched.append((f"{name}/{path}", begin))
-            about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Repo_Commit": "1" * 40}
+                server.tokens.append(self.headers["Authorization"])
+            about = {"ETag": etag, "X_Repo_Commit": "1" * 40}
             if begin:
                 about["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
             return self.reply(content[begin:], 206 if begin else 200, **about)
@@ -80,14 +86,21 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-@pytest.fixture
-def server():
+@contextmanager
+def serving():
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.files, server.fetched, server.cut, server.status = {}, [], None, 0
+        server.files, server.fetched, server.tokens, server.cut, server.status = {}, [], [], None, 0
+        server.elsewhere = ""  # the address of a server to which whoever asks for weights is sent
         server.handle_error = lambda *_: None  # who asks may be killed
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -182,6 +195,16 @@ def test_the_papers_model_is_fetched_once_and_says_what_it_is(hub, tmp_path):
         assert again.returncode == 0, again.stderr[-3000:]
         assert "  note: the model is the paper's model, trained on QVHighlights, real videos\n" in again.stdout
         assert "fetching" not in again.stderr
+
+
+def test_the_server_of_the_weights_does_not_see_the_token(hub, tmp_path):
+    with serving() as other:
+        other.files, hub.elsewhere = hub.files, f"http://127.0.0.1:{other.server_port}"
+        done = ask(hub, tmp_path, "--checkpoint", "paper")
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [name for name, _ in other.fetched]
+    assert len(weights) == 2 and not any(other.tokens)
+    assert hub.tokens and set(hub.tokens) == {"Bearer hf_nobody"} and not set(weights) & {n for n, _ in hub.fetched}
 
 
 def test_without_a_checkpoint_the_papers_model_is_offered(hub, tmp_path):

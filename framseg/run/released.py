@@ -35,6 +35,8 @@ ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as pef
 WEIGHTS = ["*.safetensors", "*.json"]
 NOT_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings that no adapter here may have
 
+Tensors = dict[str, Tensor]  # by name
+
 
 @contextmanager
 def hub_errors(before: str, after: str = "") -> Iterator[None]:
@@ -126,7 +128,7 @@ def published(folder: Path) -> bool:
     return not ours and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", f"*/{START}"))
 
 
-def pair(folders: Sequence[Path]) -> "tuple[Path, dict[str, Tensor], dict[str, Tensor], list[str], float] | None":
+def pair(folders: Sequence[Path]) -> tuple[Path, Tensors, Tensors, list[str], float] | None:
     """The authors' pair in these folders or just below, as `merged` takes it; None if it is not there.
 
     Their adapter is as peft trained it: peft took s B0 A0 out of each weight, so the change is s (B A - B0 A0), one
@@ -154,14 +156,7 @@ def pair(folders: Sequence[Path]) -> "tuple[Path, dict[str, Tensor], dict[str, T
     return init.parent, resampler, pairs, targets, scaling
 
 
-def merged(
-    model: Blip3,
-    folder: Path,
-    resampler: dict[str, Tensor],
-    pairs: dict[str, Tensor],
-    targets: list[str],
-    scaling: float,
-) -> Blip3:
+def merged(model: Blip3, folder: Path, resampler: Tensors, pairs: Tensors, targets: list[str], scaling: float) -> Blip3:
     """The base model with the trained resampler, and the pairs added to its layers `targets`. `folder` is for messages.
 
     Raises CheckpointError if they do not fit the model.
@@ -194,7 +189,7 @@ def tokenizer(folders: Sequence[Path], profile: config.Profile) -> Tokenizer:
     raise prompt.PromptError(f"no tokenizer fits: {'; '.join(reasons)}")
 
 
-def tensors(file: Path) -> dict[str, Tensor]:
+def tensors(file: Path) -> Tensors:
     """The tensors of a safetensors file. Raises CheckpointError for a damaged one or values that are no numbers."""
     try:
         read = load_file(file)
