@@ -93,7 +93,7 @@ def fetch(
             most, failures = (size, 0) if size > most else (most, failures + 1)
             if failures == TRIES or (first and isinstance(cut, _Unreachable)):
                 raise DownloadError(
-                    f"{_shown(address)}: {cut}; {f'{_words(size)} are kept: ' if size else ''}give the same command "
+                    f"{_shown(address)}: {cut}; {f'{words(size)} are kept: ' if size else ''}give the same command "
                     f"again to go on{otherwise}"
                 ) from None
             first = False
@@ -217,7 +217,7 @@ def get_videos(folder: Path, vids: set[str]) -> None:
     if not missing(folder, vids) - known:
         return
     if not archive.is_file():
-        free = _words(shutil.disk_usage(folder).free)
+        free = words(shutil.disk_usage(folder).free)
         print(f"videos: an archive of about 144 GB, and as much again for the unpacked videos; {free} are free")
         fetch(ARCHIVE, archive)
     ignored = unpack(archive, folder / VIDEOS, vids)
@@ -225,7 +225,7 @@ def get_videos(folder: Path, vids: set[str]) -> None:
         few = shortlist(ignored, most=5)
         print(f"{archive}: {len(ignored)} members that are no annotated videos were left out: {few}")
     absent.write_text("".join(f"{vid}\n" for vid in sorted(missing(folder, vids))), encoding="utf-8")
-    print(f"{archive}: everything is unpacked; delete it to free its {_words(_size(archive))}")
+    print(f"{archive}: everything is unpacked; delete it to free its {words(_size(archive))}")
 
 
 def missing(folder: Path, vids: set[str]) -> set[str]:
@@ -254,7 +254,7 @@ def _unwritable(path: Path, needed: int, error: OSError) -> DownloadError:
         return DownloadError(f"{path}: {error.strerror or error}")
     free = shutil.disk_usage(path if path.is_dir() else path.parent).free
     return DownloadError(
-        f"{path}: no room ({error.strerror}): {_words(needed)} more are needed, {_words(free)} are free; what has "
+        f"{path}: no room ({error.strerror}): {words(needed)} more are needed, {words(free)} are free; what has "
         f"arrived is kept: make room and give the same command again"
     )
 
@@ -272,7 +272,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _words(size: int) -> str:
+def words(size: int) -> str:
+    """A number of bytes as people read it."""
     return tqdm.format_sizeof(size, "B")
 
 

@@ -184,7 +184,7 @@ def test_the_papers_model_is_fetched_once_and_says_what_it_is(hub, tmp_path):
     record = json.loads(first.stdout)
     assert record["notes"] == ["the model is the paper's model, trained on QVHighlights, real videos"]
     size = sum(len(content) for name, content in hub.files[released.MERGED].items() if name.endswith(("ors", "son")))
-    assert f"{released.MERGED}: fetching {released._words(size)} into {tmp_path / 'cache/hub'}" in first.stderr
+    assert f"{released.MERGED}: fetching {download.words(size)} into {tmp_path / 'cache/hub'}" in first.stderr
     fetched = [name for name, _ in hub.fetched]
     assert len(set(fetched)) == len(fetched) and not any(name.endswith((".py", ".bin")) for name in fetched)
 

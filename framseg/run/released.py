@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from framseg import config, download, prompt
 from framseg.backbones import CheckpointError
 from framseg.backbones.blip3 import Blip3
+from framseg.download import words
 from framseg.jsonl import is_integer, is_number, parse_object
 
 NAME = "paper"  # as a checkpoint's name: the paper's model
@@ -64,8 +64,8 @@ def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
         there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         if size > free:
-            raise CheckpointError(f"{_words(size)} to fetch, {there} has {_words(free)} free: make room or set HF_HOME")
-        print(f"{name}: fetching {_words(size)} into {cache}, which has {_words(free)} free", file=sys.stderr)
+            raise CheckpointError(f"{words(size)} to fetch, {there} has {words(free)} free: make room or set HF_HOME")
+        print(f"{name}: fetching {words(size)} into {cache}, which has {words(free)} free", file=sys.stderr)
     for file in absent:
         if not file.filename.endswith(".safetensors"):
             continue  # small: the hub's library, which begins a file anew after each interruption, may fetch it
@@ -97,7 +97,7 @@ def offer(yes: bool) -> str:
     """
     with hub_errors(f"no --checkpoint is given, and of the paper's model, {MERGED}, no size is to be had"):
         size = sum(file.file_size or 0 for file in _listed(MERGED, WEIGHTS) or () if file.will_download)
-    what = f"no --checkpoint is given: the paper's model, {MERGED} ({_words(size)}), can be fetched"
+    what = f"no --checkpoint is given: the paper's model, {MERGED} ({words(size)}), can be fetched"
     if size and not yes:
         if not sys.stdin.isatty():
             raise CheckpointError(f"{what} with --yes; or give --checkpoint")
@@ -221,7 +221,3 @@ def adapter_settings(file: Path, plain: bool = True) -> tuple[list[str], float]:
         elif not reasons:
             return targets, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
-
-
-def _words(size: int) -> str:
-    return tqdm.format_sizeof(size, "B")
