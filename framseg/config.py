@@ -44,7 +44,8 @@ class Section(BaseModel):
 class Data(Section):
     """Where the rows and videos lie, and how far they may disagree. QVHighlights: see `framseg download`."""
 
-    source: Literal["folder", "demo"]  # `demo`: framseg.demo makes the folder's content
+    # `folder`: videos; `demo`: framseg.demo makes the folder's content; `frames`: pictures of them that others published
+    source: Literal["folder", "demo", "frames"]
     folder: Path  # a relative path is taken from the repository, or the current folder where there is none
     videos: str  # folder of {vid}.mp4 inside `folder`
     train: str  # names of the annotation files inside `folder`
@@ -52,6 +53,8 @@ class Data(Section):
     test: str  # without labels
     test_labels: str
     duration_tolerance: Positive  # seconds a video's decodable length may differ from the annotated duration
+    frames: dict[str, str] = {}  # for `frames`: the data set on the Hugging Face hub that has each split's pictures
+    splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")  # whose frames are taken
 
 
 class Frames(Section):
@@ -61,6 +64,7 @@ class Frames(Section):
     neighbours: Annotated[int, Field(ge=0)]  # variations on either side of each frame, drawn from in training
     neighbour_distance: Positive  # seconds between two variations (3 frames at 30 fps)
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]  # of the frame store
+    whole_seconds: bool = False  # labels at the frames' times cut to whole seconds, as the authors' own are
     time_limit: Positive  # seconds that decoding a video may take; for your own video, seconds without a new frame
 
 
@@ -132,7 +136,8 @@ class Model(Section):
     """BLIP-3: its files and the sizes of its parts."""
 
     weights: str  # folder of safetensors (looked up by `local_path`), or a Hugging Face repository's name
-    tokenizer: str  # tokenizer.json or the folder that holds it (`local_path`), or a repository's name
+    # tokenizer.json or the folder that holds it (`local_path`), or a repository's name; of several the first that fits
+    tokenizer: str | tuple[str, ...]
     dtype: Literal["bfloat16", "float32"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     vision: Vision
@@ -192,7 +197,7 @@ class Training(Section):
     device: Literal["auto", "cpu"] = "auto"  # of training and of decoding a split; `auto`: the GPU where there is one
     processes: Count  # GPUs (or CPU processes) that the DeepSpeed launcher starts
     threads: Count | None  # CPU threads per process; null leaves torch's choice
-    epochs: Count
+    epochs: Annotated[int, Field(ge=0, le=2**20)]  # 0: nothing is trained, `model.weights` are taken as they are
     micro_batch: Count  # samples per process and forward pass
     accumulation: Count  # micro-batches per process and optimizer step
     remainder: Literal["drop", "carry"]  # samples that fill no micro-batch: left out, or taken into the next epoch
