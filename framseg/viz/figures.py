@@ -18,11 +18,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from framseg import annotations
@@ -36,15 +36,7 @@ TRUE, PREDICTED, PROBABILITY, OTHER = GREEN, RED, BLUE, GREY
 STYLE = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("paper", font_scale=0.95),
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so pictures look the same everywhere
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PINK]),
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "pdf.fonttype": 42,  # text stays text
+    **mpl.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False),
 }
 WIDTH = 7.2  # inches: the width of a page's text
 DPI = 160
@@ -54,6 +46,9 @@ LOSS_COLOURS = dict(zip(LOSSES, (BLUE, ORANGE, GREEN, PINK), strict=True))
 
 CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
 WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the first with a `confidence` of at least the second
+# The words of `figures.yaml`, with these numbers in them.
+_TEXT = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+_WORDS = yaml.safe_load(_TEXT.format(CORRECT=CORRECT, WRONG=WRONG, CONFIDENT=CONFIDENT))
 
 styled = mpl.rc_context(STYLE)  # decorator: matplotlib's settings are as in STYLE while the function runs
 
@@ -105,12 +100,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
 # The data
 
 _WORD = re.compile(r"[^\W\d_]+")
-# Words of English that say nothing of what a query is about.
-_FUNCTION_WORDS = frozenset(
-    "a an the and or but of in on at to into onto from with without for by as about is are was be been being has have "
-    "had do does her his him he she it its they them their there this that while who which up down out off over some "
-    "one s".split()
-)
+_FUNCTION_WORDS = frozenset(_WORDS["function words"].split())
 _READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
 
 
@@ -272,9 +262,9 @@ def _show_frame(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
 
 # The prompt
 
-_TEXT = ("#f2f2f2", "#e2e2e2")  # in turn, so that neighbours can be told apart
+_PLAIN = ("#f2f2f2", "#e2e2e2")  # in turn, so that neighbours can be told apart
 _IMAGE = "image (its vectors go here)"
-_KINDS = {"text": _TEXT[0], "control token": SKY, _IMAGE: ORANGE, "answer 1": GREEN, "answer 0": "#b9b9b9"}
+_KINDS = {"text": _PLAIN[0], "control token": SKY, _IMAGE: ORANGE, "answer 1": GREEN, "answer 0": "#b9b9b9"}
 
 
 @styled
@@ -291,7 +281,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         elif spelling == "<image>":
             colour = _KINDS[_IMAGE]
         else:
-            colour = _KINDS.get(f"answer {spelling}" if answer else "", _TEXT[place % 2])
+            colour = _KINDS.get(f"answer {spelling}" if answer else "", _PLAIN[place % 2])
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
@@ -646,25 +636,7 @@ def _curves_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> 
 
 # The queries of the qualitative figures
 
-RULES = {
-    "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
-    "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
-    "inside the true windows",
-    "failure": "IoU 0 and no highlight hit: the curve least like the true saliency",
-    "over-confident": f"IoU below {WRONG} and confidence (mean frame probability in the first window) of at least "
-    f"{CONFIDENT}: the highest",
-    "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
-    "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
-}
-# The same in columns of numbers: which queries qualify, and the column whose largest value is taken.
-_RULES = {
-    "good highlight, weak moment": (f"hit and iou < {WRONG}", "likeness"),
-    "perfect moment, over-inclusive highlight": ("iou >= 0.9", "excess"),
-    "failure": ("iou == 0 and not hit", "unlikeness"),
-    "over-confident": (f"iou < {WRONG} and confidence >= {CONFIDENT}", "confidence"),
-    "excellent": ("hit and iou >= 0.9", "likeness"),
-    "improvement": (f"iou >= {CORRECT} and gain > 0", "gain"),
-}
+RULES = {name: rule["words"] for name, rule in _WORDS["rules"].items()}
 
 
 def choose(
@@ -688,10 +660,10 @@ def choose(
     columns = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
     measures = pd.DataFrame(lines, columns=columns)
     chosen: dict[str, int] = {}
-    for name, (condition, column) in _RULES.items():
-        qualified = measures[~measures["qid"].isin(chosen.values())].query(condition)
+    for name, rule in _WORDS["rules"].items():
+        qualified = measures[~measures["qid"].isin(chosen.values())].query(rule["condition"])
         if len(qualified):
-            chosen[name] = int(qualified["qid"].iloc[qualified[column].argmax()])  # the first of equals
+            chosen[name] = int(qualified["qid"].iloc[qualified[rule["largest"]].argmax()])  # the first of equals
     return chosen
 
 

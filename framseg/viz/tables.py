@@ -15,18 +15,7 @@ from framseg.viz import paper_results
 METRICS = evaluate.METRICS | {"MR-full-mAP@0.5": "mAP@0.5", "MR-full-mAP@0.75": "mAP@0.75"}
 REPORTED = "reported, real QVHighlights"
 PARTS = {"vision_encoder": "vision encoder", "vision_tokenizer": "resampler", "lang_model": "language model"}
-# Keys by section of the profile: those of the published training, and those of what is around it.
-TABLE_II = {
-    "training": "epochs processes micro_batch accumulation learning_rate warmup_steps planned_steps floor weight_decay "
-    "betas eps gradient_clip zero_stage offload_optimizer gradient_checkpointing compile",
-    "model": "dtype attention",
-    "adapter": "rank alpha dropout init rslora targets",
-}
-TABLE_III = {
-    "frames": "count neighbours neighbour_distance",
-    "losses": "pos_weight tversky_alpha tversky_beta eps schedule warmup_epochs start end",
-    "inference": "beams batch windows saliency",
-}
+TABLE_II, TABLE_III = paper_results.TABLE_II, paper_results.TABLE_III  # keys by section of the profile
 
 
 def shown(frame: pd.DataFrame, caption: str = "", floats: str = "{:.2f}") -> Styler:
