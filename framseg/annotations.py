@@ -92,11 +92,8 @@ def from_dict(record: dict) -> Row:
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as `read` reads them, fields in the order of the public files; AnnotationError if JSON cannot."""
-    names = FIELDS + LABELS
-    try:
-        jsonl.write_lines(path, ({name: getattr(row, name) for name in names if hasattr(row, name)} for row in rows))
-    except jsonl.LinesError as error:
-        raise AnnotationError(str(error)) from None
+    records = ({name: getattr(row, name) for name in FIELDS + LABELS if hasattr(row, name)} for row in rows)
+    jsonl.write_lines(path, records, AnnotationError)
 
 
 def frame_times(duration: float, frames: int) -> np.ndarray:

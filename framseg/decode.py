@@ -4,7 +4,6 @@ The prompt's keys and values are computed once per sample and shared by its beam
 queries that ask about it. An answer has exactly f digits.
 """
 
-import argparse
 import glob
 import hashlib
 import json
@@ -363,19 +362,11 @@ def _finished(parts: Sequence[Path], source: dict, rows: Sequence[Row]) -> dict[
 @command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of a split's decoding, as `whole` starts it."""
-    parser = argparse.ArgumentParser(prog="python -m framseg.decode", description="One process of a split's decoding.")
-    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--split", choices=("val", "test"), required=True)
-    options = parser.parse_args(arguments)
-    with launcher.last_line():
-        profile = config.load(options.profile)
-        run = Run(profile, options.run_dir)
-        launcher.join(profile)
+    purpose = "One process of a split's decoding."
+    with launcher.started("framseg.decode", purpose, arguments, ("val", "test")) as (profile, run, options):
         model, _, tokenizer = loaded(run.checkpoint)
         rows = dataset.rows(profile, options.split)
         split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

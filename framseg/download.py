@@ -13,7 +13,6 @@ import argparse
 import errno
 import fcntl
 import gzip
-import hashlib
 import json
 import os
 import shlex
@@ -32,7 +31,7 @@ import pebble
 from tqdm.auto import tqdm
 
 from framseg import FramsegError, annotations, command_line, config, predictions
-from framseg.jsonl import shortlist, whole_file, write_lines
+from framseg.jsonl import checksum, shortlist, whole_file, write_lines
 
 RAW = "https://raw.githubusercontent.com/"
 ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
@@ -62,10 +61,6 @@ class _Cut(FramsegError):
     """A transfer that ended early and may be tried again; says why."""
 
 
-class _Unreachable(_Cut):
-    """The server did not answer."""
-
-
 def fetch(
     address: str,
     path: Path,
@@ -75,10 +70,9 @@ def fetch(
 ) -> None:
     """Fetch the file at `address` to `path`, which appears when it is complete.
 
-    headers: further ones to send. otherwise: another way to the file, for the messages.
-
     Until then its bytes are in {path}.part, and {path}.part.json says of which version they are; the next call goes on
-    with them, unless the file has changed at the server. Raises DownloadError.
+    with them, unless the file has changed at the server. headers: further ones to send. otherwise: another way to the
+    file, for the messages. Raises DownloadError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
@@ -87,18 +81,18 @@ def fetch(
         try:
             _transfer(address, part, note, headers or {})
             break
-        except _Cut as cut:
+        except (_Cut, ConnectionError) as cut:
             size = _size(part)
             # A server that ignores ranges may cut at the same byte every time: only more bytes than ever are progress.
             most, failures = (size, 0) if size > most else (most, failures + 1)
-            if failures == TRIES or (first and isinstance(cut, _Unreachable)):
+            if failures == TRIES or (first and isinstance(cut, ConnectionError)):
                 raise DownloadError(
                     f"{_shown(address)}: {cut}; {f'{words(size)} are kept: ' if size else ''}give the same command "
                     f"again to go on{otherwise}"
                 ) from None
             first = False
             time.sleep(PAUSE * 2**failures)
-    if sha256 and (actual := _sha256(part)) != sha256:
+    if sha256 and (actual := checksum(part)) != sha256:
         part.unlink()
         note.unlink()
         raise DownloadError(
@@ -123,7 +117,9 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> Non
         status = f"the server answers {answer.status} {answer.reason}"
         if answer.status == 200:  # the whole file: the first time, where it has changed, or without ranges
             if "Content-Length" not in answer.headers:
-                raise DownloadError(f"{address}: the server does not say how long the file is; get it by another way")
+                raise DownloadError(
+                    f"{_shown(address)}: the server does not say how long the file is; get it by another way"
+                )
             part.unlink(missing_ok=True)  # before the note changes: old bytes must never pass for the new version's
             # A weak ETag, unlike a strong one, may be the same for files of different bytes.
             version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
@@ -160,7 +156,7 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> Non
 
 
 def _answer(address: str, headers: dict[str, str]) -> HTTPResponse | HTTPError:
-    """The server's answer of whatever status, its body still to be read. Raises _Unreachable if there is none."""
+    """The server's answer of whatever status, its body still to be read. Raises ConnectionError if there is none."""
     # In a thread, because no time limit covers looking up a name and trying each of its addresses.
     answer = pebble.concurrent.thread(urlopen)(Request(address, headers=headers), timeout=STALL)
     try:
@@ -168,9 +164,9 @@ def _answer(address: str, headers: dict[str, str]) -> HTTPResponse | HTTPError:
     except HTTPError as error:
         return error
     except TimeoutError:
-        raise _Unreachable(f"no answer within {ANSWER:g} s") from None
+        raise ConnectionError(f"no answer within {ANSWER:g} s") from None
     except (OSError, HTTPException) as error:
-        raise _Unreachable(f"cannot be reached ({getattr(error, 'reason', error)})") from None
+        raise ConnectionError(f"cannot be reached ({getattr(error, 'reason', error)})") from None
 
 
 def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
@@ -267,11 +263,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def words(size: int) -> str:
     """A number of bytes as people read it."""
     return tqdm.format_sizeof(size, "B")
@@ -302,7 +293,7 @@ def get_annotations(folder: Path, may_fetch: bool = True) -> dict[str, list[anno
                 print(f"{path}: is not there; --annotations-only fetches it")
                 continue
             fetch(ANNOTATIONS + name, path, published)
-        rows[name], actual = annotations.read(path), _sha256(path)
+        rows[name], actual = annotations.read(path), checksum(path)
         same = "as published" if actual == published else f"usable, but NOT the published file (SHA-256 {actual})"
         print(f"{path}: {len(rows[name])} rows, {same}")
     return rows

@@ -77,10 +77,7 @@ def read_released(path: str | Path) -> list[dict]:
 
 def write_predictions(path: str | Path, predictions: Iterable[dict]) -> None:
     """Check and write predictions, one JSON object per line; the file appears whole or not at all."""
-    try:
-        jsonl.write_lines(path, _valid(predictions))
-    except LinesError as error:
-        raise PredictionError(str(error)) from None
+    jsonl.write_lines(path, _valid(predictions), PredictionError)
 
 
 def matched(

@@ -3,7 +3,6 @@
 `launch` starts the DeepSpeed launcher, which runs this module once for every process of the profile.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -84,9 +83,6 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
     if len(lost) > profile.training.may_lack:
         raise TrainError(f"{lacking}; training.may_lack={len(lost)} trains without them")
     return [row for row in rows if row.vid not in lost], lacking
-
-
-# --- the parent: starting and watching -------------------------------------------------------------------------
 
 
 def launch(
@@ -211,9 +207,6 @@ def _unfit(record: dict) -> list[str]:
     odd = [value for value in values if not isinstance(value, float) and not is_number(value)]
     odd += [record[place] for place in ("epoch", "step") if place in record and not is_number(record[place])]
     return [f"has {str(odd[0])[:60]!r} where a number must stand"] if odd else []
-
-
-# --- the child: one process of the training --------------------------------------------------------------------
 
 
 class Trainer:
@@ -433,20 +426,13 @@ def _append(path: Path, record: dict) -> None:
 @command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of the training, as `launch` and the DeepSpeed launcher start it."""
-    parser = argparse.ArgumentParser(prog="python -m framseg.train", description="One process of the training.")
-    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
-    parser.add_argument("--run-dir", type=Path)
-    options = parser.parse_args(arguments)
-    with launcher.last_line():
-        profile = config.load(options.profile)
-        run = Run(profile, options.run_dir)
-        rank, world = launcher.join(profile)
+    with launcher.started("framseg.train", "One process of the training.", arguments) as (profile, run, _):
+        rank, world = launcher.place()
         with hold(run.train) if rank == 0 else contextlib.nullcontext():
             if rank == 0:  # the processes may have been started without `launch`, as on several machines
                 resume.changes(profile, run)
                 resume.label(profile, run)
             Trainer(profile, run, rank, world).train()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_a_file_that_has_become_shorter_is_fetched_anew(site, tmp_path):
 def test_a_whole_file_that_has_not_been_checked_yet_is_not_asked_for_again(site, tmp_path, monkeypatch):
     site.files["big"] = BIG
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "_sha256", lambda path: signal.raise_signal(signal.SIGINT))
+        patch.setattr(download, "checksum", lambda path: signal.raise_signal(signal.SIGINT))
         download.fetch(site.address + "big", tmp_path / "big", "a checksum")
     assert listing(tmp_path) == ["big.part", "big.part.json"]
     download.fetch(site.address + "big", tmp_path / "big", hashlib.sha256(BIG).hexdigest())

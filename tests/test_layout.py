@@ -34,7 +34,8 @@ dataset download run.cost
 run.released
 checkpoint
 hub
-run.paths run.launcher
+run.paths
+run.launcher
 run.resume
 run.preflight
 decode

@@ -4,6 +4,7 @@ A process that fails writes one line of JSON into the log, its reason and what t
 it makes the sentence for the user.
 """
 
+import argparse
 import contextlib
 import errno
 import importlib.util
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -29,6 +30,7 @@ from framseg import FramsegError, config
 from framseg.backbones import device
 from framseg.jsonl import parse_object
 from framseg.run import WAITING_THREADS
+from framseg.run.paths import Run
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
 POLL = 0.5  # seconds between two looks at processes that run
@@ -94,9 +96,6 @@ def sentence(error: Exception) -> str:
     """What to tell a user about an error of this process: what happened and, where that is known, what to do."""
     reason, what = diagnosis(error)
     return reason.value.format(what)
-
-
-# --- in the process that starts the others ---------------------------------------------------------------------
 
 
 class Job:
@@ -197,26 +196,40 @@ def _environment(profile: config.Profile) -> dict[str, str]:
     return environment
 
 
-# --- in a started process --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def started(
+    module: str, purpose: str, arguments: Sequence[str] | None, splits: Sequence[str] = ()
+) -> Iterator[tuple[config.Profile, Run, argparse.Namespace]]:
+    """In a started process: its profile, run and options, while it works together with the other processes.
 
+    splits: between which `--split` chooses, if there are any.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
+    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
+    parser.add_argument("--run-dir", type=Path)
+    if splits:
+        parser.add_argument("--split", choices=splits, required=True)
+    options = parser.parse_args(arguments)
+    with last_line():
+        profile = config.load(options.profile)
+        if "RANK" not in os.environ:
+            raise FramsegError(
+                "this process has no rank: `deepspeed --module` starts it, or framseg run does all of it"
+            )
+        import deepspeed
 
-def join(profile: config.Profile) -> tuple[int, int]:
-    """Join the other processes. Returns this one's rank and how many there are."""
-    if "RANK" not in os.environ:
-        raise FramsegError("this process has no rank: `deepspeed --module` starts it, or framseg run does all of it")
-    import deepspeed
-
-    # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=WAIT)
-    rank, world = place()
-    if world != profile.training.processes:
-        raise FramsegError(f"training.processes is {profile.training.processes}, {world} were started")
-    if profile.training.threads:
-        torch.set_num_threads(profile.training.threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    return rank, world
+        # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(timeout=WAIT)
+        _, world = place()
+        if world != profile.training.processes:
+            raise FramsegError(f"training.processes is {profile.training.processes}, {world} were started")
+        if profile.training.threads:
+            torch.set_num_threads(profile.training.threads)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        yield profile, Run(profile, options.run_dir), options
+        torch.distributed.destroy_process_group()
 
 
 def place() -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from framseg import config
-from framseg.jsonl import parse_object, whole_file
+from framseg.jsonl import checksum, parse_object, whole_file
 from framseg.run.paths import Run
 
 KINDS = {"inputs": dict, "wrote": list, "device": str}  # types of a stamp's entries
@@ -48,18 +48,18 @@ class Chapter:
         earlier = [path for path in sorted(self.run.notebooks.glob("*.json")) if path.name < self.stamp.name]
         return {
             "the notebook": _hash(cells),
-            "the code": _hash([[str(path.relative_to(CODE)), _content(path)] for path in code]),
+            "the code": _hash([[str(path.relative_to(CODE)), checksum(path)] for path in code]),
             "the profile": _hash(self.profile.model_dump(mode="json")),
             "the data": self._data(),
             "the model's files": _hash(model),
-            "an earlier chapter": _hash([_content(path) for path in earlier]),
+            "an earlier chapter": _hash([checksum(path) for path in earlier]),
         }
 
     def _data(self) -> str:
         """Hash of the annotations' content, the videos' names, sizes and times, and of where the real set lies."""
         data, folder = self.profile.data, config.data_folder(self.profile)
         files = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
-        annotations = [_content(path) for path in files if path.is_file()]
+        annotations = [checksum(path) for path in files if path.is_file()]
         return _hash([annotations, _listing(folder / data.videos), os.environ.get("FRAMSEG_SHARED")])
 
     def begin(self) -> None:
@@ -99,7 +99,3 @@ def _listing(path: Path | None) -> list[tuple[str, int, int]]:
 
 def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _content(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
