@@ -272,7 +272,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def words(size: int) -> str:
+def words(size: float) -> str:
     """A number of bytes as people read it."""
     return tqdm.format_sizeof(size, "B")
 
