@@ -263,7 +263,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def words(size: int) -> str:
+def words(size: float) -> str:
     """A number of bytes as people read it."""
     return tqdm.format_sizeof(size, "B")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from framseg import config, download, prompt
+from framseg import FramsegError, config, download, prompt
 from framseg.backbones import CheckpointError
 from framseg.backbones.blip3 import Blip3
 from framseg.download import words
@@ -39,37 +39,42 @@ Tensors = dict[str, Tensor]  # by name
 
 
 @contextmanager
-def hub_errors(before: str, after: str = "") -> Iterator[None]:
-    """Whatever the hub's library raises becomes a CheckpointError: `before`, the reason in brackets, `after`."""
+def hub_errors(before: str, after: str = "", kind: type[FramsegError] = CheckpointError) -> Iterator[None]:
+    """Whatever the hub's library raises becomes an error of this kind: `before`, the reason in brackets, `after`."""
     try:
         yield
     except Exception as error:  # the HTTP library's errors share no base class with the hub's
-        raise CheckpointError(f"{before} ({' '.join(str(error).split())}){after}") from None
+        raise kind(f"{before} ({' '.join(str(error).split())}){after}") from None
 
 
-def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
+def fetch(
+    name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big: str = ".safetensors", later: float = 0
+) -> Path:
     """The folder in the hub's cache with a repository's files, each fetched once; its size is told before.
 
-    What has arrived of a file of weights when the connection, the disk or the user ends the call is kept: the next call
-    goes on with it. Raises CheckpointError for a repository without weights and for a disk with too little room, and
-    whatever the hub's library raises.
+    kind: "model" or "dataset". big: how the names of large files end. Of those, what has arrived when the connection,
+    the disk or the user ends the call is kept: the next call goes on with it. later: bytes that the caller writes to
+    the same disk afterwards. Raises CheckpointError for a repository without large files and for a disk with too
+    little room, and whatever the hub's library raises.
     """
-    files, cache = _listed(name, patterns), Path(constants.HF_HUB_CACHE)
-    if files is not None and not any(file.filename.endswith(".safetensors") for file in files):
-        raise CheckpointError(f"{name} is no checkpoint: the repository has no .safetensors file")
-    repository = repo_folder_name(repo_id=name, repo_type="model")
+    files, cache = _listed(name, patterns, kind), Path(constants.HF_HUB_CACHE)
+    if files is not None and not any(file.filename.endswith(big) for file in files):
+        what = "checkpoint" if kind == "model" else "set of frames"
+        raise CheckpointError(f"{name} is no {what}: the repository has no {big} file")
+    repository = repo_folder_name(repo_id=name, repo_type=kind)
     blobs, absent = cache / repository / "blobs", [file for file in files or () if file.will_download]
     size = sum(file.file_size or 0 for file in absent) - sum(part.stat().st_size for part in blobs.glob("*.part"))
     if absent:
         there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
-        if size > free:
-            raise CheckpointError(f"{words(size)} to fetch, {there} has {words(free)} free: make room or set HF_HOME")
+        if size + later > free:
+            needs = f"{words(size)} to fetch" + (f" and {words(later)} to write" if later else "")
+            raise CheckpointError(f"{needs}, {there} has {words(free)} free: make room or set HF_HOME")
         print(f"{name}: fetching {words(size)} into {cache}, which has {words(free)} free", file=sys.stderr)
     for file in absent:
-        if not file.filename.endswith(".safetensors"):
+        if not file.filename.endswith(big):
             continue  # small: the hub's library, which begins a file anew after each interruption, may fetch it
-        address = hf_hub_url(name, file.filename, revision=file.commit_hash)
+        address = hf_hub_url(name, file.filename, repo_type=kind, revision=file.commit_hash)
         about = get_hf_file_metadata(address)
         blob, lock = blobs / str(about.etag), cache / ".locks" / repository / f"{about.etag}.lock"
         own = urlsplit(about.location).netloc == urlsplit(address).netloc  # another server may not see the token
@@ -78,13 +83,13 @@ def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
             if not blob.exists():
                 checksum = blob.name if len(blob.name) == 64 else None
                 download.fetch(about.location, blob, checksum, build_hf_headers() if own else {}, "")
-    return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
 
 
-def _listed(name: str, patterns: Sequence[str]) -> list[DryRunFileInfo] | None:
+def _listed(name: str, patterns: Sequence[str], kind: str = "model") -> list[DryRunFileInfo] | None:
     """The files of a repository, None if the hub does not tell."""
     try:
-        files = snapshot_download(name, allow_patterns=list(patterns), dry_run=True)
+        files = snapshot_download(name, repo_type=kind, allow_patterns=list(patterns), dry_run=True)
         return sorted(files, key=lambda file: file.filename)
     except DryRunError:
         return None
