@@ -93,9 +93,12 @@ class Form:
             finally:
                 self.progress.clear_output()
                 self.button.disabled = False
-        self.picture.value = "".join(
-            f"<h3>{html.escape(answer.query)}</h3><p>{html.escape(figures.scores(answer.row, answer.record))}</p>"
-            + browser.sketch(answer.row, answer.record, answer.frames)
+        self.picture.value = browser.PAGES.answers(
+            (
+                answer.query,
+                figures.scores(answer.row, answer.record),
+                browser.sketch(answer.row, answer.record, answer.frames),
+            )
             for answer in self.answers
         )
 

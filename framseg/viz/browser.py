@@ -12,8 +12,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
+import jinja2
 import numpy as np
 from PIL import Image
 
@@ -32,6 +34,8 @@ THUMBNAIL = 112  # pixels: most that a frame of the strip has, which is enlarged
 PAGE = 2000  # queries that the list holds at a time; more make the page slow
 TICKS = (1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600)  # seconds between two labels of the time axis
 NOTHING = "compare with: nothing"
+_HTML = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
+PAGES: Any = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_HTML).module
 
 
 @dataclass(slots=True)
@@ -273,23 +277,11 @@ class Browser:
         if self._video(row.vid) is None:
             missing.append("no video file, so nothing to play (their folder is the argument videos)")
         named = {self.title: entry} | ({self.compare.value: self.compared.get(row.qid)} if self.compared else {})
-        width, lines = (WIDTH, 1) if len(named) == 1 else (NARROW, 2)
-        blocks = []
+        width, blocks = WIDTH if len(named) == 1 else NARROW, []
         for title, shown in named.items():
-            scores = html.escape(figures.scores(row, shown.prediction)) if shown else "no prediction for this query"
-            picture = sketch(row, shown.prediction, frames, width) if shown else ""
-            blocks.append(
-                f'<div style="flex:1 1 440px;max-width:{LEFT + WIDTH + 20}px">'
-                f'<div style="min-height:{1.4 * lines}em"><b>{html.escape(title)}</b>: {scores}</div>{picture}</div>'
-            )
-        self.picture.value = (
-            f"<h3>{html.escape(row.query)}</h3>"
-            f"<p>query {row.qid} · video {html.escape(row.vid)} · {row.duration:g} s</p>"
-            + "".join(f"<p><i>{text}</i></p>" for text in missing)
-            # Side by side, or below one another where the page is narrow.
-            + f'<div style="display:flex;flex-wrap:wrap;gap:16px">{"".join(blocks)}</div>'
-            + "<p>← → previous and next · a click on a moment plays it</p>"
-        )
+            scores = figures.scores(row, shown.prediction) if shown else "no prediction for this query"
+            blocks.append((title, scores, sketch(row, shown.prediction, frames, width) if shown else ""))
+        self.picture.value = PAGES.query(row, missing, blocks, LEFT + WIDTH + 20)
 
 
 def _source(run: Run | Path | str) -> tuple[Path, config.Profile | None]:
@@ -325,68 +317,22 @@ def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: 
     frames: uint8 [f, H, W, 3], evenly spread over the row's duration. width: pixels of the time axis at full size; it
     shrinks and grows with the page.
     """
-    duration, right = row.duration, LEFT + width
-
-    def x(seconds: float) -> float:
-        return LEFT + width * seconds / duration
-
-    # From top to bottom; y is the upper edge of what comes next. Windows go last, so that they can be clicked.
-    out, bars, y = [], [], 4
-    if frames is not None:
-        edges = "".join(f"M{x(i * duration / len(frames)):.1f},0v{STRIP}" for i in range(1, len(frames)))
-        out.append(
-            f'<image x="{LEFT}" y="0" width="{width}" height="{STRIP}" preserveAspectRatio="none" '
-            f'data-frames="{len(frames)}" href="{_strip(frames)}"/><path d="{edges}" stroke="white"/>'
-        )
-        y += STRIP
-
-    lanes, left_out = figures.lanes(prediction, duration)
-    labelled = row if isinstance(row, LabelledRow) else None
-    named = [("true", [(0, *window, 1.0) for window in labelled.relevant_windows])] if labelled else []
-    named += [("" if i else "predicted", lane) for i, lane in enumerate(lanes)]
-    named += [(f"{left_out} more windows, not drawn", [])] if left_out else []
-    for name, lane in named:
-        out.append(f'<text x="0" y="{y + 13}">{name}</text>')
-        for rank, start, end, score in lane:  # rank 0: a true window
-            colour, about = (figures.PREDICTED, f", rank {rank}, score {score:.3f}") if rank else (figures.TRUE, "")
-            bars.append(
-                f'<rect x="{x(start):.1f}" y="{y}" width="{max(x(end) - x(start), 1):.1f}" height="{LANE - 5}" '
-                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}" data-end="{end:g}">'
-                f"<title>{start:g} to {end:g} s{about}</title></rect>"
-            )
-        y += LANE
-
-    bottom = y + 8 + PLOT  # of the curves
-    if labelled:
-        path = f"M{LEFT:.1f},{bottom}"
-        for clip, value in enumerate(annotations.clip_saliency(labelled), start=1):
-            path += f"V{bottom - PLOT * value:.1f}H{min(x(CLIP_SECONDS * clip), right):.1f}"
-        out.append(f'<path d="{path}V{bottom}Z" fill="{figures.TRUE}" opacity="0.25"/>')
-    for value in (0, 0.5, 1):
-        level = bottom - PLOT * value
-        out.append(f'<text x="{LEFT - 26}" y="{level + 4:.1f}">{value:g}</text>')
-        out.append(f'<line x1="{LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>')
-    seconds, values, name = figures.predicted_curve(prediction, duration)
-    if len(values):
-        points = " ".join(f"{x(s):.1f},{bottom - PLOT * v:.1f}" for s, v in zip(seconds, values, strict=True))
-        out.append(f'<polyline points="{points}" fill="none" stroke="{figures.PROBABILITY}" stroke-width="2"/>')
-
-    step = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
-    for second in range(0, int(duration) + 1, step):
-        out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, step)}</text>')
-    legend = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if labelled else "")
-    out.append(f'<text x="0" y="{bottom + 34}">{legend}</text>')
-    # What `player.js` reads: the area that can be clicked, and the line that follows the video.
-    area = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
-    out.append(f'<rect class="axis" data-duration="{duration:g}" {area} fill="transparent"/>')
-    out.append(
-        f'<line class="cursor" data-left="{LEFT}" data-width="{width}" data-duration="{duration:g}" y2="{bottom}" '
-        'stroke="black" visibility="hidden" pointer-events="none"/>'
-    )
-    return (
-        f'<svg class="timed" viewBox="0 0 {right + 20} {bottom + 42}" font-size="12" font-family="sans-serif" '
-        'style="background:white;width:100%;cursor:pointer;display:block">' + "".join(out + bars) + "</svg>"
-    )
+    lanes, left_out = figures.lanes(prediction, row.duration)
+    named = [("" if i else "predicted", lane) for i, lane in enumerate(lanes)]
+    truth: list[tuple[float, float]] = []  # of each clip: its end, the true saliency
+    if isinstance(row, LabelledRow):
+        named = [("true", [(0, *window, 1.0) for window in row.relevant_windows]), *named]
+        saliency = enumerate(annotations.clip_saliency(row).tolist(), start=1)
+        truth = [(min(CLIP_SECONDS * clip, row.duration), value) for clip, value in saliency]
+    seconds, values, name = figures.predicted_curve(prediction, row.duration)
+    step = next((step for step in TICKS if row.duration / step <= width / 80), TICKS[-1])
+    return PAGES.sketch(
+        duration=row.duration, width=width, left=LEFT, strip_height=STRIP, lane_height=LANE, plot=PLOT,
+        frames=0 if frames is None else len(frames), strip="" if frames is None else _strip(frames),
+        lanes=named, left_out=left_out, truth=truth, curve=list(zip(seconds, values, strict=True)), name=name,
+        ticks=[(second, _clock(second, step)) for second in range(0, int(row.duration) + 1, step)],
+        colours={"true": figures.TRUE, "predicted": figures.PREDICTED, "curve": figures.PROBABILITY},
+    )  # fmt: skip
 
 
 def _strip(frames: np.ndarray) -> str:
