@@ -77,14 +77,7 @@ SORTS: dict[str, Callable[[Entry], float]] = {  # smallest first, NaN last; of e
 }
 
 
-def browse(
-    run: Run | Path | str,
-    rows: Sequence[Row] | Path | str | None = None,
-    store: Store | None = None,
-    compare: Run | Path | str | None = None,
-    videos: Path | str | None = None,
-    folder: Path | str | None = None,
-) -> widgets.Widget:
+class Browser(widgets.HBox):
     """The widget for a run's val predictions, or for any prediction file in the dataset's format.
 
     run, compare: a Run, its folder, a predictions .jsonl, or a .csv in the format of the paper's authors; `compare` is
@@ -93,14 +86,9 @@ def browse(
     given; without frames only curves are shown. folder: where figures and selections are saved, by default the folder
     of the predictions, or the kernel's current folder if that cannot be written.
     Raises PredictionError or AnnotationError for files that cannot be used.
-    """
-    return Browser(run, rows, store, compare, videos, folder).widget
 
-
-class Browser:
-    """What the widget's controls do, as plain methods; the arguments are those of `browse`.
-
-    `widget` holds all controls, `entries` all queries, `shown` those that search and filter leave, in order.
+    What the controls do are plain methods. `entries` are all queries, `shown` those that search and filter leave, in
+    order.
     """
 
     def __init__(
@@ -135,7 +123,7 @@ class Browser:
         self.place = 0  # in `shown`
         self._build()
         self.compare.value = next(iter(self.others)) if compare is not None else NOTHING
-        self._compare()
+        self._take_compared()
 
     def selection(self) -> list[dict]:
         """The predictions that search and filter leave, in the order shown."""
@@ -201,14 +189,14 @@ class Browser:
             button.on_click(lambda _, action=actions[text]: self._try(action))
         for control in (self.search, self.filter, self.sort):
             control.observe(lambda _: self._refresh(), "value")
-        self.compare.observe(lambda _: self._try(self._compare), "value")
+        self.compare.observe(lambda _: self._try(self._take_compared), "value")
         self.list.observe(self._picked, "index")
         left = widgets.VBox([self.search, self.filter, self.sort, self.compare, self.count, self.list])
         left.layout = widgets.Layout(flex="0 0 300px")
         right = widgets.VBox([widgets.HBox(list(self.buttons.values())), self.message, self.picture])
         right.layout = widgets.Layout(flex="1 1 0", min_width="0", padding="0 0 0 12px")
-        self.widget = widgets.HBox([left, right])
-        self.widget.add_class("framseg")  # `player.js` takes the arrow keys of what has this class
+        super().__init__([left, right])
+        self.add_class("framseg")  # `player.js` takes the arrow keys of what has this class
 
     def _try(self, action: Callable[[], object]) -> None:
         try:
@@ -216,7 +204,7 @@ class Browser:
         except (OSError, PredictionError) as error:  # a folder that cannot be written, a file that has changed
             self.message.value = f"not done: {html.escape(str(error))}"
 
-    def _compare(self) -> None:
+    def _take_compared(self) -> None:
         file = self.others.get(self.compare.value)
         self.compared = {entry.row.qid: entry for entry in _entries(file, self.rows)} if file else {}
         for entry in self.entries:
@@ -282,6 +270,9 @@ class Browser:
             scores = figures.scores(row, shown.prediction) if shown else "no prediction for this query"
             blocks.append((title, scores, sketch(row, shown.prediction, frames, width) if shown else ""))
         self.picture.value = PAGES.query(row, missing, blocks, LEFT + WIDTH + 20)
+
+
+browse = Browser  # what the notebooks call
 
 
 def _source(run: Run | Path | str) -> tuple[Path, config.Profile | None]:
