@@ -10,13 +10,14 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import jinja2
 import numpy as np
+import pandas as pd
+import yaml
 from PIL import Image
 
 from framseg import annotations, config, evaluate
@@ -31,50 +32,16 @@ WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, he
 NARROW = 400  # pixels: width of the time axis where two are side by side
 STRIP = 48  # pixels: height of the strip of frames
 THUMBNAIL = 112  # pixels: most that a frame of the strip has, which is enlarged under the mouse
+LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, np.inf)}  # seconds: more than, up to
 PAGE = 2000  # queries that the list holds at a time; more make the page slow
 TICKS = (1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600)  # seconds between two labels of the time axis
 NOTHING = "compare with: nothing"
+_TEXT = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+_LISTS = yaml.safe_load(_TEXT.format_map(vars(figures)))  # the thresholds have their names there
+FILTERS: dict[str, str] = _LISTS["filters"]
+SORTS: dict[str, str] = _LISTS["sorts"]
 _HTML = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
 PAGES: Any = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_HTML).module
-
-
-@dataclass(slots=True)
-class Entry:
-    """A query of the list: its row and prediction, and what they are searched, filtered and sorted by."""
-
-    row: Row
-    prediction: dict
-    iou: float  # of the first window; NaN, which no comparison holds for, without labels or windows
-    hit: bool | None  # whether the best-scored clip is very good; None without labels or clip scores
-    confidence: float
-    gain: float = math.nan  # IoU above that of the compared prediction; NaN if there is none
-
-    def has_moment(self, above: float, up_to: float) -> bool:
-        """Whether a true moment is longer than `above` and at most `up_to` seconds."""
-        return any(above < end - start <= up_to for start, end in getattr(self.row, "relevant_windows", ()))
-
-
-FILTERS: dict[str, Callable[[Entry], bool]] = {
-    "all": lambda e: True,
-    f"correct (IoU ≥ {figures.CORRECT})": lambda e: e.iou >= figures.CORRECT,
-    f"missed (IoU < {figures.MISSED})": lambda e: e.iou < figures.MISSED,
-    f"over-confident (IoU < {figures.WRONG}, confidence ≥ {figures.CONFIDENT})": lambda e: (
-        e.iou < figures.WRONG and e.confidence >= figures.CONFIDENT
-    ),
-    "invalid mask": lambda e: e.prediction.get("valid") is False,
-    "short moment (up to 10 s)": lambda e: e.has_moment(0, 10),
-    "middle (10 to 30 s)": lambda e: e.has_moment(10, 30),
-    "long (over 30 s)": lambda e: e.has_moment(30, np.inf),
-}
-SORTS: dict[str, Callable[[Entry], float]] = {  # smallest first, NaN last; of equals the smaller qid
-    "query id": lambda e: 0,
-    "IoU, worst first": lambda e: e.iou,
-    "IoU, best first": lambda e: -e.iou,
-    "highlight missed first": lambda e: bool(e.hit),
-    "confidence, highest first": lambda e: -e.confidence,
-    "better than the compared, most first": lambda e: -e.gain,
-    "worse than the compared, most first": lambda e: e.gain,
-}
 
 
 class Browser(widgets.HBox):
@@ -118,8 +85,7 @@ class Browser(widgets.HBox):
             alike = _title(other) in (self.title, *self.others)
             self.others[str(other) if alike else _title(other)] = other
         self.folder = Path(folder) if folder else file.parent if os.access(file.parent, os.W_OK) else Path.cwd()
-        self.compared: dict[int, Entry] = {}
-        self.shown: list[Entry] = self.entries
+        self.shown: list[Any] = list(self.entries.itertuples())
         self.place = 0  # in `shown`
         self._build()
         self.compare.value = next(iter(self.others)) if compare is not None else NOTHING
@@ -162,7 +128,7 @@ class Browser(widgets.HBox):
             return []
         entry = self.shown[self.place]
         row, other = entry.row, self.compared.get(entry.row.qid)
-        against = (self.compare.value, other.prediction) if other else None
+        against = (self.compare.value, other) if other else None
         picture = figures.qualitative(row, entry.prediction, self._frames(row), against=against)
         paths = figures.save(picture, self.folder, f"query_{row.qid}")
         self.message.value = f"saved {html.escape(', '.join(str(path) for path in paths))}"
@@ -206,19 +172,19 @@ class Browser(widgets.HBox):
 
     def _take_compared(self) -> None:
         file = self.others.get(self.compare.value)
-        self.compared = {entry.row.qid: entry for entry in _entries(file, self.rows)} if file else {}
-        for entry in self.entries:
-            other = self.compared.get(entry.row.qid)
-            entry.gain = entry.iou - other.iou if other else math.nan
+        compared = _entries(file, self.rows) if file else self.entries[:0]
+        self.compared: dict = compared["prediction"].to_dict()
+        self.entries["gain"] = self.entries["iou"] - compared["iou"]
         self._refresh()
 
     def _refresh(self) -> None:
         before = self.shown[self.place].row.qid if self.shown else None
         words = self.search.value.lower().split()
-        matching = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
-        kept = sorted(filter(FILTERS[self.filter.value], matching), key=lambda e: e.row.qid)
-        order = np.argsort([SORTS[self.sort.value](entry) for entry in kept], kind="stable")
-        self.shown = [kept[place] for place in order]
+        kept = self.entries.query(FILTERS[self.filter.value]).sort_index()
+        for word in words:
+            kept = kept[kept["text"].str.contains(word, regex=False)]
+        order = np.argsort(np.asarray(kept.eval(SORTS[self.sort.value])), kind="stable")
+        self.shown = list(kept.iloc[order].itertuples())
         self.places = {entry.row.qid: place for place, entry in enumerate(self.shown)}
         self.list.options = ()
         self._go(0 if before is None else self.places.get(before, 0))
@@ -264,11 +230,12 @@ class Browser(widgets.HBox):
         missing = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
         if self._video(row.vid) is None:
             missing.append("no video file, so nothing to play (their folder is the argument videos)")
-        named = {self.title: entry} | ({self.compare.value: self.compared.get(row.qid)} if self.compared else {})
+        named = {self.title: entry.prediction}
+        named |= {self.compare.value: self.compared.get(row.qid)} if self.compared else {}
         width, blocks = WIDTH if len(named) == 1 else NARROW, []
-        for title, shown in named.items():
-            scores = figures.scores(row, shown.prediction) if shown else "no prediction for this query"
-            blocks.append((title, scores, sketch(row, shown.prediction, frames, width) if shown else ""))
+        for title, record in named.items():
+            scores = figures.scores(row, record) if record else "no prediction for this query"
+            blocks.append((title, scores, sketch(row, record, frames, width) if record else ""))
         self.picture.value = PAGES.query(row, missing, blocks, LEFT + WIDTH + 20)
 
 
@@ -291,15 +258,20 @@ def _title(file: Path) -> str:
     return f"{folder.name}/{file.stem}"
 
 
-def _entries(file: Path, rows: list[Row]) -> list[Entry]:
+def _entries(file: Path, rows: list[Row]) -> pd.DataFrame:
+    """The queries of a file by qid: row, prediction, and what `browser.yaml` filters and sorts them by."""
     read = read_released if file.suffix == ".csv" else read_predictions
     predictions, rows = matched(read(file), rows, intersection=True)
     labelled = all(isinstance(row, LabelledRow) for row in rows)
     numbers = evaluate.per_query(predictions, rows) if labelled else [{} for _ in rows]
-    return [
-        Entry(row, record, number.get("iou", math.nan), number.get("hit"), figures.confidence(record, row.duration))
-        for row, record, number in zip(rows, predictions, numbers, strict=True)
-    ]
+    lines = []
+    for row, record, number in zip(rows, predictions, numbers, strict=True):
+        lengths = [end - start for start, end in getattr(row, "relevant_windows", ())]
+        own = {"row": row, "prediction": record, "text": f"{row.qid} {row.query}".lower()}
+        own |= {"confidence": figures.confidence(record, row.duration), "invalid": record.get("valid") is False}
+        own |= {name: any(low < length <= high for length in lengths) for name, (low, high) in LENGTHS.items()}
+        lines.append({"qid": row.qid, "iou": math.nan, "hit": None} | number | own)
+    return pd.DataFrame(lines).set_index("qid")
 
 
 def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
