@@ -8,7 +8,7 @@ import yaml
 _REPORTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def _named(rows: dict[str, list[float | None]]) -> dict[str, dict[str, float]]:
+def _named(rows: dict[str, list[float | None]]) -> dict[str, dict]:
     """Rows of Table I's columns as numbers by metric; what the paper leaves open is absent."""
     return {name: pd.Series(row, TABLE_I_COLUMNS, float).dropna().to_dict() for name, row in rows.items()}
 
