@@ -301,12 +301,9 @@ def answers(
     model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, queries: list[str], vision_tokens: Tensor
 ) -> tuple[list[str], np.ndarray]:
     """Masks of f characters and probabilities float64 [B, f] for B queries, each with its vision tokens."""
-    count = profile.frames.count
-    padded = prompt.pad_left(
-        [prompt.prompt_ids(tokenizer, profile.model.tokens, query, count) for query in queries],
-        profile.model.tokens.pad,
-    )
-    ids, mask = (torch.from_numpy(array).to(model.device) for array in padded)
+    count, tokens = profile.frames.count, profile.model.tokens
+    prompts = [prompt.prompt_ids(tokenizer, tokens, query, count) for query in queries]
+    ids, mask = (torch.from_numpy(array).to(model.device) for array in prompt.pad_left(prompts, tokens.pad))
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
     masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
     return masks, decoded.probability.cpu().double().numpy()
@@ -314,22 +311,17 @@ def answers(
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:
     """Frames of the videos in their order, or why there are none, while the next `ahead` are being read."""
-
-    def outcome(vid: str) -> np.ndarray | VideoError:
-        try:
-            return store.read(vid)
-        except StoreError:
-            raise  # the set-up is wrong, not this video
-        except VideoError as error:
-            return error
-
     with ThreadPoolExecutor(max_workers=min(ahead, 8)) as pool:
-        tasks = ((vid, pool.submit(outcome, vid)) for vid in vids)
+        tasks = ((vid, pool.submit(store.read, vid)) for vid in vids)
         waiting = deque(islice(tasks, ahead))
         while waiting:
             vid, task = waiting.popleft()
             waiting.extend(islice(tasks, 1))
-            yield vid, task.result()
+            error = task.exception()
+            if isinstance(error, VideoError) and not isinstance(error, StoreError):
+                yield vid, error
+            else:  # of a StoreError, too: the set-up is wrong, not this video
+                yield vid, task.result()
 
 
 def made_by(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> dict[str, str]:

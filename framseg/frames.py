@@ -190,7 +190,11 @@ class Video:
             position = number + 1
             self._alive()
             if number in wanted:
-                yield number, _without_padding(frame.asnumpy())
+                picture = frame.asnumpy()
+                height, width, _ = picture.shape
+                # decord returns padded rows as if they had more than three channels.
+                packed = picture.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+                yield number, np.ascontiguousarray(packed)
 
 
 def read_apart(
@@ -450,12 +454,6 @@ def _stored(store: Store, vid: str) -> dict | None:
     except VideoError:
         return None
     return about if "offset" in about else None
-
-
-def _without_padding(frame: np.ndarray) -> np.ndarray:
-    """[H, W, 3] of a decoded frame: decord returns padded rows as if they had more than three channels."""
-    height, width, _ = frame.shape
-    return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
 
 
 def _notes(video: Video, allow_partial: bool) -> list[str]:

@@ -68,9 +68,8 @@ class Resampler(nn.Module):
     def __init__(self, section: config.Resampler, width: int, out: int):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(section.latents, width))
-        self.layers = nn.ModuleList(
-            ResamplerLayer(width, section.heads, section.head_dim) for _ in range(section.layers)
-        )
+        layers = [ResamplerLayer(width, section.heads, section.head_dim) for _ in range(section.layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, out)
 
@@ -281,8 +280,7 @@ class Blip3(nn.Module):
             try:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():
-                        name = key.removeprefix(PREFIX)
-                        shape = opened.get_slice(key).get_shape()
+                        name, shape = key.removeprefix(PREFIX), opened.get_slice(key).get_shape()
                         if name not in expected:
                             problems.append(f"unexpected {key} {shape}")
                         elif shape != (own := list(expected[name].shape)):
