@@ -171,10 +171,8 @@ def records(
 
     The frames come from the profile's frame store, the middle variation of each. The records are `answer_record`s of
     framseg.predictions. A video whose frames cannot be read gives an invalid one, with all frames at 1 and the reason
-    as `error`, and a warning.
-
-    Puts the model into eval mode. Raises StoreError for frames that were made with other settings, PromptError for
-    queries that are too long.
+    as `error`, and a warning. Puts the model into eval mode. Raises StoreError for frames that were made with other
+    settings, PromptError for queries that are too long.
     """
     model.eval()
     store, inference, count = dataset.store(profile), profile.inference, profile.frames.count

@@ -115,17 +115,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, section: config.Language, attention: str):
         super().__init__()
+        same = {"hidden_size", "intermediate_size", "initializer_range", "sliding_window"}  # names in both
         phi3 = Phi3Config(
+            **section.model_dump(include=same),
             vocab_size=1,  # its own table is replaced below: the real one has a second part
-            hidden_size=section.hidden_size,
-            intermediate_size=section.intermediate_size,
             num_hidden_layers=section.layers,
             num_attention_heads=section.heads,
             max_position_embeddings=section.context,
             original_max_position_embeddings=section.context,
-            initializer_range=section.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
-            sliding_window=section.sliding_window,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
@@ -153,14 +151,9 @@ class Blip3(nn.Module):
     def __init__(self, section: config.Model):
         super().__init__()
         self.section = section
-        vision = SiglipVisionConfig(
-            hidden_size=section.vision.hidden_size,
-            intermediate_size=section.vision.intermediate_size,
-            num_hidden_layers=section.vision.layers,
-            num_attention_heads=section.vision.heads,
-            image_size=section.vision.image_size,
-            patch_size=section.vision.patch_size,
-        )
+        sizes = section.vision.model_dump(exclude={"layers", "heads"})
+        layers, heads = section.vision.layers, section.vision.heads
+        vision = SiglipVisionConfig(**sizes, num_hidden_layers=layers, num_attention_heads=heads)
         vision._attn_implementation = section.attention
         self.vision_encoder = SiglipVisionModel(vision)
         self.vision_tokenizer = Resampler(section.resampler, section.vision.hidden_size, section.language.hidden_size)
@@ -315,26 +308,23 @@ class Blip3(nn.Module):
         self.requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # PiSSA's fast SVD starts from random vectors
-            inject_adapter_in_model(
-                LoraConfig(
-                    r=section.rank,
-                    lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft computes with any number
-                    lora_dropout=section.dropout,
-                    init_lora_weights=section.init,  # type: ignore[arg-type]  # the profile lets only peft's names pass
-                    use_rslora=section.rslora,
-                    target_modules=rf"lang_model\.model\.layers\.\d+\.\w+\.({'|'.join(section.targets)})",
-                ),
-                self,
-                ADAPTER,
+            settings = LoraConfig(
+                r=section.rank,
+                lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft computes with any number
+                lora_dropout=section.dropout,
+                init_lora_weights=section.init,  # type: ignore[arg-type]  # the profile lets only peft's names pass
+                use_rslora=section.rslora,
+                target_modules=rf"lang_model\.model\.layers\.\d+\.\w+\.({'|'.join(section.targets)})",
             )
+            inject_adapter_in_model(settings, self, ADAPTER)
         self.vision_tokenizer.requires_grad_(True)
         return {name: value.clone() for name, value in self.state_dict().items() if "lora_" in name}
 
     def adapter(self, start: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
         """The trained pairs as a plain LoRA adapter of the untouched base: its settings and tensors in peft's format.
 
-        PiSSA moved s B0 A0 out of each weight, so training changed it by s (B A - B0 A0): one pair of twice the rank.
-        `start`: what `adapt` returned.
+        PiSSA moved s B0 A0, `start` as `adapt` returned it, out of each weight, so training changed it by
+        s (B A - B0 A0): one pair of twice the rank.
         """
         state, tensors = self.state_dict(), {}
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, LoraLayer)}
