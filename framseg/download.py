@@ -11,7 +11,6 @@ and the checksum inside the gzip file; the predictions must belong to the annota
 
 import argparse
 import errno
-import fcntl
 import gzip
 import json
 import os
@@ -20,10 +19,10 @@ import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 
 from framseg import FramsegError, annotations, command_line, config, predictions
 from framseg.jsonl import checksum, shortlist, whole_file, write_lines
+from framseg.run.paths import hold
 
 RAW = "https://raw.githubusercontent.com/"
 ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
@@ -268,16 +268,10 @@ def words(size: int) -> str:
     return tqdm.format_sizeof(size, "B")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> TextIO:
     """Keep a second download, which would write into the same files, out of `folder`. Raises DownloadError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".download.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(f"{folder}: another download is at work here; wait for it or end it") from None
-        yield
+    busy = DownloadError(f"{folder}: another download is at work here; wait for it or end it")
+    return hold(folder, ".download.lock", 0, busy)
 
 
 def get_annotations(folder: Path, may_fetch: bool = True) -> dict[str, list[annotations.Row]]:

@@ -7,6 +7,7 @@ their spellings in it are ordinary text: no query can begin another turn or add 
 import itertools
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +23,8 @@ FILE = "tokenizer.json"
 ADDED = ("<pad>", "<image>", "<image placeholder>", "<|endofchunk|>")
 SPELLING = {"assistant": "<|assistant|>", "end": "<|end|>", "pad": "<pad>", "image": "<image>"}
 
-SYSTEM = (
-    "You are a smart video retrieval assistant. You will receive a video and a human activity query given by the "
-    "user. Return the frames that matches the activity query. Follow the output format given by the user. "
-)
-# The user's turn before and after its images.
-OPENING, TASK = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("{images}")
+# The system's turn, and the user's before and after its images.
+SYSTEM, OPENING, TASK = re.split("{user}\n|{images}", Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
 EXAMPLE_QUERY = "A man in a red jacket rides a bicycle along the beach."
 
 RANDOM_MASKS = 10_000
