@@ -120,9 +120,8 @@ def beam_search(
     # The answer's positions see nothing of what lies before the window of its first one.
     kept = length if window is None else min(length, window - 1)
     cache = Cache(layers=[_SharedLayer(kept, beams * (frames - 1)) for _ in language.layers])
-    hidden = language(
-        inputs_embeds=embeds, attention_mask=real, past_key_values=cache, use_cache=True
-    ).last_hidden_state[:, -1:]
+    output = language(inputs_embeds=embeds, attention_mask=real, past_key_values=cache, use_cache=True)
+    hidden = output.last_hidden_state[:, -1:]
 
     rows = torch.arange(batch, device=real.device)[:, None]
     prompt_seen = real[:, None, length - kept :].bool()
@@ -152,13 +151,9 @@ def beam_search(
             allowed = torch.cat([prompt_seen.expand(-1, width, -1), seen], dim=-1)
             if window is not None:
                 allowed = allowed & (places > position - window)
-            hidden = language(
-                inputs_embeds=language.embed_tokens(digit_ids[digit]),
-                attention_mask=allowed[:, None],
-                position_ids=places.new_full((1, width), position),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            where = {"attention_mask": allowed[:, None], "position_ids": places.new_full((1, width), position)}
+            embeds = language.embed_tokens(digit_ids[digit])
+            hidden = language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **where).last_hidden_state
     finally:
         language.config._attn_implementation = chosen
     return Decoded(masks, scores, probabilities)

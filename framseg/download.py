@@ -51,6 +51,7 @@ ANSWER = 9.0  # seconds until the server must have answered
 STALL = 60.0  # seconds without a byte after which a connection counts as cut
 TRIES = 5  # connections in a row that bring nothing
 PAUSE = 1.0  # seconds before the next try, doubled each time
+LINK_IT = ", or take a folder that has the file with --from"  # another way to the data
 
 
 class DownloadError(FramsegError, ValueError):
@@ -62,11 +63,7 @@ class _Cut(FramsegError):
 
 
 def fetch(
-    address: str,
-    path: Path,
-    sha256: str | None = None,
-    headers: dict[str, str] | None = None,
-    otherwise: str = ", or take a folder that has the file with --from",
+    address: str, path: Path, sha256: str | None = None, headers: dict[str, str] | None = None, otherwise: str = LINK_IT
 ) -> None:
     """Fetch the file at `address` to `path`, which appears when it is complete.
 

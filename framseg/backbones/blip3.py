@@ -40,10 +40,8 @@ class ResamplerAttention(nn.Module):
         """patches [N, P, width], latents [N, latents, width] -> what to add to the latents, of their shape."""
         latents = self.norm_latents(latents)
         key, value = self.to_kv(torch.cat([self.norm_media(patches), latents], dim=1)).chunk(2, dim=-1)
-        query, key, value = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value)
-        )
-        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        by_head = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value))
+        return self.to_out(F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2))
 
 
 class ResamplerLayer(nn.ModuleList):
@@ -201,9 +199,8 @@ class Blip3(nn.Module):
         repeats = torch.where(is_image, latents, 1)
         places = repeats.cumsum(1) - 1
         length = ids.shape[1] + frames * (latents - 1)
-        source = torch.repeat_interleave(
-            torch.arange(ids.numel(), device=ids.device), repeats.flatten(), output_size=len(ids) * length
-        )
+        every = torch.arange(ids.numel(), device=ids.device)
+        source = torch.repeat_interleave(every, repeats.flatten(), output_size=len(ids) * length)
         long_ids = ids.flatten()[source].view(-1, length)
         embeds = self.lang_model.model.embed_tokens(long_ids)
         slots = (long_ids == self.section.tokens.image).unsqueeze(-1)
