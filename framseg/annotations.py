@@ -130,8 +130,7 @@ def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
 def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
     """Count background and foreground frames over labelled rows. Raises AnnotationError if either is missing."""
     labels = np.stack([frame_labels(row, frames) for row in rows])
-    foreground = int(labels.sum())
-    background = labels.size - foreground
+    foreground, background = int((labels == 1).sum()), int((labels == 0).sum())
     if not foreground or not background:
         raise AnnotationError(f"{len(labels)} rows have {foreground} foreground and {background} background frames")
     return ClassBalance(background / foreground, background / labels.size, foreground, background)

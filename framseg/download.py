@@ -11,7 +11,6 @@ and the checksum inside the gzip file; the predictions must belong to the annota
 
 import argparse
 import errno
-import fcntl
 import gzip
 import json
 import os
@@ -20,10 +19,10 @@ import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 
 from framseg import FramsegError, annotations, command_line, config, predictions
 from framseg.jsonl import checksum, shortlist, whole_file, write_lines
+from framseg.run.paths import hold
 
 RAW = "https://raw.githubusercontent.com/"
 ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
@@ -51,6 +51,7 @@ ANSWER = 9.0  # seconds until the server must have answered
 STALL = 60.0  # seconds without a byte after which a connection counts as cut
 TRIES = 5  # connections in a row that bring nothing
 PAUSE = 1.0  # seconds before the next try, doubled each time
+LINK_IT = ", or take a folder that has the file with --from"  # another way to the data
 
 
 class DownloadError(FramsegError, ValueError):
@@ -62,11 +63,7 @@ class _Cut(FramsegError):
 
 
 def fetch(
-    address: str,
-    path: Path,
-    sha256: str | None = None,
-    headers: dict[str, str] | None = None,
-    otherwise: str = ", or take a folder that has the file with --from",
+    address: str, path: Path, sha256: str | None = None, headers: dict[str, str] | None = None, otherwise: str = LINK_IT
 ) -> None:
     """Fetch the file at `address` to `path`, which appears when it is complete.
 
@@ -268,16 +265,10 @@ def words(size: float) -> str:
     return tqdm.format_sizeof(size, "B")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> TextIO:
     """Keep a second download, which would write into the same files, out of `folder`. Raises DownloadError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".download.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(f"{folder}: another download is at work here; wait for it or end it") from None
-        yield
+    busy = DownloadError(f"{folder}: another download is at work here; wait for it or end it")
+    return hold(folder, ".download.lock", 0, busy)
 
 
 def get_annotations(folder: Path, may_fetch: bool = True) -> dict[str, list[annotations.Row]]:

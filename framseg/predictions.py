@@ -1,8 +1,7 @@
 """The prediction record: read, check, build and write it.
 
 A record is a dict: qid, pred_relevant_windows [[start, end, score], ...] in seconds, pred_saliency_scores with one
-number per 2-second clip. Ours also have query, vid, duration, mask, probability [f] of the frames, and valid. Fields
-of other names are ignored.
+number per 2-second clip. Ours also have query, vid, duration, mask, probability [f], valid. Other fields are ignored.
 """
 
 import csv

@@ -23,6 +23,7 @@ IN_FRONT = 18  # modules at most, besides __init__ and __main__
 LAYERS = """
 framseg
 jsonl config run viz demo
+run.paths
 run.container
 annotations frames prompt losses
 moments
@@ -34,7 +35,6 @@ dataset download run.cost
 run.released
 checkpoint
 hub
-run.paths
 run.launcher
 run.resume
 run.preflight

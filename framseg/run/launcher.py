@@ -111,17 +111,21 @@ class Job:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={profile.training.processes}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank", "--module", module]
+        command += [
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+            "--no_local_rank",
+            "--module",
+            module,
+            *arguments,
+        ]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with open(log, "a", encoding="utf-8") as output:
             self.begin = output.tell()
+            # In a session of its own: the terminal's Ctrl-C is the caller's, who asks the processes to stop.
             self.process = subprocess.Popen(
-                [*command, *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(profile),
-                start_new_session=True,  # the terminal's Ctrl-C is the caller's, who asks the processes to stop
+                command, stdout=output, stderr=subprocess.STDOUT, env=_environment(profile), start_new_session=True
             )
 
     def __enter__(self) -> "Job":

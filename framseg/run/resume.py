@@ -95,9 +95,8 @@ def differences(
 ) -> dict[str, str]:
     """The keys of these sections whose values differ, and for each both values in words."""
     before, after = (flat(profile.model_dump(mode="json", include=set(sections))) for profile in (old, new))
-    return {
-        key: words.format(key=key, old=before[key], new=value) for key, value in after.items() if before[key] != value
-    }
+    changed = {key: value for key, value in after.items() if before[key] != value}
+    return {key: words.format(key=key, old=before[key], new=value) for key, value in changed.items()}
 
 
 def flat(section: dict, prefix: str = "") -> dict[str, object]:
@@ -197,9 +196,8 @@ def load_process(state: Path, rank: int, optimizer: "DeepSpeedZeroOptimizer") ->
     for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
         own = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{i}.")}
         master.data.copy_(own.pop("master"))
-        optimizer.optimizer.state[master] = {
-            key: value.to(master.device) if value.dim() else value for key, value in own.items()
-        }
+        own = {key: value.to(master.device) if value.dim() else value for key, value in own.items()}
+        optimizer.optimizer.state[master] = own
     set_generators(saved)
 
 
