@@ -99,16 +99,22 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
         raise AnnotationError(str(error)) from None
 
 
-def frame_times(duration: float, frames: int) -> np.ndarray:
-    """Times of the frames in seconds, float64 [frames]: the middles of `frames` equal parts of the video."""
+def frame_times(duration: float, frames: int, whole_seconds: bool = False) -> np.ndarray:
+    """Times of the frames in seconds, float64 [frames]: the middles of `frames` equal parts of the video, or these cut
+    to whole seconds, as the authors' labels have them."""
     # Multiplied before divided: this rounds once, so a time that is a whole second comes out exactly.
-    return duration * (np.arange(frames) + 0.5) / frames
+    times = duration * (np.arange(frames) + 0.5) / frames
+    return np.floor(times) if whole_seconds else times
 
 
-def frame_labels(row: LabelledRow, frames: int) -> np.ndarray:
-    """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included."""
+def frame_labels(row: LabelledRow, frames: int, whole_seconds: bool = False) -> np.ndarray:
+    """The answer string as int8 [frames]: `labels_at` the frames' times."""
+    return labels_at(row, frame_times(row.duration, frames, whole_seconds))
+
+
+def labels_at(row: LabelledRow, times: np.ndarray) -> np.ndarray:
+    """int8 [n]: 1 where a time, of n in seconds, lies in a relevant window, ends included."""
     [row] = labelled([row])
-    times = frame_times(row.duration, frames)
     windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
     return np.any((times >= windows[:, :1]) & (times <= windows[:, 1:]), axis=0).astype(np.int8)
 
@@ -127,12 +133,13 @@ def clip_saliency(row: LabelledRow) -> np.ndarray:
 
 def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
     """Segmentation targets, float64 [frames] in 0..1: the annotators' saliency of the clip that the frame lies in."""
+    # Cut to whole seconds, a time lies in the same clip of 2 seconds: the targets are the same.
     return clip_saliency(row)[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
 
 
-def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
+def class_balance(rows: Iterable[LabelledRow], frames: int, whole_seconds: bool = False) -> ClassBalance:
     """Count background and foreground frames over labelled rows. Raises AnnotationError if either is missing."""
-    labels = np.stack([frame_labels(row, frames) for row in rows])
+    labels = np.stack([frame_labels(row, frames, whole_seconds) for row in rows])
     foreground = int(labels.sum())
     background = labels.size - foreground
     if not foreground or not background:
