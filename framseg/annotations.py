@@ -108,15 +108,16 @@ def frame_times(duration: float, frames: int, whole_seconds: bool = False) -> np
 
 
 def frame_labels(row: LabelledRow, frames: int, whole_seconds: bool = False) -> np.ndarray:
-    """The answer string as int8 [frames]: `labels_at` the frames' times."""
-    return labels_at(row, frame_times(row.duration, frames, whole_seconds))
+    """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included."""
+    return labels_at(row, frame_times(row.duration, frames, whole_seconds))[0]
 
 
-def labels_at(row: LabelledRow, times: np.ndarray) -> np.ndarray:
-    """int8 [n]: 1 where a time, of n in seconds, lies in a relevant window, ends included."""
-    [row] = labelled([row])
-    windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
-    return np.any((times >= windows[:, :1]) & (times <= windows[:, 1:]), axis=0).astype(np.int8)
+def labels_at(row: LabelledRow, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, int8 [n], and soft targets, float64 [n], of n times in seconds; past the video's end both are 0."""
+    windows = np.array(labelled([row])[0].relevant_windows, dtype=np.float64).reshape(-1, 2)
+    inside = np.any((times >= windows[:, :1]) & (times <= windows[:, 1:]), axis=0).astype(np.int8)
+    saliency = np.append(clip_saliency(row), 0.0)
+    return inside, saliency[np.minimum(times // CLIP_SECONDS, len(saliency) - 1).astype(np.int64)]
 
 
 def clip_saliency(row: LabelledRow) -> np.ndarray:
@@ -134,7 +135,7 @@ def clip_saliency(row: LabelledRow) -> np.ndarray:
 def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
     """Segmentation targets, float64 [frames] in 0..1: the annotators' saliency of the clip that the frame lies in."""
     # Cut to whole seconds, a time lies in the same clip of 2 seconds: the targets are the same.
-    return clip_saliency(row)[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
+    return labels_at(row, frame_times(row.duration, frames))[1]
 
 
 def class_balance(rows: Iterable[LabelledRow], frames: int, whole_seconds: bool = False) -> ClassBalance:
