@@ -129,7 +129,7 @@ class Samples(Dataset):
         row, section, tokens = self.rows[number], self.profile.frames, self.profile.model.tokens
         draw = np.random.default_rng([self.profile.seed, epoch, row.qid])
         choice = draw.integers(2 * section.neighbours + 1, size=section.count)
-        mask = "".join(map(str, annotations.frame_labels(row, section.count)))
+        mask = "".join(map(str, annotations.frame_labels(row, section.count, section.whole_seconds)))
         ids = prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count) + prompt.answer_ids(tokens, mask)
         sample = {"qid": row.qid, "ids": ids, "soft_targets": annotations.soft_targets(row, section.count)}
         if self.features is None:

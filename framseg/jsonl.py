@@ -97,6 +97,14 @@ def parsed(lines: Iterable[tuple[int, str]]) -> Iterator[Entry]:
         yield number, *parse_json(text)
 
 
+def listed(path: str | Path) -> Iterator[Entry]:
+    """The values of a file that is one JSON list, as entries for `checked_records`; raises LinesError for another."""
+    values, reasons = parse_json("".join(text for _, text in numbered_lines(path)))
+    if not isinstance(values, list):
+        raise LinesError(f"{path}: {'; '.join(reasons) or 'expected a JSON list'}")
+    yield from ((f"row {number}", value, []) for number, value in enumerate(values, 1))
+
+
 def checked_records(
     entries: Iterable[Entry], place: str, check: Callable[[dict], Iterable[str]]
 ) -> tuple[list[dict], list[str]]:

@@ -42,7 +42,7 @@ decode
 train predictor
 codalab viz.paper_results viz.player
 viz.figures viz.tables
-viz.error_analysis viz.browser
+viz.error_analysis viz.browser viz.parity
 viz.ask_form
 demo.synthetic run.stamps
 demo.base_model run.report

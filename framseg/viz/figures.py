@@ -105,7 +105,7 @@ _READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle
 
 
 @styled
-def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
+def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_seconds: bool = False) -> Figure:
     """Nine panels that compare splits (name -> rows) in what their videos, queries, moments and annotators are like.
 
     The last one shows the class balance of `frames` frames per video next to the paper's. Splits without labels are
@@ -132,7 +132,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         distance = annotations.annotator_distance(rows)
         distances.plot(distance.measured, marker="o", markersize=3, color=colours[name])
         distances.plot(distance.chance, linestyle=":", color=colours[name])
-        covered = np.mean([annotations.frame_labels(row, frames) for row in rows], axis=0)
+        covered = np.mean([annotations.frame_labels(row, frames, whole_seconds) for row in rows], axis=0)
         positions.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
     for limit in (10, 30):  # between short, middle and long
         lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
@@ -145,7 +145,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
     label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
     _commonest_words(common, [row.query for rows in splits.values() for row in rows])
-    classes = {name: annotations.class_balance(rows, frames) for name, rows in labelled.items()}
+    classes = {name: annotations.class_balance(rows, frames, whole_seconds) for name, rows in labelled.items()}
     _class_balance(balance, classes, colours)
     balance.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
     for axes in (positions, common, balance):
