@@ -11,12 +11,11 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from framseg import annotations, config, dataset, prompt
+from framseg import annotations, config, dataset, download, prompt
 from framseg.run import cost, resume
 from framseg.run.paths import Run
 
 GIB = 2**30
-PICTURE = 0.41  # bytes per pixel in the frame store at quality 95 (tests/benchmarks/frame_store.py)
 WEIGHTS = "model.safetensors.index.json"  # of a published model
 HUB_PATIENCE = 3.0  # seconds for the hub's answer
 
@@ -69,9 +68,11 @@ def gpus(profile: config.Profile) -> list[str]:
     else:
         return []
     ways: list[str] = []
-    for other in map(config.load, config.names()):
-        if other.model.language == profile.model.language and other.training.processes <= count and not ways:
-            ways += [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else []
+    others = [other for other in map(config.load, config.names()) if other.training.epochs]
+    # Last the one with the same data that saves least memory.
+    for other in sorted(others, key=lambda other: (other.data == profile.data, cost.gpu_bytes(other))):
+        if other.model.language == profile.model.language and other.training.processes <= count:
+            ways = [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else ways
     if settings := _smaller(profile, count, has):
         ways.append(f"set {settings}")
     return [f"GPU: {what}: {', or '.join([*ways, 'set training.device=cpu, which is very slow'])}"]
@@ -126,19 +127,26 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         vids = [{row.vid for row in annotations.read(file)} for file in files]
         pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
         waiting = sum(vid not in store for vid in set().union(*vids))
-        yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
+        yield "frames", store.folder, waiting * cost.video_bytes(profile)
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
             yield "features", store.folder, len(vids[0]) * pictures * values * size
-    base, trained = cost.parameters(profile)
-    name = profile.model.weights
+    base, name = cost.parameters(profile)[0], profile.model.weights
     if config.local_weights(name) is None and not Path(name).is_absolute() and not _cached(name, WEIGHTS):
         yield "weights", Path(constants.HF_HUB_CACHE), base * size
     if trains:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
-        # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
-        states = (resume.KEPT + 1) * (2 * size + 12)
-        yield "states", run.root, max(0, trained * (states + size + 4) - kept)
+        yield "states", run.root, max(0, disk_bytes(profile)["states"] - kept)
+
+
+def disk_bytes(profile: config.Profile) -> dict[str, float]:
+    """Bytes on disk of a whole run on QVHighlights, about, by what they are; without an archive of published frames."""
+    size, trained = getattr(torch, profile.model.dtype).itemsize, cost.parameters(profile)[1]
+    # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
+    states = trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+    frames = sum(cost.VIDEOS[split] for split in profile.data.splits) * cost.video_bytes(profile)
+    fetched = dict.fromkeys(("archive", "videos"), download.ARCHIVE_BYTES * (profile.data.source == "folder"))
+    return fetched | {"frames": frames, "weights": cost.fixed_bytes(profile)[0], "states": states}
 
 
 def _cached(name: str, file: str) -> bool:
