@@ -169,7 +169,7 @@ def video_bytes(profile: config.Profile) -> float:
 
 
 def hours(profile: config.Profile) -> tuple[str, float, float]:
-    """The smallest of GPUS that does, and a run's hours there of training and of decoding (val after each epoch, too)."""
+    """The smallest of GPUS that does, and the hours there of training and of decoding (val after each epoch, too)."""
     gpu = next((name for name, (room, _) in GPUS.items() if gpu_bytes(profile) < room), [*GPUS][-1])
     work = operations(profile, profile.frames.count * profile.model.resampler.latents + TEXT)
     epochs, rate = profile.training.epochs, profile.training.processes * GPUS[gpu][1] * 3600
