@@ -111,7 +111,7 @@ def test_the_profile_for_24_gb_takes_as_many_samples_as_fit():
 def test_what_is_not_trained_needs_memory_for_decoding_alone():
     released, states = config.load("released"), sum(cost.fixed_bytes(config.load("released_train"))[1:])
     weights, decoding = cost.fixed_bytes(released)[0], released.inference.batch * cost.query_bytes(released)
-    assert cost.gpu_bytes(released) == weights + decoding + cost.SPARE and states > 0
+    assert cost.gpu_bytes(released) == weights + decoding + cost.DECODING_SPARE and states > 0
     assert cost.host_bytes(released) == weights + cost.PROCESS
     assert preflight.disk_bytes(released)["states"] == 0
 
@@ -120,7 +120,7 @@ def test_the_hours_are_those_of_the_authors_logs():
     """They trained 2.49 samples per second on an H100, and answered 0.98 queries (where nothing was trained)."""
     gpu, training, _ = cost.hours(config.load("paper"))
     assert gpu == "H100" and training == pytest.approx(11 * 7218 / (2 * 2.49 * 3600), rel=0.01)
-    gpu, training, decoding = cost.hours(config.load("released", {"inference.batch": 16}))
+    gpu, training, decoding = cost.hours(config.load("released", {"inference.batch": 16}))  # too many for 24 GB
     assert (gpu, training) == ("H100", 0) and decoding == pytest.approx((1550 + 1542) / (0.98 * 3600), rel=0.01)
     # The same operations, on one GPU instead of two and at another rate.
     slow, fast = (cost.hours(config.load(name))[1] for name in ("24gb", "paper"))
@@ -144,7 +144,8 @@ def test_a_whole_run_on_disk():
     folder, frames, released = (preflight.disk_bytes(config.load(name)) for name in ("paper", "24gb", "released"))
     assert folder["archive"] == folder["videos"] == download.ARCHIVE_BYTES and not frames["archive"]
     assert folder["frames"] == frames["frames"] == pytest.approx(45.9e9, rel=0.01)  # records/frame_store.json
-    assert released["frames"] == pytest.approx(frames["frames"] * (1519 + 1529) / 10148)
+    share = (2 * dataset.store(config.load("released")).neighbours + 1) / 3
+    assert released["frames"] == pytest.approx(frames["frames"] * share * (1519 + 1529) / 10148)
 
 
 def test_memory_grows_with_what_it_is_made_of():

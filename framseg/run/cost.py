@@ -19,12 +19,12 @@ from framseg.backbones import DTYPES
 
 TERA = 1e12
 TEXT = 421  # positions of prompt and answer next to the frames' vectors, about
-SPARE = 4 * 2**30  # bytes of a GPU: fragments, work space of the matrix products, the CUDA context
+# Bytes of a GPU for fragments, work space of the matrix products, the CUDA context: in training, in decoding alone.
+SPARE, DECODING_SPARE = 4 * 2**30, 2**30
 # Bytes that autograd keeps in bfloat16, measured at full size by tests/benchmarks/activations.py: of a language layer
 # per position and unit of its two widths, of a resampler layer per vector and unit of its two widths.
 LANGUAGE_KEPT, RESAMPLER_KEPT = 16.67, 5.17
 PROCESS = 2 * 2**30  # bytes of the host: a process with torch and CUDA, assumed
-PICTURE = 0.41  # bytes per pixel in the frame store at quality 95 (tests/benchmarks/frame_store.py)
 QUERIES = {"train": 7218, "val": 1550, "test": 1542}  # of QVHighlights, and its videos:
 VIDEOS = {"train": 7100, "val": 1519, "test": 1529}
 # What programs get of a GPU's bytes, and its operations per second by NVIDIA's data sheets (bfloat16 summed in float32,
@@ -147,8 +147,11 @@ def query_bytes(profile: config.Profile) -> float:
 
 def gpu_bytes(profile: config.Profile) -> float:
     """Bytes that each GPU needs, about: it decodes and, unless there are no epochs, trains."""
-    trains = profile.training.micro_batch * sample_bytes(profile) if profile.training.epochs else 0
-    return sum(fixed_bytes(profile)) + max(trains, profile.inference.batch * query_bytes(profile)) + SPARE
+    decodes = sum(fixed_bytes(profile)) + profile.inference.batch * query_bytes(profile)
+    if not profile.training.epochs:
+        return decodes + DECODING_SPARE
+    trains = sum(fixed_bytes(profile)) + profile.training.micro_batch * sample_bytes(profile)
+    return max(trains, decodes) + SPARE
 
 
 def host_bytes(profile: config.Profile) -> float:
@@ -160,12 +163,6 @@ def host_bytes(profile: config.Profile) -> float:
     ahead = section.workers * 2 * section.micro_batch * frames
     offloaded = 16 * parameters(profile)[1] if section.offload_optimizer else 0
     return section.processes * (PROCESS + max(fixed_bytes(profile)[0], ahead + offloaded / section.processes))
-
-
-def video_bytes(profile: config.Profile) -> float:
-    """Bytes of a video in the frame store, about."""
-    pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
-    return pictures * profile.model.vision.image_size**2 * PICTURE
 
 
 def hours(profile: config.Profile) -> tuple[str, float, float]:

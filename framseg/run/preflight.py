@@ -16,6 +16,7 @@ from framseg.run import cost, resume
 from framseg.run.paths import Run
 
 GIB = 2**30
+PICTURE = 0.41  # bytes per pixel in the frame store at quality 95 (tests/benchmarks/frame_store.py)
 WEIGHTS = "model.safetensors.index.json"  # of a published model
 HUB_PATIENCE = 3.0  # seconds for the hub's answer
 
@@ -127,7 +128,7 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         vids = [{row.vid for row in annotations.read(file)} for file in files]
         pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
         waiting = sum(vid not in store for vid in set().union(*vids))
-        yield "frames", store.folder, waiting * cost.video_bytes(profile)
+        yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
             yield "features", store.folder, len(vids[0]) * pictures * values * size
@@ -144,7 +145,9 @@ def disk_bytes(profile: config.Profile) -> dict[str, float]:
     size, trained = getattr(torch, profile.model.dtype).itemsize, cost.parameters(profile)[1]
     # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
     states = trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
-    frames = sum(cost.VIDEOS[split] for split in profile.data.splits) * cost.video_bytes(profile)
+    pictures = profile.frames.count * (2 * dataset.store(profile).neighbours + 1)
+    video = pictures * profile.model.vision.image_size**2 * PICTURE
+    frames = video * sum(cost.VIDEOS[split] for split in profile.data.splits)
     fetched = dict.fromkeys(("archive", "videos"), download.ARCHIVE_BYTES * (profile.data.source == "folder"))
     return fetched | {"frames": frames, "weights": cost.fixed_bytes(profile)[0], "states": states}
 
