@@ -43,6 +43,7 @@ SHA256 = {
     "highlight_test_with_gt.jsonl": "bd50ec6bb5dd3f72571126ba5fdc7418efdd9219a9487984e483a02e2ce5d493",
 }
 ARCHIVE = "https://nlp.cs.unc.edu/data/jielei/qvh/qvhilights_videos.tar.gz"
+ARCHIVE_BYTES = 143_734_787_897  # as others report it
 VIDEOS = "videos"
 REFERENCE = config.WORKSPACE / "data" / "reference"
 ABSENT = "not_in_archive.txt"  # vids that the archive does not hold: it is not fetched again for them
@@ -210,11 +211,10 @@ def get_videos(folder: Path, vids: set[str]) -> None:
     if not missing(folder, vids) - known:
         return
     if not archive.is_file():
-        free = words(shutil.disk_usage(folder).free)
-        print(f"videos: an archive of about 144 GB, and as much again for the unpacked videos; {free} are free")
+        size, free = map(words, (ARCHIVE_BYTES, shutil.disk_usage(folder).free))
+        print(f"videos: an archive of about {size}, and as much again for the unpacked videos; {free} are free")
         fetch(ARCHIVE, archive)
-    ignored = unpack(archive, folder / VIDEOS, vids)
-    if ignored:
+    if ignored := unpack(archive, folder / VIDEOS, vids):
         few = shortlist(ignored, most=5)
         print(f"{archive}: {len(ignored)} members that are no annotated videos were left out: {few}")
     absent.write_text("".join(f"{vid}\n" for vid in sorted(missing(folder, vids))), encoding="utf-8")
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="framseg download", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help=f"folder to fill ({usual}; for --reference, {REFERENCE})")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--annotations-only", action="store_true", help="do not fetch the videos (144 GB)")
+    which.add_argument("--annotations-only", action="store_true", help=f"fetch no videos ({words(ARCHIVE_BYTES)})")
     which.add_argument("--from", dest="have", type=Path, metavar="HAVE", help="fetch nothing: link what HAVE holds")
     which.add_argument("--reference", action="store_true", help="annotations and the authors' predictions")
     options = parser.parse_args(arguments)

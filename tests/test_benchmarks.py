@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks import ranked_policy
+from benchmarks import common, ranked_policy
 
 from framseg import config
 from framseg.predictions import WINDOWS, read_released
+from framseg.run import cost
 
 FOLDER = config.REPOSITORY / "tests" / "benchmarks"
 
@@ -78,14 +79,38 @@ def test_the_submission_scores_what_the_paper_reports(shared):
             assert scores[short] == pytest.approx(official[name], abs=0.0101)
 
 
-def test_decoding_next_to_the_librarys(tmp_path):
-    start("decoding.py", "--videos", "4", "--repeats", "1", "--random", "--out", str(tmp_path))
+def test_decoding_next_to_the_librarys(tmp_path, monkeypatch):
+    options = ("--videos", "4", "--repeats", "1", "--random", "--batch", "4", "1")
+    start("decoding.py", *options, "--out", str(tmp_path))
     record = json.loads((tmp_path / "decoding_demo.json").read_text())
-    assert record["same masks"] == record["queries"] == 4
+    assert list(record["by batch"]) == ["4", "1"] and record["by batch"]["4"].items() <= record.items()
+    for size, run in record["by batch"].items():
+        assert run["same masks"] == run["queries"] == 4 and run["batch"] == int(size)
+        assert 0 < run["peak GiB"]["ours"] < run["counted GiB"]  # which allows for a GPU's fragments
     growth = record["milliseconds per query by"]
     assert list(growth["frames"]) == ["10", "25", "50", "100"] and list(growth["beams"]) == ["1", "2", "4", "8"]
     committed = json.loads((FOLDER / "records" / "decoding_demo.json").read_text())
     assert committed["same masks"] == committed["queries"] and committed["ratio"] >= 2
+
+    # The table of what a GPU measured shows such records, and says of which there are none.
+    monkeypatch.syspath_prepend(FOLDER)
+    import tables
+
+    monkeypatch.setattr(tables.common, "RECORDS", tmp_path)
+    (tmp_path / "decoding_demo.json").rename(tmp_path / "decoding_released.json")
+    trained = json.loads((FOLDER / "records" / "training_demo.json").read_text())
+    trained |= {"memory of": "RTX 4090", "counted GiB": 18.4}
+    (tmp_path / "training_24gb.json").write_text(json.dumps(trained))
+    _, _, *rows = tables.full_size(batches=(1, 4, 16)).splitlines()
+    assert [tables.UNMEASURED in row for row in rows] == [True, False, True, False, False, True]
+    assert rows[1].endswith("| 18.4 GiB | 0.9 GiB | AMD EPYC, 2 cores, memory of RTX 4090 |")
+
+
+def test_a_larger_gpu_can_be_given_the_memory_of_a_smaller_one():
+    setting, value = common.memory_of("RTX 4090", 80 * 2**30).split(":")
+    assert setting == "per_process_memory_fraction"  # as torch's allocator knows it
+    assert float(value) * 80 * 2**30 == pytest.approx(cost.GPUS["RTX 4090"][0], rel=1e-3)
+    assert common.memory_of("H100", 8 * 2**30) == "per_process_memory_fraction:1.0000"
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ predictions
 evaluate
 backbones
 backbones.blip3
-dataset download run.cost
+dataset download
+run.cost
 run.released
 checkpoint
 hub

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from framseg import annotations, config, dataset, prompt
+from framseg import annotations, config, dataset, download, prompt
 from framseg.run import cost, resume
 from framseg.run.paths import Run
 
@@ -74,9 +74,11 @@ def gpus(profile: config.Profile) -> list[str]:
     else:
         return []
     ways: list[str] = []
-    for other in map(config.load, config.names()):
-        if other.model.language == profile.model.language and other.training.processes <= count and not ways:
-            ways += [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else []
+    others = [other for other in map(config.load, config.names()) if other.training.epochs]
+    # Last the one with the same data that saves least memory.
+    for other in sorted(others, key=lambda other: (other.data == profile.data, cost.gpu_bytes(other))):
+        if other.model.language == profile.model.language and other.training.processes <= count:
+            ways = [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else ways
     if settings := _smaller(profile, count, has):
         ways.append(f"set {settings}")
     return [f"GPU: {what}: {', or '.join([*ways, 'set training.device=cpu, which is very slow'])}"]
@@ -135,16 +137,25 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
             yield "features", store.folder, len(vids[0]) * pictures * values * size
-    base, trained = cost.parameters(profile)
-    name = profile.model.weights
+    base, name = cost.parameters(profile)[0], profile.model.weights
     if config.local_weights(name) is None and not Path(name).is_absolute():
         weights = to_fetch(name)
         yield "weights", Path(constants.HF_HUB_CACHE), base * size if weights is None else weights
     if trains:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
-        # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
-        states = (resume.KEPT + 1) * (2 * size + 12)
-        yield "states", run.root, max(0, trained * (states + size + 4) - kept)
+        yield "states", run.root, max(0, disk_bytes(profile)["states"] - kept)
+
+
+def disk_bytes(profile: config.Profile) -> dict[str, float]:
+    """Bytes on disk of a whole run on QVHighlights, about, by what they are; without an archive of published frames."""
+    size, trained = getattr(torch, profile.model.dtype).itemsize, cost.parameters(profile)[1]
+    # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
+    states = trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+    pictures = profile.frames.count * (2 * dataset.store(profile).neighbours + 1)
+    video = pictures * profile.model.vision.image_size**2 * PICTURE
+    frames = video * sum(cost.VIDEOS[split] for split in profile.data.splits)
+    fetched = dict.fromkeys(("archive", "videos"), download.ARCHIVE_BYTES * (profile.data.source == "folder"))
+    return fetched | {"frames": frames, "weights": cost.fixed_bytes(profile)[0], "states": states}
 
 
 def _cached(name: str, file: str) -> bool:
