@@ -64,20 +64,25 @@ class _Cut(FramsegError):
 
 
 def fetch(
-    address: str, path: Path, sha256: str | None = None, headers: dict[str, str] | None = None, otherwise: str = LINK_IT
+    address: str,
+    path: Path,
+    sha256: str | None = None,
+    headers: dict[str, str] | None = None,
+    otherwise: str = LINK_IT,
+    name: str = "",
 ) -> None:
     """Fetch the file at `address` to `path`, which appears when it is complete.
 
     Until then its bytes are in {path}.part, and {path}.part.json says of which version they are; the next call goes on
     with them, unless the file has changed at the server. headers: further ones to send. otherwise: another way to the
-    file, for the messages. Raises DownloadError.
+    file, for the messages. name: what the progress bar shows, by default the path's. Raises DownloadError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     most, failures, first = _size(part), 0, True
     while True:
         try:
-            _transfer(address, part, note, headers or {})
+            _transfer(address, part, note, headers or {}, name or path.name)
             break
         except (_Cut, ConnectionError) as cut:
             size = _size(part)
@@ -101,7 +106,7 @@ def fetch(
     note.unlink()
 
 
-def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> None:
+def _transfer(address: str, part: Path, note: Path, more: dict[str, str], name: str) -> None:
     """One connection: add to `part` until it is complete, or raise _Cut."""
     known: dict = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"version": "", "length": 0}
     version, length = known["version"], known["length"]
@@ -135,7 +140,7 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> Non
             raise DownloadError(
                 f"{_shown(address)}: {status}; get the file by another way and take its folder with --from"
             )
-        bar = tqdm(desc=part.stem, total=length, initial=size, unit="B", unit_scale=True)
+        bar = tqdm(desc=name, total=length, initial=size, unit="B", unit_scale=True)
         try:
             with bar, part.open("ab") as file:
                 if length - size > shutil.disk_usage(part.parent).free:

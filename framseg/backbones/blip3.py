@@ -5,6 +5,7 @@ SigLIP encodes the frames, a Perceiver resampler makes a few vectors of each, an
 Parameter names are those of the published checkpoint (without its leading ``vlm.``), so that it loads as it is.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVision
 
 from framseg import config
 from framseg.backbones import CheckpointError
+from framseg.jsonl import shortlist
 
 PREFIX = "vlm."  # what the published checkpoint puts before every name
 ADAPTER = "default"
@@ -252,15 +254,22 @@ class Blip3(nn.Module):
     def load_published(cls, section: config.Model, folder: Path | str) -> "Blip3":
         """Build the model from a folder of safetensors (one file or shards) in the published layout.
 
-        Tensors are loaded one at a time, so that memory never holds the weights twice. Raises CheckpointError with all
-        missing, unexpected and misshapen names.
+        Tensors are loaded one at a time, so that memory never holds the weights twice. Raises CheckpointError with
+        missing, unexpected and misshapen names, the first few of many.
         """
         folder = Path(folder)
         with init_empty_weights(include_buffers=False):
             model = cls(section)
         files = sorted(folder.glob("*.safetensors"))
+        for index in folder.glob("*.safetensors.index.json"):  # which files are of the checkpoint
+            names = re.findall(r'"([^"/]+\.safetensors)"', index.read_text("utf-8", "replace"))
+            files = [folder / name for name in sorted(set(names))]
         if not files:
             raise CheckpointError(f"{folder}: no .safetensors file here; give the folder of a published checkpoint")
+        if lacking := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{folder}: lacks {shortlist(lacking, most=5)}, which its index names; fetch it again"
+            )
         expected = model.state_dict()
         if section.language.tie_embeddings:
             del expected["lang_model.lm_head.weight"]
@@ -283,7 +292,7 @@ class Blip3(nn.Module):
                 raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
         problems += [f"missing {PREFIX}{name}" for name in sorted(missing)]
         if problems:
-            raise CheckpointError(f"{folder}: not a checkpoint of this model: " + "; ".join(problems))
+            raise CheckpointError(f"{folder}: not a checkpoint of this model: {shortlist(problems, '; ', most=5)}")
         if section.language.tie_embeddings:
             model.lang_model.lm_head.weight = model.lang_model.model.embed_tokens.weight
         return model.eval()

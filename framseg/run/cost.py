@@ -1,4 +1,4 @@
-"""What a profile costs, counted from its sizes alone, and what a device can do.
+"""What a profile costs, counted from its sizes alone, and how fast a device is.
 
 Operations are those of the matrix products that the method needs, a multiplication and an addition counted as two:
 attention over the positions that a causal mask and the sliding window leave, logits of the answer alone, and backward
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from framseg import FramsegError, config
-from framseg.backbones import DTYPES
+from framseg import config
 
 TERA = 1e12
 TEXT = 421  # positions of prompt and answer next to the frames' vectors, about
@@ -173,32 +172,6 @@ def hours(profile: config.Profile) -> tuple[str, float, float]:
     decoded = QUERIES["val"] * (epochs + 2 if epochs else 1) + QUERIES["test"]
     trains = QUERIES["train"] * epochs * work.training
     return gpu, trains / (TRAINING_SHARE * rate), decoded * work.inference / (DECODING_SHARE * rate)
-
-
-def precision(dtype: str | None, place: torch.device, usual: str) -> str:
-    """The number format to load a model in: `usual` for None, else one of backbones.DTYPES.
-
-    "auto" is `usual`, the profile's, except where that is bfloat16 and `place` a GPU without it: there it is float16.
-    Raises FramsegError for another name.
-    """
-    if dtype not in (None, *DTYPES):
-        raise FramsegError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if dtype == "auto" and usual == "bfloat16" and place.type != "cpu":
-        has = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return usual if has else "float16"
-    return usual if dtype in (None, "auto") else str(dtype)
-
-
-def short_of_memory(profile: config.Profile, place: torch.device) -> list[str]:
-    """A line if answering a query needs more memory than the device has: the weights and what the query adds, about."""
-    needs, has = (
-        fixed_bytes(profile)[0] + query_bytes(profile),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
-    if place.type == "cuda":
-        has = torch.cuda.get_device_properties(place).total_memory
-    text = f"an answer in {profile.model.dtype} needs about {needs / 2**30:.1f} GiB, {place} has {has / 2**30:.1f}"
-    return [f"{text}: it may fail; choose another device or dtype\n"] if needs > has else []
 
 
 def _patches(vision: config.Vision) -> int:
