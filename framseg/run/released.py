@@ -47,15 +47,12 @@ def hub_errors(before: str, after: str = "", kind: type[FramsegError] = Checkpoi
         raise kind(f"{before} ({' '.join(str(error).split())}){after}") from None
 
 
-def fetch(
-    name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big: str = ".safetensors", later: float = 0
-) -> Path:
+def fetch(name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big: str = ".safetensors") -> Path:
     """The folder in the hub's cache with a repository's files, each fetched once; its size is told before.
 
     kind: "model" or "dataset". big: how the names of large files end. Of those, what has arrived when the connection,
-    the disk or the user ends the call is kept: the next call goes on with it. later: bytes that the caller writes to
-    the same disk afterwards. Raises CheckpointError for a repository without large files and for a disk with too
-    little room, and whatever the hub's library raises.
+    the disk or the user ends the call is kept: the next call goes on with it. Raises CheckpointError for a repository
+    without large files and for a disk with too little room, and whatever the hub's library raises.
     """
     files, cache = _listed(name, patterns, kind), Path(constants.HF_HUB_CACHE)
     if files is not None and not any(file.filename.endswith(big) for file in files):
@@ -67,9 +64,8 @@ def fetch(
     if absent:
         there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
-        if size + later > free:
-            needs = f"{words(size)} to fetch" + (f" and {words(later)} to write" if later else "")
-            raise CheckpointError(f"{needs}, {there} has {words(free)} free: make room or set HF_HOME")
+        if size > free:
+            raise CheckpointError(f"{words(size)} to fetch, {there} has {words(free)} free: make room or set HF_HOME")
         print(f"{name}: fetching {words(size)} into {cache}, which has {words(free)} free", file=sys.stderr)
     for file in absent:
         if not file.filename.endswith(big):
