@@ -39,6 +39,7 @@ hub
 run.launcher
 run.resume
 run.preflight
+run.archive
 decode
 train predictor
 codalab viz.paper_results viz.player

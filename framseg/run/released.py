@@ -49,15 +49,12 @@ def hub_errors(before: str, after: str = "", kind: type[FramsegError] = Checkpoi
         raise kind(f"{before} ({reason}){after}") from None
 
 
-def fetch(
-    name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big: str = ".safetensors", later: float = 0
-) -> Path:
+def fetch(name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big: str = ".safetensors") -> Path:
     """The folder in the hub's cache with a repository's files, each fetched once; its size is told before.
 
     kind: "model" or "dataset". big: how the names of large files end. Of those, what has arrived when the connection,
-    the disk or the user ends the call is kept: the next call goes on with it. later: bytes that the caller writes to
-    the same disk afterwards. Raises CheckpointError for a repository without large files and for a disk with too
-    little room, and whatever the hub's library raises.
+    the disk or the user ends the call is kept: the next call goes on with it. Raises CheckpointError for a repository
+    without large files and for a disk with too little room, and whatever the hub's library raises.
     """
     files, cache = _listed(name, patterns, kind), Path(constants.HF_HUB_CACHE)
     if files is not None and not any(file.filename.endswith(big) for file in files):
@@ -69,10 +66,9 @@ def fetch(
     if absent:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
-        if size + later > free:
-            needs = f"{words(size)} to fetch" + (f" and {words(later)} to write" if later else "")
-            raise CheckpointError(f"{needs}, {cache} has {words(free)} free: make room or set HF_HOME")
-        card = repo_info(name, repo_type=kind).card_data
+        if size > free:
+            raise CheckpointError(f"{words(size)} to fetch, {cache} has {words(free)} free: make room or set HF_HOME")
+        card = getattr(repo_info(name, repo_type=kind), "card_data", None)
         licence = f"; licence, as its card says: {card.license}" if card and card.license else ""
         print(f"{name}: fetching {words(size)} into {cache}, {words(free)} are free{licence}", file=sys.stderr)
     for file in absent:
@@ -222,5 +218,5 @@ def adapter_settings(file: Path, plain: bool = True) -> tuple[list[str], float]:
         elif plain and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
             reasons.append("target_modules must be a list of names")
         elif not reasons:
-            return targets, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            return targets or [], alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
