@@ -76,19 +76,15 @@ class _SharedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Store what a layer has computed of new positions; returns what they may attend to."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = self._stored(key_states), self._stored(value_states)
+            room = (0, 0, 0, self.room)
+            states = (each[:, :, each.shape[2] - self.used :] for each in (key_states, value_states))
+            self.keys, self.values = (F.pad(each, room) for each in states)
             self.is_initialized = True
             return key_states, value_states
         begin, self.used = self.used, self.used + key_states.shape[2]
         self.keys[:, :, begin : self.used] = key_states
         self.values[:, :, begin : self.used] = value_states
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
-
-    def _stored(self, states: Tensor) -> Tensor:
-        batch, heads, length, width = states.shape
-        out = states.new_empty(batch, heads, self.used + self.room, width)
-        out[:, :, : self.used] = states[:, :, length - self.used :]
-        return out
 
 
 @torch.inference_mode()

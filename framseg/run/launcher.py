@@ -1,14 +1,12 @@
 """Starting a module of framseg in the processes of a profile through the DeepSpeed launcher, and watching them.
 
-A process that fails writes one line of JSON into the log, its reason and what that concerns; the process that started
-it makes the sentence for the user.
+A process that fails ends the log with the sentence for the user, which the process that started it looks for there.
 """
 
 import argparse
 import contextlib
 import errno
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -28,14 +26,13 @@ import torch
 
 from framseg import FramsegError, config
 from framseg.backbones import device
-from framseg.jsonl import parse_object
 from framseg.run import WAITING_THREADS
 from framseg.run.paths import Run
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
 POLL = 0.5  # seconds between two looks at processes that run
 WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks after the started ones
-LAST_LINE = "framseg: "  # begins the line in which a failing process says why
+LAST_LINE = "framseg ends: "  # begins the line in which a failing process says why
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # A traceback: whether Python has ignored the error, and the error at its end.
@@ -61,7 +58,7 @@ class Reason(Enum):
     )
     NOT_WRITABLE = "cannot write {}: give another --run-dir or data.folder"
     READER_DIED = "a process that reads frames has died ({}): lower training.workers if memory is short"
-    PEER_GONE = "another process has ended ({})"  # that one has written its own reason, or was killed
+    PEER_GONE = "another process has ended ({})"
     OTHER = "{}"
 
 
@@ -111,14 +108,8 @@ class Job:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={profile.training.processes}"]
-        command += [
-            "--master_addr=127.0.0.1",
-            f"--master_port={port}",
-            "--no_local_rank",
-            "--module",
-            module,
-            *arguments,
-        ]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
+        command += ["--module", module, *arguments]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with open(log, "a", encoding="utf-8") as output:
@@ -148,11 +139,10 @@ class Job:
         with open(self.log, encoding="utf-8", errors="replace") as file:
             file.seek(self.begin)
             text = file.read()
-        given = [pair for line in text.splitlines() if (pair := _reason(line))]
+        given = [line.removeprefix(LAST_LINE) for line in text.splitlines() if line.startswith(LAST_LINE)]
         errors = [error for ignored, error in TRACEBACK.findall(text) if not ignored]
-        own = [reason.value.format(what) for reason, what in given if reason is not Reason.PEER_GONE]
-        if own:
-            why = own[0]
+        if any(given):
+            why = next(filter(None, given))
         elif shutil.disk_usage(self.log.parent).free < 2**20:  # too full for a last line
             why = Reason.DISK_FULL.value.format(self.log.parent)
         elif errors and not given and 0 < self.process.returncode < 128:
@@ -175,15 +165,6 @@ def _unspoken(code: int, text: str) -> str:
         f"a process was killed or crashed without a word (exit code {code}), by somebody or by the system for want of "
         f"memory: start again, finished steps are kept"
     )
-
-
-def _reason(line: str) -> tuple[Reason, str] | None:
-    """What a failing process has said in this line of the log; None for any other line."""
-    if not line.startswith(LAST_LINE):
-        return None
-    record = parse_object(line.removeprefix(LAST_LINE))[0] or {}
-    name = str(record.get("reason"))
-    return (Reason[name], str(record.get("what"))) if name in Reason.__members__ else None
 
 
 def _environment(profile: config.Profile) -> dict[str, str]:
@@ -268,6 +249,7 @@ def last_line() -> Iterator[None]:
         if WATCHER not in os.environ and isinstance(error, FramsegError | OSError):
             raise FramsegError(sentence(error)) from None  # for `command_line`
         traceback.print_exc()
-        reason, what = diagnosis(error)
-        print(f"{LAST_LINE}{json.dumps({'reason': reason.name, 'what': what})}", file=sys.stderr, flush=True)
+        # Where another process has ended, that one has written its own reason, or was killed.
+        why = "" if diagnosis(error)[0] is Reason.PEER_GONE else " ".join(sentence(error).split())
+        print(f"{LAST_LINE}{why}", file=sys.stderr, flush=True)
         sys.exit(1)
