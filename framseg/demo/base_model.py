@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from framseg import config, losses, prompt
 from framseg.annotations import frame_labels, frame_times, soft_targets
 from framseg.backbones.blip3 import Blip3, Resampler
-from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, labelled_row, nearness, render, scene
+from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, WORDS, labelled_row, nearness, render, scene
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7
-BASE_QUERIES = ("{phrase}", "{verb}: {phrase}", "look for a {phrase}", "is there a {phrase}?")
+BASE_QUERIES: list[str] = WORDS["base queries"]
 BASE_SCENES = 500
 BASE_STEPS = (300, 300, 250)
 HEAD_FLOOR = -20.0  # the head's bias for every id that is not part of an answer
@@ -179,14 +179,11 @@ class BaseTraining:
 
     def _hidden(self, prompts: list[list[int]], labels: Tensor, scenes: Tensor) -> Tensor:
         """Hidden states from which the digits and the end token are predicted, [B, frames + 1, width]."""
-        ids, mask = (torch.from_numpy(array) for array in prompt.pad_left(prompts, self.section.tokens.pad))
-        start = ids.shape[1] - 1
-        ids = torch.cat([ids, self.answers[labels]], 1)
-        mask = torch.cat([mask, torch.ones_like(labels)], 1)
-        embeds, mask, positions = self.model.expand(ids, mask, self.model.vision_tokens(self.plain.pixels[scenes]))
+        answered = [ids + digits for ids, digits in zip(prompts, self.answers[labels].tolist(), strict=True)]
+        ids, mask = map(torch.from_numpy, prompt.pad_left(answered, self.section.tokens.pad))
+        embeds, mask, _ = self.model.expand(ids, mask, self.model.vision_tokens(self.plain.pixels[scenes]))
         hidden = self.model.lang_model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-        first = positions[0, start]
-        return hidden[:, first : first + self.frames + 1]
+        return hidden[:, -self.frames - 1 :]
 
     def _probe_loss(self, name: str, hidden: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(self.probes[name](hidden).flatten(0, 1), target.flatten())
