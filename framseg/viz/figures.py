@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import yaml
+from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
@@ -226,11 +227,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
 
 @styled
 def variations(
-    frames: np.ndarray,
-    times: Sequence[float],
-    distance: float,
-    choice: Sequence[int] | None = None,
-    columns: int = 8,
+    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int] | None = None, columns: int = 8
 ) -> Figure:
     """The paper's Figure 4: the frame v_i of `columns` positions and its neighbours, `distance` seconds apart.
 
@@ -414,17 +411,15 @@ def _metric_curves(axes: Axes, records: Sequence[dict], keys: Iterable[str]) -> 
 class Live:
     """The `progress` figure in a notebook's output, drawn anew with each call; `train.launch` calls it."""
 
-    def __init__(self) -> None:
-        self.handle = None
+    handle: DisplayHandle | None = None
 
     def __call__(self, steps: Sequence[dict], validations: Sequence[dict]) -> None:
         """Draw the lines that both logs hold by now."""
-        from IPython.display import display
-
+        figure = progress(steps, validations)
         if self.handle is None:
-            self.handle = display(progress(steps, validations), display_id=True)
+            self.handle = display(figure, display_id=True)
         else:
-            self.handle.update(progress(steps, validations))
+            self.handle.update(figure)
 
 
 def _require(lines: Sequence[dict], what: str) -> None:
