@@ -3,8 +3,8 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +65,7 @@ def build_tokenizer(folder: Path) -> None:
     (folder / prompt.FILE).write_text(text, encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """Pictures of scenes, those of a scene in random order, with what they show and questions about them."""
 
     pixels: Tensor  # uint8 [scenes, frames, 3, size, size]
@@ -221,8 +220,7 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     model = base.model
     seeing = [model.vision_encoder, base.resampler, base.probes]
     answering = [model.vision_tokenizer, model.lang_model, base.probes]
-    first, second, third = BASE_STEPS
-    optimize("1 of 3: frames", seeing, first, 2e-3, 20, base.picture_loss)
-    optimize("2 of 3: short prompt", answering, second, 1e-3, 30, lambda: base.answer_loss(False, 0.3, 32))
-    optimize("3 of 3: full prompt", answering, third, 1e-3, 10, lambda: base.answer_loss(True, 0.2, 16))
+    optimize("1 of 3: frames", seeing, BASE_STEPS[0], 2e-3, 20, base.picture_loss)
+    optimize("2 of 3: short prompt", answering, BASE_STEPS[1], 1e-3, 30, lambda: base.answer_loss(False, 0.3, 32))
+    optimize("3 of 3: full prompt", answering, BASE_STEPS[2], 1e-3, 10, lambda: base.answer_loss(True, 0.2, 16))
     model.to(torch.bfloat16).save_published(folder)

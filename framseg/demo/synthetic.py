@@ -9,9 +9,9 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -31,8 +31,7 @@ SHORT_SHARE = 0.08  # of videos shorter than DURATION
 STRETCH = (14, 44)  # seconds of one activity
 
 
-@dataclass(frozen=True)
-class Activity:
+class Activity(NamedTuple):
     """What a stretch of video shows, and how queries name it."""
 
     rgb: list[int]
@@ -59,8 +58,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """A part of a video during which one activity is shown, or the background alone."""
 
     start: int  # seconds, on the clip grid
@@ -69,8 +67,7 @@ class Stretch:
     nearness: tuple[float, float, float]  # mean, amplitude and phase of its course
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """One video, before it is drawn."""
 
     duration: int

@@ -52,8 +52,7 @@ class Browser(widgets.HBox):
     of the predictions, or the kernel's current folder if that cannot be written.
     Raises PredictionError or AnnotationError for files that cannot be used.
 
-    What the controls do are plain methods. `entries` are all queries, `shown` those that search and filter leave, in
-    order.
+    What the controls do are plain methods; `entries` are all queries, `shown` what search and filter leave, in order.
     """
 
     def __init__(
@@ -274,8 +273,7 @@ def _entries(file: Path, rows: list[Row]) -> pd.DataFrame:
 def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
     """SVG: the frames, true and predicted windows, the curve of the prediction over the true saliency.
 
-    frames: uint8 [f, H, W, 3], evenly spread over the row's duration. width: pixels of the time axis at full size; it
-    shrinks and grows with the page.
+    frames: uint8 [f, H, W, 3], evenly spread. width: pixels of the time axis, which shrinks and grows with the page.
     """
     lanes, left_out = figures.lanes(prediction, row.duration)
     seconds, values, name = figures.predicted_curve(prediction, row.duration)
