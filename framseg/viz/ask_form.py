@@ -48,10 +48,7 @@ class Upload(anywidget.AnyWidget):
 
 
 class Form(widgets.VBox):
-    """The widget, for the folder that a training has written (``runs/<profile>/checkpoint``).
-
-    What its controls do are plain methods; `answers` are the latest answers.
-    """
+    """The widget, for ``runs/<profile>/checkpoint``; its actions are plain methods, `answers` the latest answers."""
 
     def __init__(self, checkpoint: Path | str):
         self.checkpoint = checkpoint

@@ -28,9 +28,7 @@ from framseg.run.paths import Run
 from framseg.viz import figures
 from framseg.viz.player import Player
 
-WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, height of curve and lane, width of labels
-NARROW = 400  # pixels: width of the time axis where two are side by side
-STRIP = 48  # pixels: height of the strip of frames
+LEFT, WIDTH, NARROW = 86, 900, 400  # pixels: width of the labels, of the time axis, of each where two are side by side
 THUMBNAIL = 112  # pixels: most that a frame of the strip has, which is enlarged under the mouse
 LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, np.inf)}  # seconds: more than, up to
 PAGE = 2000  # queries that the list holds at a time; more make the page slow
@@ -54,8 +52,7 @@ class Browser(widgets.HBox):
     of the predictions, or the kernel's current folder if that cannot be written.
     Raises PredictionError or AnnotationError for files that cannot be used.
 
-    What the controls do are plain methods. `entries` are all queries, `shown` those that search and filter leave, in
-    order.
+    What the controls do are plain methods; `entries` are all queries, `shown` what search and filter leave, in order.
     """
 
     def __init__(
@@ -227,16 +224,15 @@ class Browser(widgets.HBox):
             return
         entry = self.shown[self.place]
         row, frames = entry.row, self._frames(entry.row)
-        missing = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
-        if self._video(row.vid) is None:
-            missing.append("no video file, so nothing to play (their folder is the argument videos)")
         named = {self.title: entry.prediction}
         named |= {self.compare.value: self.compared.get(row.qid)} if self.compared else {}
-        width, blocks = WIDTH if len(named) == 1 else NARROW, []
+        width = WIDTH if len(named) == 1 else NARROW
+        blocks = []
         for title, record in named.items():
             scores = figures.scores(row, record) if record else "no prediction for this query"
             blocks.append((title, scores, sketch(row, record, frames, width) if record else ""))
-        self.picture.value = PAGES.query(row, missing, blocks, LEFT + WIDTH + 20)
+        video = self._video(row.vid)
+        self.picture.value = PAGES.query(row, blocks, frames is not None, video is not None, LEFT + WIDTH + 20)
 
 
 browse = Browser  # what the notebooks call
@@ -277,24 +273,16 @@ def _entries(file: Path, rows: list[Row]) -> pd.DataFrame:
 def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
     """SVG: the frames, true and predicted windows, the curve of the prediction over the true saliency.
 
-    frames: uint8 [f, H, W, 3], evenly spread over the row's duration. width: pixels of the time axis at full size; it
-    shrinks and grows with the page.
+    frames: uint8 [f, H, W, 3], evenly spread. width: pixels of the time axis, which shrinks and grows with the page.
     """
     lanes, left_out = figures.lanes(prediction, row.duration)
-    named = [("" if i else "predicted", lane) for i, lane in enumerate(lanes)]
-    truth: list[tuple[float, float]] = []  # of each clip: its end, the true saliency
-    if isinstance(row, LabelledRow):
-        named = [("true", [(0, *window, 1.0) for window in row.relevant_windows]), *named]
-        saliency = enumerate(annotations.clip_saliency(row).tolist(), start=1)
-        truth = [(min(CLIP_SECONDS * clip, row.duration), value) for clip, value in saliency]
     seconds, values, name = figures.predicted_curve(prediction, row.duration)
-    step = next((step for step in TICKS if row.duration / step <= width / 80), TICKS[-1])
     return PAGES.sketch(
-        duration=row.duration, width=width, left=LEFT, strip_height=STRIP, lane_height=LANE, plot=PLOT,
+        row, LEFT, width, lanes=lanes, left_out=left_out, colours=figures,
         frames=0 if frames is None else len(frames), strip="" if frames is None else _strip(frames),
-        lanes=named, left_out=left_out, truth=truth, curve=list(zip(seconds, values, strict=True)), name=name,
-        ticks=[(second, _clock(second, step)) for second in range(0, int(row.duration) + 1, step)],
-        colours={"true": figures.TRUE, "predicted": figures.PREDICTED, "curve": figures.PROBABILITY},
+        truth=annotations.clip_saliency(row).tolist() if isinstance(row, LabelledRow) else [], clip=CLIP_SECONDS,
+        curve=list(zip(seconds, values, strict=True)), name=name,
+        step=next((step for step in TICKS if row.duration / step <= width / 80), TICKS[-1]),
     )  # fmt: skip
 
 
@@ -305,10 +293,3 @@ def _strip(frames: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(small, axis=1)).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _clock(second: int, step: int) -> str:
-    """A label of the time axis: seconds, or hours and minutes where labels are minutes (`step` seconds) apart."""
-    if step < 60:
-        return f"{second} s"
-    return f"{second // 60} min" if second < 3600 else f"{second // 3600} h {second % 3600 // 60:02d}"

@@ -5,7 +5,6 @@ stays open. All share one style: seaborn's colour-blind palette, and what must b
 (filled or line, hatched or plain), so that a print in grey can be read. `save` writes PNG and PDF.
 """
 
-import io
 import itertools
 import math
 import re
@@ -19,6 +18,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import yaml
+from IPython.core.pylabtools import print_figure
+from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
@@ -62,9 +63,7 @@ class Picture(Figure):
         super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
-        out = io.BytesIO()
-        self.savefig(out, format="png", dpi=DPI)
-        return out.getvalue()
+        return print_figure(self, "png", bbox_inches=None, dpi=DPI)
 
 
 def new_figure(
@@ -144,10 +143,19 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
         count = np.bincount([min(len(row.query.split()), 30) for row in split], minlength=31)
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
     label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
-    _commonest_words(common, [row.query for rows in splits.values() for row in rows])
+    used = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
+    commonest = Counter(word for query in used for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
+    common.barh([word for word, _ in commonest], [count / len(used) for _, count in commonest], color=GREY)
+    common.set(title="Commonest words", xlabel="share of all queries")
     classes = {name: annotations.class_balance(rows, frames, whole_seconds) for name, rows in labelled.items()}
-    _class_balance(balance, classes, colours)
+    bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in classes.items()]
+    bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
+    for place, (name, background, ratio, colour, hatch) in enumerate(bars):
+        balance.barh(name, background, color=colour, edgecolor=GREY, hatch=hatch)
+        balance.text(0.02, place, f"{background:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
     balance.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
+    for axes in (common, balance):
+        axes.invert_yaxis()
     for axes in (positions, common, balance):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [Patch(color=colours[name], label=f"{name} ({len(rows):,} queries)") for name, rows in splits.items()]
@@ -167,29 +175,11 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
     label_shares(axes, *labels)
 
 
-def _commonest_words(axes: Axes, queries: Sequence[str]) -> None:
-    sets = [set(_WORD.findall(query.lower())) for query in queries]
-    common = Counter(word for words in sets for word in sorted(words - _FUNCTION_WORDS)).most_common(8)
-    axes.barh([word for word, _ in common], [count / len(queries) for _, count in common], color=GREY)
-    axes.invert_yaxis()
-    axes.set(title="Commonest words", xlabel="share of all queries")
-
-
-def _class_balance(axes: Axes, balance: Mapping[str, annotations.ClassBalance], colours: Mapping[str, str]) -> None:
-    bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in balance.items()]
-    bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
-    for place, (name, share, ratio, colour, hatch) in enumerate(bars):
-        axes.barh(name, share, color=colour, edgecolor=GREY, hatch=hatch)
-        axes.text(0.02, place, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
-    axes.invert_yaxis()
-
-
 @styled
 def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None) -> Figure:
     """All frames of a video in rows of 13, each with its time in seconds.
 
-    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` (0 and 1, [f]) the digit stands next to the time, and frames
-    with a 1 have a border.
+    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` [f] the digit stands next to the time, a 1 has a border.
     """
     rows, columns = math.ceil(len(frames) / 13), min(13, len(frames))
     figure, panels = new_figure(rows * (0.78 * WIDTH / columns + 0.25), rows, columns)
@@ -226,11 +216,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
 
 @styled
 def variations(
-    frames: np.ndarray,
-    times: Sequence[float],
-    distance: float,
-    choice: Sequence[int] | None = None,
-    columns: int = 8,
+    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int] | None = None, columns: int = 8
 ) -> Figure:
     """The paper's Figure 4: the frame v_i of `columns` positions and its neighbours, `distance` seconds apart.
 
@@ -305,12 +291,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
 
 # Training
 
-EPOCH_METRICS = {  # marker and colour of a metric by epoch
-    "MR-full-R1@0.5": ("o", BLUE),
-    "MR-full-R1@0.7": ("s", ORANGE),
-    "MR-full-mAP": ("^", GREEN),
-    "HL-min-VeryGood-Hit1": ("D", PINK),
-}
+EPOCH_METRICS: dict[str, list[str]] = _WORDS["metrics by epoch"]
 
 
 def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
@@ -414,17 +395,15 @@ def _metric_curves(axes: Axes, records: Sequence[dict], keys: Iterable[str]) -> 
 class Live:
     """The `progress` figure in a notebook's output, drawn anew with each call; `train.launch` calls it."""
 
-    def __init__(self) -> None:
-        self.handle = None
+    handle: DisplayHandle | None = None
 
     def __call__(self, steps: Sequence[dict], validations: Sequence[dict]) -> None:
         """Draw the lines that both logs hold by now."""
-        from IPython.display import display
-
+        figure = progress(steps, validations)
         if self.handle is None:
-            self.handle = display(progress(steps, validations), display_id=True)
+            self.handle = display(figure, display_id=True)
         else:
-            self.handle.update(progress(steps, validations))
+            self.handle.update(figure)
 
 
 def _require(lines: Sequence[dict], what: str) -> None:
@@ -472,14 +451,11 @@ def intervals(systems: Mapping[str, dict]) -> Figure:
 
 # One query
 
-Window = tuple[int, float, float, float]  # rank from 1, start and end in seconds, score
-
 
 def predicted_curve(prediction: dict, duration: float) -> tuple[np.ndarray, np.ndarray, str]:
     """The curve of a prediction: seconds [n], values 0..1 [n], its name.
 
-    The frame probabilities where the prediction has them, else its clip scores, stretched to 0..1 if they leave it;
-    empty where it has neither.
+    Frame probabilities where the prediction has them, else clip scores, stretched to 0..1 if they leave it, else empty.
     """
     if prediction.get("probability"):
         values = np.asarray(prediction["probability"], dtype=np.float64)
@@ -506,13 +482,13 @@ def confidence(prediction: dict, duration: float) -> float:
     return float(inside.mean()) if len(inside) else float(score)
 
 
-def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[Window]], int]:
+def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[tuple]], int]:
     """Predicted windows as (rank from 1, start, end, score), in as few lanes as keep overlapping windows apart.
 
     Windows that only fill the list (the whole video at score 0) are dropped. Returns at most `most` lanes and the
     number of windows for which they have no room.
     """
-    out: list[list[Window]] = []
+    out: list[list[tuple]] = []
     left_out = 0
     for rank, (start, end, score) in enumerate(prediction.get(WINDOWS, []), 1):
         if rank > 1 and score == 0 and start <= 0 and end >= duration:

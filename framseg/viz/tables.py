@@ -88,9 +88,8 @@ def settings(profile: config.Profile, keys: Mapping[str, str]) -> pd.DataFrame:
 
 def work(*samples: tuple[config.Profile, int]) -> pd.DataFrame:
     """TFLOP per training sample, for profiles and the positions that their samples take."""
-    parts = {
-        f"{profile.name}, {length} positions": asdict(cost.operations(profile, length)) for profile, length in samples
-    }
+    names = [f"{profile.name}, {length} positions" for profile, length in samples]
+    parts = {name: asdict(cost.operations(*sample)) for name, sample in zip(names, samples, strict=True)}
     return pd.DataFrame(parts).rename(index=lambda part: part.replace("_", " ")) / cost.TERA
 
 
