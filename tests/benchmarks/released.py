@@ -187,6 +187,8 @@ def main() -> None:
     if shutil.disk_usage(place).free < 1.1 * needs:
         parser.error(f"{place} has no {1.1 * needs / 1e9:.0f} GB free for the weights; name another --folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # the temporary folder goes, too
+    # A shell starts background processes with Ctrl-C ignored, and what is started here would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     record = common.about(
         profile="released",
         weights=f"random, seed {SEED}",
@@ -208,8 +210,10 @@ def main() -> None:
                 maker.join()
             finally:
                 maker.kill()
+                maker.join()
         if maker.exitcode:
             sys.exit("the weights could not be made: see above")
+        print(f"the weights are made, {record['making the weights']}; the chapters write {folder}/run.log", flush=True)
         record["bytes of weights"] = sum(file.stat().st_size for file in (folder / "weights").iterdir())
         chapters(profile, settings, folder, record)
     name = "released_cpu" if options.sizes == "released" else f"released_cpu_{options.sizes}"

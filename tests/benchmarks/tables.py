@@ -316,6 +316,20 @@ def full_size(names: Sequence[str] = ("h100", "24gb", "paper"), batches: Sequenc
     return table(head, rows)
 
 
+def full_size_cpu() -> str:
+    """What the profile `released` takes at full size on a CPU, with random weights."""
+    names = ("01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures")
+    if not measured("released_cpu"):
+        rows = [[f"`{name}`", UNMEASURED] for name in names]
+        return table(("what", "measured"), [*rows, ["a query", UNMEASURED], ["memory of all processes", UNMEASURED]])
+    run = record("released_cpu")
+    rows = [[f"`{name}`", f"{run['seconds by chapter'][name]} s"] for name in names]
+    queries = ", ".join(f"{seconds:.0f} s ({split})" for split, seconds in run["seconds per query"].items())
+    taken = f"{run['run']['peak GiB']:.1f} GiB, for {run['bytes of weights'] / 1e9:.1f} GB of weights in {run['dtype']}"
+    rows += [["a query", queries], ["memory of all processes", taken]]
+    return table(("what", "measured"), rows) + f"\n\nDevice: {device(run)}, {run['threads']} threads."
+
+
 def _training(run: dict) -> list[str]:
     compared = "2.49 samples/s reported per GPU of 2 x H100" if run["profile"] != "demo" else "–"
     speed = f"{run['samples per second']['median']:.2f} samples/s"
@@ -442,6 +456,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "store": store,
     "performance": performance,
     "full-size": full_size,
+    "full-size-cpu": full_size_cpu,
     "memory": memory,
     "growth": growth,
     "browser": browser,
