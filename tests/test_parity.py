@@ -70,7 +70,7 @@ def test_the_authors_next_to_themselves(shared):
         assert told["windows, this run"] == told["windows, the authors"] == {"val": 1561, "test": 1545}[split]
         assert metrics.loc["difference"].tolist() == [0] * metrics.shape[1]
         assert metrics.loc["this run", ["R1@0.5", "R1@0.7", "mAP"]].tolist() == pytest.approx(
-            {"val": (64.84, 43.74, 35.46), "test": (63.10, 41.89, 34.51)}[split], abs=0.011
+            {"val": (64.84, 43.74, 35.46), "test": (64.20, 42.54, 35.71)}[split]
         )
         assert len(worst) == 10 and not red(summary) and not red(worst)
 
@@ -114,7 +114,7 @@ def test_a_planted_difference_is_found_named_and_red(logits):
     assert first["this run"] == ours[3]["probability"][7] and first["the authors"] == authors[3]["probability"][7]
     assert (second["qid"], second["frame"]) == (str(ROWS[5].qid), 2) and third[parity.LARGEST] == 0
     assert red(summary) == red(worst) == ["1.5"]
-    assert metrics.loc["difference"].abs().max() == 0 or told["windows that only one has"] == 0
+    assert told["windows that only one has"] == 0 and metrics.loc["difference"].abs().max() < 5
 
 
 def test_frames_after_another_digit_are_left_out(logits):
