@@ -34,7 +34,9 @@ def test_labels_at_whole_seconds_are_an_option_of_the_profile(samples):
     profile = small_profile(samples.profile.data.folder, frames__whole_seconds=True)
     assert dataset.store(profile).folder == dataset.store(samples.profile).folder  # the frames are the same
     # Of 80 seconds, the frame at 17.6 s is in a moment that ends at 17 s, but only by whole seconds.
-    row = replace(samples.rows[0], duration=80.0, relevant_windows=((10, 17),), relevant_clip_ids=(), saliency_scores=())
+    row = replace(
+        samples.rows[0], duration=80.0, relevant_windows=((10, 17),), relevant_clip_ids=(), saliency_scores=()
+    )
     digits = {}
     for some in (samples.profile, profile):
         made = dataset.Samples(some, samples.tokenizer, [row])[0, 0]

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
-from conftest import small_profile
 
 from framseg import annotations, checkpoint, config, dataset, decode, moments, predictions
 from framseg.annotations import AnnotationError, LabelledRow
