@@ -194,9 +194,7 @@ def test_labels_at_whole_seconds_and_at_other_times(tmp_path):
     write(path, [published(row, annotations.frame_times(row.duration, F, True)) for row in rows])
     summary, worst = parity.labels(path, rows, F)
     for name in ("whole seconds", "their times"):
-        assert summary.loc[["equal digits, %", "rows of equal digits, %", "equal soft targets, %"], name].tolist() == (
-            [100] * 3
-        )
+        assert summary.loc[["equal digits, %", "equal rows, %", "equal soft targets, %"], name].tolist() == ([100] * 3)
         assert summary[name][parity.BALANCE] == annotations.class_balance(rows, F, True).ratio
         assert summary[name]["largest difference of targets"] == 0 and not worst[f"wrong digits, {name}"].any()
     exact = np.array([annotations.frame_labels(row, F) for row in rows])

@@ -74,9 +74,8 @@ def answers(ours: Sequence[dict], authors: Sequence[dict], rows: Sequence[Row]) 
 
 def shown(frame: pd.DataFrame, caption: str = "") -> Styler:
     """`tables.shown`, with a largest difference beyond bfloat16's noise in red."""
-    style = tables.shown(frame, caption, "{:.4g}")
     place = pd.IndexSlice[:, [LARGEST]] if LARGEST in frame else pd.IndexSlice[[LARGEST], :]
-    return style.map(lambda gap: "color: red" if gap > NOISE else "", subset=place)
+    return tables.shown(frame, caption, "{:.4g}").map(lambda gap: "color: red" if gap > NOISE else "", subset=place)
 
 
 def labels(path: Path, rows: Sequence[Row], frames: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -100,10 +99,7 @@ def labels(path: Path, rows: Sequence[Row], frames: int) -> tuple[pd.DataFrame, 
         labels, targets = map(np.array, zip(*made, strict=True))
         wrong, gap = (labels != digits).sum(axis=1), np.abs(targets - soft)
         facts = {"rows": len(ours), BALANCE: (1 - labels).sum() / max(labels.sum(), 1)}
-        facts |= {
-            "equal digits, %": 100 - 100 * wrong.mean() / frames,
-            "rows of equal digits, %": 100 * (wrong < 1).mean(),
-        }
+        facts |= {"equal digits, %": 100 - 100 * wrong.mean() / frames, "equal rows, %": 100 * (wrong < 1).mean()}
         facts |= {"equal soft targets, %": 100 * (gap < 1e-4).mean()}  # a file may round them
         summary[name] = facts | {"largest difference of targets": gap.max(), "mean difference of targets": gap.mean()}
         worst[f"wrong digits, {name}"], worst[f"largest difference, {name}"] = wrong, gap.max(axis=1)
