@@ -43,8 +43,10 @@ def answers(ours: Sequence[dict], authors: Sequence[dict], rows: Sequence[Row]) 
     sides = [r for r in ours if r["qid"] in qids], [theirs[qid] | {"vid": known[qid].vid} for qid in qids]
     facts = [[(r["vid"], r["duration"], len(r.get("probability") or ())) for r in side] for side in sides]
     if facts[0] != facts[1] or not qids:
-        other = [qid for qid, a, b in zip(qids, *facts, strict=True) if a != b] or [record["qid"] for record in ours]
-        raise PredictionError(f"answers to other queries, or of other frames (qid {jsonl.shortlist(other, most=3)})")
+        odd = [qid for qid, a, b in zip(qids, *facts, strict=True) if a != b] or [record["qid"] for record in ours]
+        raise PredictionError(
+            f"this run answers other queries, or from other frames: qid {jsonl.shortlist(odd, most=3)}"
+        )
     p = np.array([[record["probability"] for record in side] for side in sides])  # [2, queries, f]
     logit = np.log(p.clip(EDGE, 1 - EDGE)) - np.log((1 - p).clip(EDGE, 1 - EDGE))
     wrong = np.not_equal(*np.array([[[*mask(record)] for record in side] for side in sides]))
