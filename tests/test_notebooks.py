@@ -18,11 +18,11 @@ from conftest import SHORT, small_profile, start
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
-from framseg import annotations, codalab, config, evaluate, train
+from framseg import annotations, codalab, config, evaluate, moments, train
 from framseg.predictions import read_predictions, read_released
 from framseg.run import cost, notebooks
 from framseg.run.paths import Run
-from framseg.viz import figures, paper_results, tables
+from framseg.viz import figures, paper_results, parity, tables
 
 NOTEBOOKS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 CHAPTERS = ["01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures"]
@@ -309,6 +309,9 @@ def test_with_the_real_annotations(chain, shared):
     balance = json.loads((chain.metrics / "data.json").read_text())["real QVHighlights"]
     assert balance == {"train": pytest.approx(2.3582, abs=5e-5), "val": pytest.approx(2.5583, abs=5e-5)}
     assert (chain.figures / "data_overview_qvhighlights.png").is_file()
+    told = output(chain, 4, "released")
+    assert all(f"{split} is not compared with the authors' own answers" in told for split in ("val", "test"))
+    assert told.count("this run answers other queries") == 2
     soft = output(chain, 1, "real").split("qid 2579: ")[1].split("\n")[0]
     assert soft.split() == ["0.0"] * 14 + (
         "0.4167 0.3333 0.5833 0.5833 0.6667 0.6667 0.6667 0.6667 0.5833 0.6667 0.5833".split()
@@ -423,9 +426,7 @@ def downloaded(shared, tmp_path) -> Path:
     (folder / "qvhighlights").symlink_to(shared / "qvhighlights")
     rows = []
     for answer in read_released(shared / "golden/released_val_scores.csv"):
-        windows = [window for window in answer["pred_relevant_windows"] if window[2]]
-        times = annotations.frame_times(answer["duration"], 25)
-        mask = "".join(str(int(any(start <= at <= end for start, end, _ in windows))) for at in times)
+        windows, mask = [window for window in answer["pred_relevant_windows"] if window[2]], parity.mask(answer)
         row = {"qid": answer["qid"], "duration": answer["duration"], "score": answer["probability"], "preds": mask}
         rows.append(row | {"pred_relevant_windows": windows, "pred_saliency_scores": answer["pred_saliency_scores"]})
     (folder / "released/hl_val_predictions.json").write_text(json.dumps(rows))
@@ -441,6 +442,57 @@ def test_with_a_downloaded_reference(chain, downloaded, tmp_path):
     before = json.loads((chain.metrics / "released.json").read_text())
     assert written == {name: scores for name, scores in before.items() if "epoch 11" not in name}
     assert len(written) == 3
+
+
+def test_chapter_4_tells_a_run_from_the_authors_answers(chain, small_set, tmp_path):
+    """A reference folder whose predictions are this run's own, but for one probability; none of test."""
+    shared, data = tmp_path / "reference", config.load("demo").data
+    for folder in ("qvhighlights", "released"):
+        (shared / folder).mkdir(parents=True)
+    rows = annotations.read(small_set / data.val)
+    annotations.write(shared / "qvhighlights/highlight_val_release.jsonl", rows)
+    authors = []
+    for record in read_predictions(chain.predicted("val")):
+        row = {"qid": record["qid"], "duration": record["duration"], "score": record["probability"]}
+        listed = moments.windows(record["mask"], record["probability"], record["duration"], rounding="nearest")
+        authors.append(row | {"preds": record["mask"], "pred_relevant_windows": listed})
+    p = authors[1]["score"][5]
+    authors[1]["score"][5] = 1 / (1 + (1 - p) / p * np.exp(1.5))
+    (shared / "released/hl_val_predictions.json").write_text(json.dumps(authors))
+    notebook = run_alone(chain, 4, tmp_path, shared)
+    text = text_of(notebook, "released")
+    assert re.search(rf"queries compared\s+{len(rows)}\s", text) and re.search(r"equal masks, %\s+100\s", text)
+    assert re.search(r"largest difference\s+1\.5\s", text)
+    shown = next(cell for cell in notebook.cells if cell.id == "released").outputs
+    tables_shown = [BeautifulSoup(out.data["text/html"], "html.parser") for out in shown if "data" in out]
+    worst = tables_shown[2].tbody.find("tr").get_text(" ", strip=True)
+    assert rows[1].query in worst and str(rows[1].qid) in worst and " 5 " in worst
+    assert ["color: red" in table.style.get_text() for table in tables_shown] == [True, False, True]
+    assert "test is not compared with the authors' own answers: neither " in text
+
+
+def test_chapter_1_shows_the_authors_labels(small_set, tmp_path, monkeypatch):
+    """The cell by itself, with files of labels in place of the published ones."""
+    profile, shown, made, path = small_profile(small_set, data__source="frames"), [], [], tmp_path / "val_v1.json"
+    splits = {
+        name: annotations.read(small_set / getattr(profile.data, name)) for name in ("train", "val", "test_labels")
+    }
+    for row in splits["val"]:
+        times = annotations.frame_times(row.duration, 25, True)
+        digits, targets = annotations.labels_at(row, times)
+        answer = {"id": row.qid, "vid": row.vid, "conversations": ["".join(map(str, digits))]}
+        made.append(answer | {"video_timestamps": times.tolist(), "saliency_scores": targets.tolist()})
+    path.write_text(json.dumps(made))
+    archive = SimpleNamespace(labels_file=lambda profile, split: path if split == "val" else None)
+    monkeypatch.setitem(sys.modules, "framseg.run.archive", archive)
+    cell = next(cell for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells if cell.id == "balance")
+    given = {"profile": profile, "splits": splits, "f": 25, "whole": True, "run": Run("demo", tmp_path / "run")}
+    modules = {"annotations": annotations, "paper_results": paper_results, "figures": figures}
+    exec(cell.source, given | modules | {"tables": tables, "parity": parity, "display": shown.append})
+    text = [BeautifulSoup(table.to_html(), "html.parser").get_text(" ", strip=True) for table in shown]
+    assert len(text) == 2 and all(one.startswith("val: the authors' labels next to ours") for one in text)
+    assert re.search(r"equal digits, % – [\d.]+ 100.0000 100.0000", text[0])
+    assert all(str(row.qid) in text[1] for row in splits["val"][:10])
 
 
 def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_the_authors_next_to_themselves(shared):
         assert told["windows, this run"] == told["windows, the authors"] == {"val": 1561, "test": 1545}[split]
         assert metrics.loc["difference"].tolist() == [0] * metrics.shape[1]
         assert metrics.loc["this run", ["R1@0.5", "R1@0.7", "mAP"]].tolist() == pytest.approx(
-            {"val": (64.84, 43.74, 35.46), "test": (63.10, 41.89, 34.51)}[split], abs=0.011
+            {"val": (64.84, 43.74, 35.46), "test": (64.20, 42.54, 35.71)}[split]
         )
         assert len(worst) == 10 and not red(summary) and not red(worst)
 
@@ -113,7 +113,7 @@ def test_a_planted_difference_is_found_named_and_red(logits):
     assert first["this run"] == ours[3]["probability"][7] and first["the authors"] == authors[3]["probability"][7]
     assert (second["qid"], second["frame"]) == (str(ROWS[5].qid), 2) and third[parity.LARGEST] == 0
     assert red(summary) == red(worst) == ["1.5"]
-    assert metrics.loc["difference"].abs().max() == 0 or told["windows that only one has"] == 0
+    assert told["windows that only one has"] == 0 and metrics.loc["difference"].abs().max() < 5
 
 
 def test_frames_after_another_digit_are_left_out(logits):
@@ -168,9 +168,9 @@ def test_the_order_of_the_answers_does_not_matter(logits):
 def test_answers_to_other_queries_are_refused(logits, change):
     records = [reply(row, line) for row, line in zip(ROWS, logits, strict=True)]
     authors = as_published(records)
-    with pytest.raises(PredictionError, match=rf"other queries than the authors'.* \(qid {ROWS[1].qid}\)$"):
+    with pytest.raises(PredictionError, match=rf"answers other queries, or from other frames: qid {ROWS[1].qid}$"):
         parity.answers([records[0], records[1] | change], authors, ROWS)
-    with pytest.raises(PredictionError, match="other queries than the authors'"):
+    with pytest.raises(PredictionError, match=r"other queries.*: qid \d+, \d+, \d+, and 9 more$"):
         parity.answers([record | {"qid": record["qid"] + 10**6} for record in records], authors, ROWS)
 
 
@@ -194,9 +194,7 @@ def test_labels_at_whole_seconds_and_at_other_times(tmp_path):
     write(path, [published(row, annotations.frame_times(row.duration, F, True)) for row in rows])
     summary, worst = parity.labels(path, rows, F)
     for name in ("whole seconds", "their times"):
-        assert summary.loc[["equal digits, %", "rows of equal digits, %", "equal soft targets, %"], name].tolist() == (
-            [100] * 3
-        )
+        assert summary.loc[["equal digits, %", "equal rows, %", "equal soft targets, %"], name].tolist() == ([100] * 3)
         assert summary[name][parity.BALANCE] == annotations.class_balance(rows, F, True).ratio
         assert summary[name]["largest difference of targets"] == 0 and not worst[f"wrong digits, {name}"].any()
     exact = np.array([annotations.frame_labels(row, F) for row in rows])

@@ -10,11 +10,12 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from framseg import annotations, evaluate, jsonl, moments
+from framseg.annotations import AnnotationError, Row
 from framseg.predictions import SALIENCY, WINDOWS, PredictionError
 from framseg.viz import tables
 
 # How far bfloat16 alone may move a frame's logit: 8 of its steps at 16 to 32 (1/8 each), where the authors' logits lie,
-# as 93 % of their differences are multiples of 1/8 and all of 1/16. The 8 were measured on the demo's trained model,
+# as 93 % of their frames' values are multiples of 1/8 and all of 1/16. The 8 were measured on the demo's trained model,
 # which has 3 layers and not 32: in bfloat16 and in float32 it differs by up to 0.26, 8 steps of its own logits (4 to 8,
 # 1/32 each), by 0.020 in the mean, in 2 of 164 masks. Two runs of the authors differ in 325 of 1,548 masks.
 NOISE = 1.0
@@ -30,9 +31,7 @@ def mask(record: dict) -> str:
     return record.get("mask") or "".join(str(int(any(a <= at <= b for a, b, _ in spans))) for at in times)
 
 
-def answers(
-    ours: Sequence[dict], authors: Sequence[dict], rows: Sequence[annotations.Row]
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def answers(ours: Sequence[dict], authors: Sequence[dict], rows: Sequence[Row]) -> tuple[pd.DataFrame, ...]:
     """This run's predictions next to the authors' (see `read_released`): summary, metrics of both, the worst queries.
 
     rows: the authors' queries, with labels. Our masks are read into windows and clip scores as theirs were. A frame is
@@ -44,8 +43,10 @@ def answers(
     sides = [r for r in ours if r["qid"] in qids], [theirs[qid] | {"vid": known[qid].vid} for qid in qids]
     facts = [[(r["vid"], r["duration"], len(r.get("probability") or ())) for r in side] for side in sides]
     if facts[0] != facts[1] or not qids:
-        other = jsonl.shortlist([qid for qid, a, b in zip(qids, *facts, strict=True) if a != b] or [*known])
-        raise PredictionError(f"these answers are to other queries than the authors', or of other frames (qid {other})")
+        odd = [qid for qid, a, b in zip(qids, *facts, strict=True) if a != b] or [record["qid"] for record in ours]
+        raise PredictionError(
+            f"this run answers other queries, or from other frames: qid {jsonl.shortlist(odd, most=3)}"
+        )
     p = np.array([[record["probability"] for record in side] for side in sides])  # [2, queries, f]
     logit = np.log(p.clip(EDGE, 1 - EDGE)) - np.log((1 - p).clip(EDGE, 1 - EDGE))
     wrong = np.not_equal(*np.array([[[*mask(record)] for record in side] for side in sides]))
@@ -75,12 +76,11 @@ def answers(
 
 def shown(frame: pd.DataFrame, caption: str = "") -> Styler:
     """`tables.shown`, with a largest difference beyond bfloat16's noise in red."""
-    style = tables.shown(frame, caption, "{:.4g}")
     place = pd.IndexSlice[:, [LARGEST]] if LARGEST in frame else pd.IndexSlice[[LARGEST], :]
-    return style.map(lambda gap: "color: red" if gap > NOISE else "", subset=place)
+    return tables.shown(frame, caption, "{:.4g}").map(lambda gap: "color: red" if gap > NOISE else "", subset=place)
 
 
-def labels(path: Path, rows: Sequence[annotations.Row], frames: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def labels(path: Path, rows: Sequence[Row], frames: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The labels in a JSON of the published frames (p2/val_v1.json) next to those of `rows`: summary, the worst rows.
 
     Ours are made for the frames' exact times, for these cut to whole seconds, and for the times that the file gives.
@@ -90,7 +90,7 @@ def labels(path: Path, rows: Sequence[annotations.Row], frames: int) -> tuple[pd
     records, bad = jsonl.checked_records(_published(path, frames), f"{path}:", lambda record: ())
     given = [record for record in records if record["qid"] in known and record.get("vid") == known[record["qid"]].vid]
     if bad or not given:
-        raise annotations.AnnotationError(jsonl.shortlist(bad, "\n") or f"{path}: has no labels of these queries")
+        raise AnnotationError(jsonl.shortlist(bad, "\n") or f"{path}: has no labels of these queries")
     ours, digits = [known[record["qid"]] for record in given], np.array([record["digits"] for record in given])
     soft, own_times = (np.array([r[name] for r in given]) for name in ("saliency_scores", "video_timestamps"))
     exact = np.array([annotations.frame_times(row.duration, frames) for row in ours])
@@ -101,10 +101,7 @@ def labels(path: Path, rows: Sequence[annotations.Row], frames: int) -> tuple[pd
         labels, targets = map(np.array, zip(*made, strict=True))
         wrong, gap = (labels != digits).sum(axis=1), np.abs(targets - soft)
         facts = {"rows": len(ours), BALANCE: (1 - labels).sum() / max(labels.sum(), 1)}
-        facts |= {
-            "equal digits, %": 100 - 100 * wrong.mean() / frames,
-            "rows of equal digits, %": 100 * (wrong < 1).mean(),
-        }
+        facts |= {"equal digits, %": 100 - 100 * wrong.mean() / frames, "equal rows, %": 100 * (wrong < 1).mean()}
         facts |= {"equal soft targets, %": 100 * (gap < 1e-4).mean()}  # a file may round them
         summary[name] = facts | {"largest difference of targets": gap.max(), "mean difference of targets": gap.mean()}
         worst[f"wrong digits, {name}"], worst[f"largest difference, {name}"] = wrong, gap.max(axis=1)
