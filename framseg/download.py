@@ -265,9 +265,9 @@ def words(size: int) -> str:
     return tqdm.format_sizeof(size, "B")
 
 
-def _locked(folder: Path) -> TextIO:
+def locked(folder: Path) -> TextIO:
     """Keep a second download, which would write into the same files, out of `folder`. Raises DownloadError."""
-    busy = DownloadError(f"{folder}: another download is at work here; wait for it or end it")
+    busy = DownloadError(f"{folder}: another process is filling it; wait for it or end it")
     return hold(folder, ".download.lock", 0, busy)
 
 
@@ -295,7 +295,7 @@ def get(folder: Path, have: Path | None = None, with_videos: bool = True) -> Non
 
     Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
     """
-    with _locked(folder):
+    with locked(folder):
         if have:
             link(have, folder)
         vids = {row.vid for rows in get_annotations(folder, may_fetch=not have).values() for row in rows}
@@ -312,7 +312,7 @@ def get_reference(folder: Path) -> None:
 
     Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
     """
-    with _locked(folder):
+    with locked(folder):
         rows = get_annotations(folder / "qvhighlights")
         for split, name in (("val", "highlight_val_release.jsonl"), ("test", "highlight_test_with_gt.jsonl")):
             path = folder / "released" / f"hl_{split}_predictions.json"

@@ -16,8 +16,7 @@ from framseg.predictions import SALIENCY, WINDOWS, PredictionError, all_have, ma
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
 LENGTHS = {"full": (0, np.inf), "long": (30, 150), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
-# What tables and figures show: official name and short title.
-METRICS = {
+METRICS = {  # what tables and figures show: official name and short title
     "MR-full-R1@0.5": "R1@0.5",
     "MR-full-R1@0.7": "R1@0.7",
     "MR-full-mAP": "mAP",
