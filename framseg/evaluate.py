@@ -31,7 +31,6 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
 
     Keys: `brief`; `HL-min-Fair/Good/VeryGood` with HL-mAP and HL-Hit1; `full`, `long`, `middle`, `short` with MR-mAP
     and MR-R1 by IoU threshold. Entries are left out if no prediction has the windows or saliency that they need.
-
     Raises PredictionError for malformed records and for doubled, missing and unknown qids, all named; with
     `intersection` queries that only one side has are ignored instead. Raises AnnotationError for rows without labels.
     """

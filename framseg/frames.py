@@ -252,9 +252,6 @@ class Store:
     neighbour_distance: float
     quality: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-
     def path(self, vid: str) -> Path:
         """The video's file. Raises VideoError for a name that would leave the folder."""
         if not vid or any(character in vid for character in "/\\\0"):
@@ -353,7 +350,7 @@ class Report:
 
 def extract(
     videos: dict[str, float],
-    folder: Path | str,
+    folder: Path,
     store: Store,
     *,
     time_limit: float,
@@ -370,7 +367,6 @@ def extract(
     if the store cannot be written or holds frames made with other settings.
     """
     begin = time.monotonic()
-    folder = Path(folder)
     stored = {vid: about for vid in videos if (about := _stored(store, vid))}
     waiting = {vid: duration for vid, duration in videos.items() if vid not in stored}
     report = Report(skipped=len(stored))

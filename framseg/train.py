@@ -33,6 +33,7 @@ REDRAW = 3.0  # seconds between two calls of `on_progress`
 LOGGED = ("step", "epoch", "learning_rate", "samples_per_second", "memory_gib")  # of a step, and its losses:
 LOSSES = ("loss", *losses.NAMES)  # None if not finite
 PATIENCE = 120  # seconds that an interrupted training has to write its state
+Watcher = Callable[[list[dict], list[dict]], None]  # gets the records of the step log and of the validation log
 
 
 class TrainError(FramsegError, RuntimeError):
@@ -85,9 +86,7 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
     return [row for row in rows if row.vid not in lost], lacking
 
 
-def launch(
-    profile: config.Profile, run: Run, on_progress: Callable[[list[dict], list[dict]], None] | None = None
-) -> None:
+def launch(profile: config.Profile, run: Run, on_progress: Watcher | None = None) -> None:
     """Train `profile` into `run` through the DeepSpeed launcher; goes on from a state if there is one.
 
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
@@ -136,9 +135,7 @@ def launch(
         raise TrainError(f"training failed: {job.failure()}")
 
 
-def _watch(
-    job: launcher.Job, run: Run, total: int, on_progress: Callable[[list[dict], list[dict]], None] | None
-) -> None:
+def _watch(job: launcher.Job, run: Run, total: int, on_progress: Watcher | None) -> None:
     first, validated = (len(read_log(log)) for log in (run.step_log, run.validation_log))
     drawn, shown = 0.0, (0, 0)
     hide = on_progress is None and not sys.stderr.isatty()  # as under papermill

@@ -264,8 +264,7 @@ class Blip3(nn.Module):
         expected = model.state_dict()
         if section.language.tie_embeddings:
             del expected["lang_model.lm_head.weight"]
-        missing = set(expected)
-        problems = []
+        missing, problems = set(expected), list[str]()
         for file in files:
             try:
                 with safe_open(file, "pt") as opened:
