@@ -79,9 +79,7 @@ def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: i
     `best constant window`: the window [a, b] * duration, a and b multiples of 1 / frames, with the best R1@0.7 on
     the train rows; saliency is the train rows' mean by relative position.
     `random masks`: a random train query's mask, rotated by a random number of frames, which keeps the share of ones;
-    probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero.
-
-    Raises AnnotationError if train rows have no labels.
+    probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero. AnnotationError if train rows have no labels.
     """
     random, train = np.random.default_rng(seed), labelled(train_rows)
     masks = np.stack([annotations.frame_labels(row, frames) for row in train])

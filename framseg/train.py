@@ -165,10 +165,8 @@ def epoch_line(record: dict, steps: list[dict]) -> str:
     """A line for a record of the validation log, with the last of the steps before it."""
     brief = record["metrics"]["brief"]
     before = f" (step {len(steps)}: {step_line(steps[-1])})" if steps else ""
-    return (
-        f"epoch {record['epoch']}: R1@0.5 {brief['MR-full-R1@0.5']}, R1@0.7 {brief['MR-full-R1@0.7']}, "
-        f"mAP {brief['MR-full-mAP']}, HIT@1 {brief['HL-min-VeryGood-Hit1']}{before}"
-    )
+    scores = (f"{title} {brief[name]}" for name, title in evaluate.METRICS.items() if title != "HL mAP")
+    return f"epoch {record['epoch']}: {', '.join(scores)}{before}"
 
 
 def read_log(path: Path) -> list[dict]:
