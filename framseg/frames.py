@@ -73,10 +73,8 @@ class Video:
     second at which each is first shown, `offset` the first of them, `length` the second at which the last frame ends,
     `fps` the average frame rate and `constant` whether all frames keep to it. `reader` is "decord" for what the data
     sets consist of, H.264 in mp4 with a plain list of times, and "PyAV" for everything else. `container` tells whether
-    the file is whole. `alive` is called after every step of a decoder.
-
-    Raises VideoError for a file that is missing, is no video, is damaged or whose frames have no known times, and for
-    one that ends in the middle of its data, unless `allow_partial`.
+    the file is whole. `alive` is called after every step of a decoder. VideoError for a file that is missing, no video,
+    damaged or without known times, and for one that ends in the middle of its data, unless `allow_partial`.
     """
 
     def __init__(self, path: Path | str, allow_partial: bool = False, alive: Callable[[], object] = lambda: None):

@@ -48,10 +48,9 @@ class ResamplerLayer(nn.ModuleList):
     """Attention and a feed-forward network; a list, as the published names are ``layers.0.0`` and ``layers.0.1``."""
 
     def __init__(self, width: int, heads: int, head_dim: int):
-        super().__init__([ResamplerAttention(width, heads, head_dim)])
-        inner = 4 * width
+        attention, inner = ResamplerAttention(width, heads, head_dim), 4 * width
         up, down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
-        self.append(nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down))
+        super().__init__([attention, nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down)])
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
         """patches [N, P, width], latents [N, latents, width] -> new latents."""
