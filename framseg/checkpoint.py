@@ -1,4 +1,4 @@
-"""A trained model on disk and on the Hugging Face hub: the folder that training writes, its base, its model card."""
+"""A model on disk and on the Hugging Face hub: the folder that chapter 03 writes, its base, its model card."""
 
 import json
 import os
@@ -46,36 +46,40 @@ def load_base(profile: config.Profile) -> Blip3:
 
 def save_trained(
     folder: Path,
-    model: Blip3,
+    model: Blip3 | None,
     start: dict[str, Tensor],
     profile: config.Profile,
     tokenizer: Tokenizer,
-    metrics: dict,
+    metrics: dict | None,
 ) -> None:
     """Write a trained checkpoint; the base model stays where it is. A folder of that name is replaced as a whole.
 
-    start: what `Blip3.adapt` returned. metrics: of the last validation, as `evaluate` gives them.
+    start: what `Blip3.adapt` returned. metrics: of the last validation, as `evaluate` gives them. Without a model, and
+    with no metrics, the checkpoint of a profile that trains nothing (`training.epochs: 0`): its base is the model.
     """
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    lora, pairs = model.adapter(start)
-    lora.save_pretrained(str(unfinished / "adapter"))
-    save_file(pairs, unfinished / ADAPTER)
-    resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
-    save_file(resampler, unfinished / RESAMPLER)
+    if model:
+        lora, pairs = model.adapter(start)
+        lora.save_pretrained(str(unfinished / "adapter"))
+        save_file(pairs, unfinished / ADAPTER)
+        resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
+        save_file(resampler, unfinished / RESAMPLER)
+        (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(unfinished / prompt.FILE))
     config.save(profile, unfinished / PROFILE)
-    (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (unfinished / CARD).write_text(model_card(profile, metrics), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
 
 def require_complete(folder: Path | str) -> Path:
-    """The folder, if it holds a trained checkpoint. Raises CheckpointError with what is missing."""
+    """The folder, if it holds a checkpoint: a profile, and what was trained. CheckpointError with what is missing."""
     folder = Path(folder)
-    missing = [name for name in (PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER) if not (folder / name).is_file()]
+    trained = not (folder / PROFILE).is_file() or config.load(folder / PROFILE).training.epochs
+    needed = [PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER] if trained else [PROFILE]
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
@@ -84,13 +88,15 @@ def require_complete(folder: Path | str) -> Path:
 
 
 def load_trained(folder: Path | str, profile: config.Profile | None = None) -> tuple[Blip3, config.Profile]:
-    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with, or `profile`.
+    """A trained checkpoint merged into its base, ready to decode, and the profile it was made with, or `profile`.
 
     Raises CheckpointError if the folder is incomplete or damaged or its tensors do not fit the profile's model, and
     ProfileError for its profile.
     """
     folder = require_complete(folder)
     profile = profile or config.load(folder / PROFILE)
+    if not profile.training.epochs:
+        return load_base(profile), profile
     resampler, pairs = (released.tensors(folder / name) for name in (RESAMPLER, ADAPTER))
     adapter = pairs, *released.adapter_settings(folder / ADAPTER_SETTINGS)
     return released.merged(load_base(profile), folder, resampler, *adapter), profile
@@ -108,7 +114,8 @@ def loaded(
     folders = tuple(map(local_folder, released.names(checkpoint)))
     changed = max((file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")), default=0)
     model, profile, tokenizer = _loaded(folders, changed, where, dtype)
-    model.origin = released.origin(checkpoint) if released.published(folders[0]) else ""
+    if released.published(folders[0]) or not profile.training.epochs:
+        model.origin = released.origin(checkpoint if profile.training.epochs else profile.model.weights)
     return model, profile, tokenizer
 
 
@@ -131,12 +138,13 @@ def _loaded(
     return model.to(place), profile, tokenizer
 
 
-def model_card(profile: config.Profile, metrics: dict) -> str:
+def model_card(profile: config.Profile, metrics: dict | None) -> str:
     """Model card of a checkpoint in the hub's format: model_card.md, with the metrics on val that `evaluate` gives."""
     training, base = profile.training, profile.model.weights
     published = base.count("/") == 1 and config.local_weights(base) is None
     demo = profile.data.source == "demo"
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    kind = "model_card_untrained.md" if metrics is None else "model_card.md"
+    template = Path(__file__).with_name(kind).read_text(encoding="utf-8")
     return template.format(
         profile=profile,
         base_line=f"base_model: {base}\n" if published else "",
@@ -144,7 +152,8 @@ def model_card(profile: config.Profile, metrics: dict) -> str:
         rows="the synthetic demo set of framseg" if demo else "QVHighlights or other rows in its format",
         names=" | ".join(METRICS.values()),
         rules=" | ".join("---" for _ in METRICS),
-        values=" | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
+        values="" if metrics is None else " | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
+        origin=released.origin(base),
     )
 
 

@@ -89,8 +89,7 @@ def fitting(profile: config.Profile, *places: Path) -> Tokenizer:
             return tokenizer
         except PromptError as error:
             reasons.append(str(error) if str(name) in str(error) else f"{name}: {error}")
-    text = "; ".join(reasons)
-    raise PromptError(text if len(reasons) == 1 else f"no tokenizer fits: {text}")
+    raise PromptError(f"no tokenizer fits: {'; '.join(reasons)}")
 
 
 def _local(name: str | Path) -> Path | None:

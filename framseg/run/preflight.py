@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from framseg import annotations, config, dataset, prompt
+from framseg import annotations, backbones, config, dataset, download, prompt
 from framseg.run import cost, resume
 from framseg.run.paths import Run
 
@@ -27,7 +27,8 @@ HUB_PATIENCE = 3.0  # seconds for the hub's answer
 def missing(profile: config.Profile, trains: bool = True, root: Path | None = None) -> list[str]:
     """A sentence on each thing that the profile needs and this machine lacks, and what to do; GPUs only if it `trains`.
 
-    root: the run's folder. At most a file's header is asked of the Hugging Face hub.
+    root: the run's folder. Of the Hugging Face hub, at most the list of a repository's files is asked. What is only
+    large or slow, weights to be fetched and decoding on a CPU, is printed.
     """
     out = (gpus(profile) if trains else []) + disks(profile, trains, Run(profile, root))
     if profile.data.source == "folder":
@@ -40,7 +41,13 @@ def missing(profile: config.Profile, trains: bool = True, root: Path | None = No
         if not (videos := dataset.videos(profile)).is_dir():
             out.append(f"videos: {videos} is not there; fetch {{vid}}.mp4 of every row with {command}")
     weights, tokenizers = profile.model.weights, profile.model.tokenizers
-    unreachable = to_fetch(weights) is None
+    size = to_fetch(weights)
+    unreachable = size is None
+    if size:
+        print(f"weights: {download.words(size)} of {weights} will be fetched")
+    if trains and not profile.training.epochs and backbones.device(profile.training.device).type == "cpu":
+        print(f"decoding on the CPU: an answer takes {cost.answer_seconds(profile):.0f} s or more")
+        print(*cost.short_of_memory(profile, backbones.device("cpu")), sep="", end="")
     if unreachable:
         out.append(
             f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub, from where its "
@@ -66,6 +73,8 @@ def gpus(profile: config.Profile) -> list[str]:
     if section.device == "cpu" or not (count or profile.model.dtype == "bfloat16"):
         return []
     has = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
+    if not section.epochs:
+        return _decodes(profile, has)
     needs = f"about {cost.gpu_bytes(profile) / GIB:.0f} GiB"
     if count < section.processes:
         what = f"the profile trains on {section.processes} of {needs}, this machine has {count}"
@@ -80,6 +89,18 @@ def gpus(profile: config.Profile) -> list[str]:
     if settings := _smaller(profile, count, has):
         ways.append(f"set {settings}")
     return [f"GPU: {what}: {', or '.join([*ways, 'set training.device=cpu, which is very slow'])}"]
+
+
+def _decodes(profile: config.Profile, has: float) -> list[str]:
+    """A sentence if a GPU of `has` bytes (0 without one) is too small for a profile that trains nothing."""
+    batch, query = profile.inference.batch, cost.query_bytes(profile)
+    rest = cost.fixed_bytes(profile)[0] + GIB  # the weights, and an estimate for what is not counted
+    if batch <= (fits := int((has - rest) // query)):
+        return []
+    what = f"decoding needs about {(rest + batch * query) / GIB:.0f} GiB, this machine's GPU has {has / GIB:.0f}"
+    ways = [f"set inference.batch={fits}"] if fits > 0 else []
+    slow = f"set training.device=cpu, where an answer takes {cost.answer_seconds(profile):.0f} s or more"
+    return [f"GPU: {what if has else f'{what} (there is none)'}: {', or '.join([*ways, slow])}"]
 
 
 def _smaller(profile: config.Profile, count: int, has: float) -> str:
@@ -140,7 +161,7 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
     if config.local_weights(name) is None and not Path(name).is_absolute():
         weights = to_fetch(name)
         yield "weights", Path(constants.HF_HUB_CACHE), base * size if weights is None else weights
-    if trains:
+    if trains and profile.training.epochs:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
         # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
         states = (resume.KEPT + 1) * (2 * size + 12)
@@ -154,7 +175,7 @@ def _cached(name: str, file: str) -> bool:
         return False
 
 
-def to_fetch(name: str) -> float | None:
+def to_fetch(name: str) -> int | None:
     """Bytes of `model.weights` that are still to be fetched from the hub; None if it has none or does not answer."""
     if config.local_weights(name):
         return 0
