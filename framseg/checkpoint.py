@@ -50,17 +50,19 @@ def save_trained(
     start: dict[str, Tensor],
     profile: config.Profile,
     tokenizer: Tokenizer,
-    metrics: dict | None,
+    metrics: dict,
 ) -> None:
     """Write a trained checkpoint; the base model stays where it is. A folder of that name is replaced as a whole.
 
-    start: what `Blip3.adapt` returned. metrics: of the last validation, as `evaluate` gives them. Without a model, and
-    with no metrics, the checkpoint of a profile that trains nothing (`training.epochs: 0`): its base is the model.
+    start: what `Blip3.adapt` returned. metrics: of the last validation, as `evaluate` gives them. Without a model the
+    checkpoint is that of a profile which trains nothing: its base is the model.
     """
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    card = f"# Profile `{profile.name}`\n\nNothing was trained here: {released.origin(profile.model.weights)}.\n"
     if model:
+        card = model_card(profile, metrics)
         lora, pairs = model.adapter(start)
         lora.save_pretrained(str(unfinished / "adapter"))
         save_file(pairs, unfinished / ADAPTER)
@@ -69,7 +71,7 @@ def save_trained(
         (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(unfinished / prompt.FILE))
     config.save(profile, unfinished / PROFILE)
-    (unfinished / CARD).write_text(model_card(profile, metrics), encoding="utf-8")
+    (unfinished / CARD).write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
@@ -138,13 +140,12 @@ def _loaded(
     return model.to(place), profile, tokenizer
 
 
-def model_card(profile: config.Profile, metrics: dict | None) -> str:
+def model_card(profile: config.Profile, metrics: dict) -> str:
     """Model card of a checkpoint in the hub's format: model_card.md, with the metrics on val that `evaluate` gives."""
     training, base = profile.training, profile.model.weights
     published = base.count("/") == 1 and config.local_weights(base) is None
     demo = profile.data.source == "demo"
-    kind = "model_card_untrained.md" if metrics is None else "model_card.md"
-    template = Path(__file__).with_name(kind).read_text(encoding="utf-8")
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
         profile=profile,
         base_line=f"base_model: {base}\n" if published else "",
@@ -152,8 +153,7 @@ def model_card(profile: config.Profile, metrics: dict | None) -> str:
         rows="the synthetic demo set of framseg" if demo else "QVHighlights or other rows in its format",
         names=" | ".join(METRICS.values()),
         rules=" | ".join("---" for _ in METRICS),
-        values="" if metrics is None else " | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
-        origin=released.origin(base),
+        values=" | ".join(f"{metrics['brief'][name]:.2f}" for name in METRICS),
     )
 
 

@@ -96,15 +96,15 @@ def launch(
 
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
-    the end. A finished run returns at once, and a profile of 0 epochs when the checkpoint that names its weights is
-    written. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
+    the end. A finished run returns at once, one without epochs when it has written what `load_trained` needs.
+    Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
     Raises TrainError with one sentence on what to do if training cannot start or fails, ResumeError if the run folder
     holds a training with other settings, BusyError if another process trains there.
     """
     if not profile.training.epochs:
         resume.changes(profile, run)
         load_base(profile)  # fetched if need be, and it fits
-        save_trained(run.checkpoint, None, {}, profile, prompt.fitting(profile), None)
+        save_trained(run.checkpoint, None, {}, profile, prompt.fitting(profile), {})
         config.save(profile, run.profile)
         print(f"nothing is trained (training.epochs: 0): {released.origin(profile.model.weights)}")
         return

@@ -196,13 +196,6 @@ def matrix_rate(
     return done * 2 * width**3 / (clock() - began)
 
 
-def answer_seconds(profile: config.Profile) -> float:
-    """How long an answer takes on the CPU, at least: its operations at the speed of matrix products, measured now."""
-    positions = profile.frames.count * profile.model.resampler.latents + TEXT
-    rate = matrix_rate("cpu", getattr(torch, profile.model.dtype), 1024, 0.5)
-    return operations(profile, positions).inference / rate
-
-
 def device_name(where: str = "auto") -> str:
     """The GPU's name, with how many there are; without one, or for "cpu", the processor's and how many of its cores."""
     if where != "cpu" and (count := torch.cuda.device_count()):

@@ -74,10 +74,8 @@ def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: 
     changed = differences(trained, profile, sections)
     changed.pop("training.may_change", None)
     if changed and not trained.training.epochs:
-        raise ResumeError(
-            f"chapter 03 in {run.root} was made with other settings ({'; '.join(changed.values())}): run it again, "
-            f"too, with --from 03, or give another --run-dir"
-        )
+        words = f"chapter 03 in {run.root} was made with other settings ({'; '.join(changed.values())})"
+        raise ResumeError(f"{words}: run it again, too, with --from 03, or give another --run-dir")
     may = PLACES.intersection(profile.training.may_change) if over else set(profile.training.may_change)
     if profile.training.epochs < trained.training.epochs:  # steps after them may be done already
         may -= {"training.epochs"}

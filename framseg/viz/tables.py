@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,11 +15,8 @@ from framseg.viz import paper_results
 
 METRICS = evaluate.METRICS | {"MR-full-mAP@0.5": "mAP@0.5", "MR-full-mAP@0.75": "mAP@0.75"}
 REPORTED = "reported, real QVHighlights"
-READINGS = {  # policies for windows and saliency
-    "the authors' submission": ("thresholds", "overlap"),
-    "the mask": ("mask", "overlap"),
-    "the better reading": (moments.BEST_WINDOWS, moments.BEST_SALIENCY),
-}
+# Policies for windows and saliency: the authors' submission, the runs of ones, the better ones.
+READINGS = ("thresholds", "overlap"), ("mask", "overlap"), (moments.BEST_WINDOWS, moments.BEST_SALIENCY)
 PARTS = {"vision_encoder": "vision encoder", "vision_tokenizer": "resampler", "lang_model": "language model"}
 # Keys by section of the profile: those of the published training, and those of what is around it.
 TABLE_II = {
@@ -84,13 +80,12 @@ def parameters(*profiles: config.Profile) -> pd.DataFrame:
         with init_empty_weights():
             model = blip3.Blip3(profile.model)
             base = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-            counts[profile.name, "base model"] = base
-            if not profile.training.epochs:
-                continue
             model.adapt(profile.adapter.model_copy(update={"init": False}), profile.seed)
-        counts[profile.name, "trained"] = {
+        trained = {
             name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()
         }
+        counts |= {(profile.name, "base model"): base}
+        counts |= {(profile.name, "trained"): trained} if profile.training.epochs else {}
     table = pd.DataFrame(counts).rename(index=PARTS)
     return pd.concat([table, table.sum().to_frame("all").T])
 
@@ -119,38 +114,23 @@ def scores(metrics: Mapping, columns: Sequence[str] = paper_results.TABLE_I_COLU
     return pd.DataFrame(metrics).T.reindex(columns=list(columns)).rename(columns=METRICS)
 
 
-def model_name(profile: config.Profile) -> str:
-    """What tables call a run's model: weights that were not trained here have their own name."""
-    return "this model" if profile.training.epochs else f"{Path(profile.model.weights).name}, not trained here"
-
-
-def readings(
-    profile: config.Profile, split: str, answers: Sequence[dict], rows: Sequence[annotations.LabelledRow]
-) -> pd.DataFrame:
+def readings(split: str, answers: Sequence[dict], rows: Sequence[annotations.LabelledRow]) -> pd.DataFrame:
     """A split's scores for each of the `READINGS` of the same masks and probabilities, under what the paper reports."""
-    lines = {
-        f"the paper ({REPORTED})": {
-            "val": paper_results.VAL["final predictions"],
-            "test": paper_results.TEST["the paper"],
-        }[split]
-    }
-    for name, (windows, saliency) in READINGS.items():
-        policies = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
-        again = [
-            answer_record(row, answer["mask"], np.array(answer["probability"]), policies)
-            for answer, row in zip(*matched(answers, rows), strict=True)
-        ]
-        lines[f"{name} ({windows}, {saliency})"] = evaluate.evaluate(again, rows)["brief"]
+    reported = {"val": paper_results.VAL["final predictions"], "test": paper_results.TEST["the paper"]}
+    lines, both = {f"the paper ({REPORTED})": reported[split]}, list(zip(*matched(answers, rows), strict=True))
+    for windows, saliency in READINGS:
+        way = config.load("paper", {"inference.windows": windows, "inference.saliency": saliency}).inference
+        again = [answer_record(row, old["mask"], np.array(old["probability"]), way) for old, row in both]
+        lines[f"windows {windows}, saliency {saliency}"] = evaluate.evaluate(again, rows)["brief"]
     return scores(lines)
 
 
 def table_i(profile: config.Profile, brief: Mapping[str, float]) -> pd.DataFrame:
     """Table I of the paper (test split) under this run's own row, whose scores are `brief`."""
     counts = parameters(profile)[profile.name].loc["all"]
-    size, trained, name = f"{counts['base model'] / 1e9:.2f} B", counts.get("trained"), model_name(profile)
-    own = profile.model.weights, size, trained, profile.frames.count, "frame segmentation"
-    known = {name: own, "the paper": paper_results.SYSTEM}
-    numbers = scores({name: brief} | paper_results.TEST)
+    own = profile.model.weights, f"{counts['base model'] / 1e9:.2f} B", counts.get("trained"), profile.frames.count
+    known = {"this model": (*own, "frame segmentation"), "the paper": paper_results.SYSTEM}
+    numbers = scores({"this model": brief} | paper_results.TEST)
     table = pd.DataFrame(known, paper_results.SYSTEM_COLUMNS, dtype=object).T.reindex(numbers.index).join(numbers)
     data = "synthetic demo set" if profile.data.source == "demo" else profile.data.folder.name
     return pd.concat({f"measured here, {data}": table[:1], REPORTED: table[1:]})
@@ -162,8 +142,8 @@ def by_epoch(log: Sequence[dict], name: str) -> pd.DataFrame:
     measured = scores({record["epoch"]: record["metrics"]["brief"] for record in log}, columns)
     measured["invalid, %"] = [100 * record["invalid"] for record in log]
     reported = scores(dict(enumerate(paper_results.BY_EPOCH, 1)), columns)
-    both = ({f"measured here, {name}": measured} if log else {}) | {REPORTED: reported}
-    return pd.concat(both, axis=1).rename_axis("epoch")
+    both = {f"measured here, {name}": measured} if log else {}
+    return pd.concat(both | {REPORTED: reported}, axis=1).rename_axis("epoch")
 
 
 def lengths(rows: Sequence[annotations.LabelledRow], metrics: Mapping) -> pd.DataFrame:
