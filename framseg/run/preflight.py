@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.file_download import repo_folder_name
 
 from framseg import annotations, config, dataset, download, prompt
 from framseg.run import cost, resume
@@ -174,9 +173,11 @@ def _cached(name: str, file: str) -> bool:
 
 def to_fetch(name: str) -> int | None:
     """Bytes of `model.weights` that are still to be fetched from the hub; None if it has none or does not answer."""
-    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    cache = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
     if config.local_weights(name) or any(cache.glob("snapshots/*/*.safetensors")):
         return 0
+    if name.count("/") != 1:
+        return None
     try:
         files = HfApi().model_info(name, timeout=HUB_PATIENCE, files_metadata=True).siblings or []
     except Exception:  # the HTTP library's errors share no base class with the hub's
