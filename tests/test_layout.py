@@ -31,7 +31,7 @@ evaluate
 backbones
 backbones.blip3
 dataset download run.cost
-run.released
+run.released run.precision
 checkpoint
 hub
 run.paths run.launcher

@@ -233,5 +233,5 @@ def adapter_settings(file: Path, plain: bool = True) -> tuple[list[str], float]:
         elif plain and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
             reasons.append("target_modules must be a list of names")
         elif not reasons:
-            return targets, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            return targets or [], alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")
