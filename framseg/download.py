@@ -21,10 +21,11 @@ import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -182,6 +183,26 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
     were not extracted: links, devices, other names, a name for the second time. Raises DownloadError.
     """
     names, ignored = {f"{vid}.mp4" for vid in vids}, []
+
+    def take(member: tarfile.TarInfo, source: IO[bytes] | None) -> None:
+        name = PurePosixPath(member.name).name
+        if source is None or name not in names:
+            ignored.extend([] if member.isdir() else [member.name])
+            return
+        names.remove(name)  # a second member of this name is left out
+        if _size(folder / name) != member.size:
+            with whole_file(folder / name) as unfinished, unfinished.open("wb") as file:
+                shutil.copyfileobj(source, file, CHUNK)
+
+    read(archive, folder, f"delete it and what came out of it in {folder}", take)
+    return ignored
+
+
+def read(archive: Path, folder: Path, advice: str, take: Callable[[tarfile.TarInfo, IO[bytes] | None], None]) -> None:
+    """Read a tar.gz in one pass: `take` gets each member with its content, None for what is no file.
+
+    Raises DownloadError for a damaged archive, with the advice, and if `folder`, where `take` writes, has no room.
+    """
     with archive.open("rb") as raw:
         try:
             with (
@@ -191,25 +212,14 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
             ):
                 for member in members:
                     bar.update(raw.tell() - bar.n)
-                    name = PurePosixPath(member.name).name
-                    source = members.extractfile(member) if member.isfile() else None
-                    if source is None or name not in names:
-                        ignored += [] if member.isdir() else [member.name]
-                        continue
-                    names.remove(name)  # a second member of this name is left out
-                    if _size(folder / name) != member.size:
-                        with whole_file(folder / name) as unfinished, unfinished.open("wb") as file:
-                            shutil.copyfileobj(source, file, CHUNK)
+                    take(member, members.extractfile(member) if member.isfile() else None)
+                    members.members.clear()  # type: ignore[attr-defined]  # it would remember a million of them
                 while stream.read(CHUNK):  # on to the end, where gzip keeps its checksum
                     pass
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DownloadError(
-                f"{archive}: is damaged ({error}); delete it and what came out of it in {folder}, and give the same "
-                f"command again"
-            ) from None
+            raise DownloadError(f"{archive}: is damaged ({error}); {advice}, and give the same command again") from None
         except OSError as error:
             raise _unwritable(folder, _size(archive) - raw.tell(), error) from None
-    return ignored
 
 
 def get_videos(folder: Path, vids: set[str]) -> None:
@@ -274,20 +284,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def words(size: int) -> str:
+def words(size: float) -> str:
     """A number of bytes as people read it."""
     return tqdm.format_sizeof(size, "B")
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep a second download, which would write into the same files, out of `folder`. Raises DownloadError."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".download.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DownloadError(f"{folder}: another download is at work here; wait for it or end it") from None
+            raise DownloadError(f"{folder}: another process is filling it; wait for it or end it") from None
         yield
 
 
@@ -315,7 +325,7 @@ def get(folder: Path, have: Path | None = None, with_videos: bool = True) -> Non
 
     Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
     """
-    with _locked(folder):
+    with locked(folder):
         if have:
             link(have, folder)
         vids = {row.vid for rows in get_annotations(folder, may_fetch=not have).values() for row in rows}
@@ -332,7 +342,7 @@ def get_reference(folder: Path) -> None:
 
     Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
     """
-    with _locked(folder):
+    with locked(folder):
         rows = get_annotations(folder / "qvhighlights")
         for split, name in (("val", "highlight_val_release.jsonl"), ("test", "highlight_test_with_gt.jsonl")):
             path = folder / "released" / f"hl_{split}_predictions.json"

@@ -235,6 +235,13 @@ def read_apart(
     return np.memmap(file, np.uint8, "r", shape=(answer["count"], image_size, image_size, 3)), answer["length"]
 
 
+def jpeg(picture: Image.Image, quality: int) -> bytes:
+    """An RGB picture as the frame store keeps it."""
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=quality, subsampling=0)
+    return content.getvalue()
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """Folder with one file per video: a zip of JPEG pictures (4:4:4) and a JSON member that says what made them.
@@ -269,7 +276,8 @@ class Store:
     def about(self, vid: str) -> dict:
         """What made the video's file: settings, numbers [f][2 * neighbours + 1], fps, reader, duration, length, offset.
 
-        The last three are seconds, as in `Video`; `duration` is the annotated one.
+        The last three are seconds, as in `Video`; `duration` is the annotated one. Published pictures, whose reader is
+        "published", have no numbers and fps.
         """
         with self._opened(vid) as (_, about):
             return about
@@ -293,11 +301,14 @@ class Store:
     def write(self, vid: str, frames: np.ndarray, about: dict) -> None:
         """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; the JSON holds `about`. Raises OSError."""
         with whole_file(self.path(vid)) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(ABOUT), json.dumps({"vid": vid, "settings": self._settings(), **about}))
-            for frame, variation in np.ndindex(frames.shape[:2]):
-                picture = io.BytesIO()
-                Image.fromarray(frames[frame, variation]).save(picture, "JPEG", quality=self.quality, subsampling=0)
-                archive.writestr(zipfile.ZipInfo(MEMBER.format(frame, variation)), picture.getvalue())
+            archive.writestr(zipfile.ZipInfo(ABOUT), self.described(vid, about))
+            for place in np.ndindex(frames.shape[:2]):
+                picture = jpeg(Image.fromarray(frames[place]), self.quality)
+                archive.writestr(zipfile.ZipInfo(MEMBER.format(*place)), picture)
+
+    def described(self, vid: str, about: dict) -> str:
+        """The content of the member ABOUT of the video's file."""
+        return json.dumps({"vid": vid, "settings": self._settings(), **about})
 
     def failures(self) -> dict[str, str]:
         """Videos whose extraction failed, with the reason."""
@@ -337,8 +348,8 @@ class Store:
 class Report:
     """Result of `extract`: videos stored now and earlier, those that failed with the reason, seconds taken.
 
-    readers: what read each stored video, "decord" or "PyAV". late: those whose picture starts more than 0.1 s after the
-    file does, and by how many seconds.
+    readers: what read each stored video, "decord", "PyAV" or "published". late: those whose picture starts more than
+    0.1 s after the file does, and by how many seconds.
     """
 
     done: int = 0
@@ -369,7 +380,7 @@ def extract(
     """
     begin = time.monotonic()
     folder = Path(folder)
-    stored = {vid: about for vid in videos if (about := _stored(store, vid))}
+    stored = {vid: about for vid in videos if (about := stored_already(store, vid))}
     waiting = {vid: duration for vid, duration in videos.items() if vid not in stored}
     report = Report(skipped=len(stored))
     failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
@@ -438,7 +449,7 @@ def _store_video(vid: str, duration: float, folder: Path, store: Store, duration
     return about
 
 
-def _stored(store: Store, vid: str) -> dict | None:
+def stored_already(store: Store, vid: str) -> dict | None:
     """What made the video's file; None for one that is missing, damaged or older than its clock, to be made anew.
 
     Raises StoreError for other settings.

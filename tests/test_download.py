@@ -356,7 +356,7 @@ def test_two_runs_in_one_folder_do_not_mix(site, data):
     first.start()
     while first.is_alive() and not (data / "videos.tar.gz.part").is_file():
         time.sleep(0.01)
-    with pytest.raises(DownloadError, match="another download is at work"):
+    with pytest.raises(DownloadError, match="another process is filling it"):
         download.get(data)
     site.pause = 0.0
     first.join()
@@ -620,6 +620,6 @@ def test_two_references_in_one_folder_do_not_mix(site, reference):
     reference.mkdir()
     with (reference / ".download.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="^error: .*another download is at work here"):
+        with pytest.raises(SystemExit, match="^error: .*another process is filling it"):
             download.main(["--reference", str(reference)])
     assert site.asked == []

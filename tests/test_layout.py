@@ -37,6 +37,7 @@ hub
 run.paths run.launcher
 run.resume
 run.preflight
+run.archive
 decode
 train predictor
 codalab viz.paper_results viz.player

@@ -113,7 +113,8 @@ def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
             listed = ", ".join(f"{what} about {size / GIB:.1f}" for what, _, size in writes)
             out.append(
                 f"disk: {writes[0][1]} has {free / GIB:.1f} GiB free, {needs / GIB:.1f} are needed ({listed}): make "
-                f"room, or choose another disk by data.folder (frames, features), HF_HOME (weights), --run-dir (states)"
+                f"room, or choose another disk by data.folder (frames, features), HF_HOME (weights, archive), "
+                f"--run-dir (states)"
             )
     return out
 
@@ -121,15 +122,19 @@ def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
 def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[str, Path, float]]:
     """What a run still has to write: in words, its folder, and its bytes, about."""
     store, vision, size = dataset.store(profile), profile.model.vision, getattr(torch, profile.model.dtype).itemsize
-    files = [dataset.annotation_file(profile, split) for split in ("train", "val", "test")]
+    files = [dataset.annotation_file(profile, split) for split in profile.data.splits]
     if all(file.is_file() for file in files):  # else that is what is missing
         vids = [{row.vid for row in annotations.read(file)} for file in files]
-        pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
+        pictures = profile.frames.count * (2 * store.neighbours + 1)
         waiting = sum(vid not in store for vid in set().union(*vids))
         yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
             yield "features", store.folder, len(vids[0]) * pictures * values * size
+    if profile.data.source == "frames":
+        from framseg.run import archive  # which needs this module
+
+        yield "archive", Path(constants.HF_HUB_CACHE), archive.to_fetch(profile)
     base, trained = cost.parameters(profile)
     name = profile.model.weights
     if config.local_weights(name) is None and not Path(name).is_absolute() and not _cached(name, WEIGHTS):
