@@ -123,7 +123,7 @@ def _load(
         model, tokenizer = load_trained(folders[0], profile)[0], prompt.load(folders[0])
         prompt.check(tokenizer, profile.model, profile.frames.count)  # it may be somebody else's checkpoint
     else:
-        pair, tokenizer = released.pair(folders), released.tokenizer(folders, profile)
+        pair, tokenizer = released.pair(folders), prompt.fitting(profile, *folders)
         model = released.merged(load_base(profile), *pair) if pair else Blip3.load_published(profile.model, folders[0])
     if int8:
         precision.make_int8(model.lang_model.model.layers)

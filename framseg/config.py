@@ -137,13 +137,18 @@ class Model(Section):
 
     weights: str  # folder of safetensors (looked up by `local_path`), or a Hugging Face repository's name
     # tokenizer.json or the folder that holds it (`local_path`), or a repository's name; of several the first that fits
-    tokenizer: str | tuple[str, ...]
+    tokenizer: str | Annotated[tuple[str, ...], Field(min_length=1)]
     dtype: Literal["bfloat16", "float32"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     vision: Vision
     resampler: Resampler
     language: Language
     tokens: Tokens
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Where a tokenizer is looked for, in this order."""
+        return (self.tokenizer,) if isinstance(self.tokenizer, str) else self.tokenizer
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

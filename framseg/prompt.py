@@ -75,6 +75,24 @@ def load(name: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def fitting(profile: config.Profile, *places: Path) -> Tokenizer:
+    """The first tokenizer that fits the profile (see `check`): of `places`, then of those that `model.tokenizer` names.
+
+    Raises PromptError with why each of them does not.
+    """
+    names: list[Path | str] = [*places, *profile.model.tokenizers]
+    reasons = []
+    for name in names:
+        try:
+            tokenizer = load(name)
+            check(tokenizer, profile.model, profile.frames.count)
+            return tokenizer
+        except PromptError as error:
+            reasons.append(str(error) if str(name) in str(error) else f"{name}: {error}")
+    text = "; ".join(reasons)
+    raise PromptError(text if len(reasons) == 1 else f"no tokenizer fits: {text}")
+
+
 def _local(name: str | Path) -> Path | None:
     if path := config.local_path(name):
         file = path / FILE if path.is_dir() else path

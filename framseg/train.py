@@ -245,8 +245,7 @@ class Trainer:
     def load(self) -> None:
         """Read tokenizer, rows and base model, seed the random generators, and cache the encoder's output if asked."""
         profile = self.profile
-        self.tokenizer = prompt.load(profile.model.tokenizer)
-        prompt.check(self.tokenizer, profile.model, profile.frames.count)  # refuses a tokenizer that cannot work
+        self.tokenizer = prompt.fitting(profile)
         rows, _ = readable(profile)
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
         self.epoch_size = dataset.samples_per_epoch(profile, len(rows))

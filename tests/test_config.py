@@ -115,7 +115,7 @@ def test_a_profile_changes_the_one_it_extends(tmp_path):
     [
         ({"training.epoch": 3}, "training.epoch: no such key, the nearest is 'epochs'"),
         ({"trainin.epochs": 3}, "trainin: no such key, the nearest is 'training'"),
-        ({"training.epochs": 0}, "training.epochs: .*greater than or equal to 1"),
+        ({"training.epochs": -1}, "training.epochs: .*greater than or equal to 0"),
         ({"training.epochs": "many"}, "training.epochs: .*valid integer"),
         ({"training.epochs": "[1"}, "training.epochs: not plain YAML"),
         ({"training": 3}, "training: "),
@@ -169,7 +169,7 @@ def test_a_wrong_value_is_named(overrides, message):
 
 def test_every_wrong_value_is_listed_at_once():
     with pytest.raises(config.ProfileError) as caught:
-        config.load("paper", {"training.epochs": 0, "frames.count": 0, "losses.eps": -1})
+        config.load("paper", {"training.epochs": -1, "frames.count": 0, "losses.eps": -1})
     assert len(str(caught.value).splitlines()) == 3
 
 

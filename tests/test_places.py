@@ -103,7 +103,7 @@ def test_without_a_network_what_would_be_fetched_is_named_within_ten_seconds(sma
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
-        command = [sys.executable, "-c", code, json.dumps({key: str(value) for key, value in names.items()})]
+        command = [sys.executable, "-c", code, json.dumps(names, default=str)]
         done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     weights, tokenizer, seconds = done.stdout.splitlines()

@@ -252,3 +252,20 @@ def test_load_without_a_network_fails_soon_and_clearly(monkeypatch, tmp_path):
     with pytest.raises(prompt.PromptError, match="set model.tokenizer to the path"):
         prompt.load("nobody/nothing")
     assert time.monotonic() - start < 10
+
+
+def test_of_several_tokenizers_the_first_that_fits_is_taken(tmp_path):
+    tokenizer, _ = letters()
+    saved(tokenizer, tmp_path)
+    demo = config.load("demo").model.tokenizer
+    names = [str(tmp_path / "absent" / "tokenizer.json"), str(tmp_path), demo]
+    profile = config.load("demo", {"model.tokenizer": names})
+    assert (
+        prompt.fitting(profile).to_str() == prompt.fitting(config.load("demo")).to_str() == prompt.load(demo).to_str()
+    )
+    for few, words in ((names[:2], f"no tokenizer fits: {names[0]}: no such .*; {names[1]}: the tokenizer gives"),
+                       (names[1], f"^{names[1]}: the tokenizer gives")):  # fmt: skip
+        with pytest.raises(prompt.PromptError, match=words):
+            prompt.fitting(config.load("demo", {"model.tokenizer": few}))
+    with pytest.raises(config.ProfileError, match="model.tokenizer"):
+        config.load("demo", {"model.tokenizer": "[]"})

@@ -24,7 +24,7 @@ from framseg import FramsegError, backbones, checkpoint, config, download, promp
 from framseg.backbones import CheckpointError, blip3
 from framseg.run import cost, released
 
-BASE, PHI = released.TOKENIZERS
+BASE, PHI = config.load("paper").model.tokenizer
 ASK = """
 import sys
 from framseg import predictor
@@ -55,15 +55,16 @@ def setup(tmp_path):
 
 @pytest.fixture
 def local(setup, tmp_path, monkeypatch):
-    """In this process, published weights are of the tiny model, and no tokenizer is asked for at the hub."""
+    """In this process, published weights are of the tiny model."""
     monkeypatch.setattr(released, "PROFILE", tmp_path / "profile.yaml")
-    monkeypatch.setattr(released, "TOKENIZERS", ("framseg/demo/base",))
     return setup
 
 
 @pytest.fixture
 def hub(server, setup, tmp_path):
     """The server with the paper's model on it, in shards without an index, and a tokenizer in the second place."""
+    section = setup.profile.model.model_copy(update={"tokenizer": (BASE, PHI)})
+    config.save(setup.profile.model_copy(update={"model": section}), tmp_path / "profile.yaml")
     whole = load_file(tmp_path / "merged/model.safetensors")
     names = sorted(whole)
     (tmp_path / "shards").mkdir()
@@ -337,10 +338,10 @@ def test_names_of_the_papers_weights_are_known():
 
 def test_a_tokenizer_that_does_not_fit_is_passed_over(local, shared, monkeypatch, tmp_path):
     shutil.copy(shared / "tokenizer/qwen3/tokenizer.json", tmp_path / "merged")
-    assert released.tokenizer([tmp_path / "merged"], local.profile).to_str() == local.tokenizer.to_str()
-    monkeypatch.setattr(released, "TOKENIZERS", (str(tmp_path / "shards"),))
-    with pytest.raises(prompt.PromptError, match="no tokenizer fits: .*id.*; .*shards"):
-        released.tokenizer([tmp_path / "merged"], local.profile)
+    assert prompt.fitting(local.profile, tmp_path / "merged").to_str() == local.tokenizer.to_str()
+    section = local.profile.model.model_copy(update={"tokenizer": str(tmp_path / "shards")})
+    with pytest.raises(prompt.PromptError, match=f"no tokenizer fits: {tmp_path}/merged: .*id.*; .*shards"):
+        prompt.fitting(local.profile.model_copy(update={"model": section}), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "auto"])

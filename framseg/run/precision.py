@@ -44,7 +44,7 @@ def memory(profile: config.Profile, place: torch.device, int8: bool = False) -> 
 
 
 def told(name: str, profile: config.Profile, place: torch.device, int8: bool = False) -> str:
-    """A line on what is loaded, where and in which format; for a model below 1 GB only if there is too little memory."""
+    """A line on what is loaded, where and in which format; of less than 1 GB only if there is too little memory."""
     needed = memory(profile, place, int8)
     free = dict.fromkeys(needed, psutil.virtual_memory().available)
     if place.type == "cuda":

@@ -5,11 +5,14 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from framseg import annotations, config, dataset, prompt
 from framseg.run import cost, resume
@@ -17,7 +20,7 @@ from framseg.run.paths import Run
 
 GIB = 2**30
 PICTURE = 0.41  # bytes per pixel in the frame store at quality 95 (tests/benchmarks/frame_store.py)
-WEIGHTS = "model.safetensors.index.json"  # of a published model
+WEIGHTS = "*.safetensors"
 HUB_PATIENCE = 3.0  # seconds for the hub's answer
 
 
@@ -36,18 +39,20 @@ def missing(profile: config.Profile, trains: bool = True, root: Path | None = No
                 )
         if not (videos := dataset.videos(profile)).is_dir():
             out.append(f"videos: {videos} is not there; fetch {{vid}}.mp4 of every row with {command}")
-    weights, tokenizer = profile.model.weights, profile.model.tokenizer
-    unreachable = config.local_weights(weights) is None and not _on_hub(weights, WEIGHTS)
+    weights, tokenizers = profile.model.weights, profile.model.tokenizers
+    unreachable = to_fetch(weights) is None
     if unreachable:
         out.append(
             f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub, from where its "
             f"safetensors would be fetched, cannot be reached; set model.weights to a folder with them"
         )
-    if unreachable and tokenizer == weights and not _cached(tokenizer, prompt.FILE):  # no second wait for an answer
-        out.append(f"tokenizer: would be fetched from there, too; set model.tokenizer to the path of its {prompt.FILE}")
+    here = any(config.local_path(name) or _cached(name, prompt.FILE) for name in tokenizers)
+    if unreachable and weights in tokenizers and not here:  # no second wait for an answer
+        where = f"would be fetched from there, too ({', '.join(tokenizers)})"
+        out.append(f"tokenizer: {where}; set model.tokenizer to the path of its {prompt.FILE}")
     else:
         try:
-            prompt.check(prompt.load(tokenizer), profile.model, profile.frames.count)
+            prompt.fitting(profile)
         except prompt.PromptError as error:
             out.append(f"tokenizer: {error}")
     if profile.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -137,8 +142,9 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         yield "archive", Path(constants.HF_HUB_CACHE), archive.to_fetch(profile)
     base, trained = cost.parameters(profile)
     name = profile.model.weights
-    if config.local_weights(name) is None and not Path(name).is_absolute() and not _cached(name, WEIGHTS):
-        yield "weights", Path(constants.HF_HUB_CACHE), base * size
+    if config.local_weights(name) is None and not Path(name).is_absolute():
+        weights = to_fetch(name)
+        yield "weights", Path(constants.HF_HUB_CACHE), base * size if weights is None else weights
     if trains:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
         # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
@@ -153,10 +159,17 @@ def _cached(name: str, file: str) -> bool:
         return False
 
 
-def _on_hub(name: str, file: str) -> bool:
-    if name.count("/") != 1:
-        return False
+def to_fetch(name: str) -> float | None:
+    """Bytes of `model.weights` that are still to be fetched from the hub; None if it has none or does not answer."""
+    if config.local_weights(name):
+        return 0
     try:
-        return _cached(name, file) or bool(get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_PATIENCE))
+        with suppress(LocalEntryNotFoundError):
+            if any(Path(snapshot_download(name, local_files_only=True)).glob(WEIGHTS)):
+                return 0
+        files = HfApi().model_info(name, timeout=HUB_PATIENCE, files_metadata=True).siblings or []
     except Exception:  # the HTTP library's errors share no base class with the hub's
-        return False
+        return None
+    weights = [file.size or 0 for file in files if fnmatch(file.rfilename, WEIGHTS)]
+    parts = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs").glob("*.part")
+    return sum(weights) - sum(part.stat().st_size for part in parts) if weights else None

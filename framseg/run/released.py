@@ -15,10 +15,9 @@ from huggingface_hub.file_download import DryRunFileInfo, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from framseg import FramsegError, config, download, prompt
+from framseg import FramsegError, config, download
 from framseg.backbones import CheckpointError
 from framseg.backbones.blip3 import Blip3
 from framseg.download import words
@@ -28,7 +27,6 @@ NAME = "paper"  # as a checkpoint's name: the paper's model
 PROFILE = "paper"  # the profile whose model and frames are those of all published weights
 MERGED = "jwnt4/xgenmm-mr-v1-merged"
 PAIR = {"jwnt4/xgenmm-mr-v1-vision_tokenizer", "jwnt4/xgenmm-mr-v1-lang_model-pissa-r16a16-rslora"}
-TOKENIZERS = ("Salesforce/xgen-mm-phi3-mini-instruct-interleave-r-v1.5", "microsoft/Phi-3-mini-4k-instruct")
 ORIGIN = "the model is the paper's model, trained on QVHighlights, real videos"
 RESAMPLER, START = "vision_tokenizer.safetensors", "pissa_init"  # of the authors' pair
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
@@ -189,20 +187,6 @@ def merged(model: Blip3, folder: Path, resampler: Tensors, pairs: Tensors, targe
     if pairs:
         raise CheckpointError(f"{folder}: {min(pairs)} belongs to none of the adapter's layers")
     return model.eval()
-
-
-def tokenizer(folders: Sequence[Path], profile: config.Profile) -> Tokenizer:
-    """The first tokenizer that fits the profile, of these folders and of the public places. Raises PromptError."""
-    reasons = []
-    places: list[Path | str] = [*folders, *TOKENIZERS]
-    for place in places:
-        try:
-            candidate = prompt.load(place)
-            prompt.check(candidate, profile.model, profile.frames.count)
-            return candidate
-        except prompt.PromptError as error:
-            reasons.append(str(error))
-    raise prompt.PromptError(f"no tokenizer fits: {'; '.join(reasons)}")
 
 
 def tensors(file: Path) -> Tensors:

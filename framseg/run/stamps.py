@@ -43,8 +43,8 @@ class Chapter:
         """Hashes of everything that this chapter is made from, by what the user calls it."""
         cells = [[cell.cell_type, cell.source] for cell in nbformat.read(self.notebook, as_version=4).cells]
         code = [path for path in sorted(CODE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-        weights, tokenizer = self.profile.model.weights, self.profile.model.tokenizer
-        model = [_listing(config.local_path(name)) for name in (weights, tokenizer)]
+        section = self.profile.model
+        model = [_listing(config.local_path(name)) for name in (section.weights, *section.tokenizers)]
         earlier = [path for path in sorted(self.run.notebooks.glob("*.json")) if path.name < self.stamp.name]
         return {
             "the notebook": _hash(cells),
