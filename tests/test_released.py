@@ -240,6 +240,7 @@ def test_python_asks_for_the_papers_model_and_a_damaged_file_is_fetched_again(hu
 
 
 def test_an_index_says_which_files_belong_to_the_weights(hub, local, tmp_path):
+    config.save(local.profile, tmp_path / "profile.yaml")  # with the tokenizer that is here
     names = {name: list(load_file(tmp_path / "shards" / name)) for name in sorted(os.listdir(tmp_path / "shards"))}
     files = {key: name for name, keys in names.items() for key in keys}
     index = tmp_path / "shards/model.safetensors.index.json"
@@ -381,6 +382,7 @@ def test_the_pair_is_fetched_by_its_names(hub, local, trained_pair, tmp_path):
     done = ask(hub, tmp_path, *arguments, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout)
+    config.save(local.profile, tmp_path / "profile.yaml")  # with the tokenizer that is here
     answer = framseg.predict(local.video, "dog", checkpoint=(tmp_path / "resampler", tmp_path / "adapter"))
     assert record["notes"] == [released.ORIGIN] and record["mask"] == answer.mask
     np.testing.assert_allclose(record["probability"], answer.probability, atol=1e-4)
