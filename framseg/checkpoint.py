@@ -1,4 +1,4 @@
-"""A trained model on disk and on the Hugging Face hub: the folder that training writes, its base, its model card."""
+"""A model on disk and on the Hugging Face hub: the folder that chapter 03 writes, its base, its model card."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def load_base(profile: config.Profile) -> Blip3:
 
 def save_trained(
     folder: Path,
-    model: Blip3,
+    model: Blip3 | None,
     start: dict[str, Tensor],
     profile: config.Profile,
     tokenizer: Tokenizer,
@@ -47,28 +47,34 @@ def save_trained(
 ) -> None:
     """Write a trained checkpoint; the base model stays where it is. A folder of that name is replaced as a whole.
 
-    start: what `Blip3.adapt` returned. metrics: of the last validation, as `evaluate` gives them.
+    start: what `Blip3.adapt` returned. metrics: of the last validation, as `evaluate` gives them. Without a model the
+    checkpoint is that of a profile which trains nothing: its base is the model.
     """
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    lora, pairs = model.adapter(start)
-    lora.save_pretrained(str(unfinished / "adapter"))
-    save_file(pairs, unfinished / ADAPTER)
-    resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
-    save_file(resampler, unfinished / RESAMPLER)
+    card = f"# Profile `{profile.name}`\n\nNothing was trained here: {released.origin(profile.model.weights)}.\n"
+    if model:
+        card = model_card(profile, metrics)
+        lora, pairs = model.adapter(start)
+        lora.save_pretrained(str(unfinished / "adapter"))
+        save_file(pairs, unfinished / ADAPTER)
+        resampler = {name: value.contiguous().cpu() for name, value in model.vision_tokenizer.state_dict().items()}
+        save_file(resampler, unfinished / RESAMPLER)
+        (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(unfinished / prompt.FILE))
     config.save(profile, unfinished / PROFILE)
-    (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (unfinished / CARD).write_text(model_card(profile, metrics), encoding="utf-8")
+    (unfinished / CARD).write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
 
 def require_complete(folder: Path | str) -> Path:
-    """The folder, if it holds a trained checkpoint. Raises CheckpointError with what is missing."""
+    """The folder, if it holds a checkpoint: a profile, and what was trained. CheckpointError with what is missing."""
     folder = Path(folder)
-    missing = [name for name in (PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER) if not (folder / name).is_file()]
+    trained = not (folder / PROFILE).is_file() or config.load(folder / PROFILE).training.epochs
+    needed = [PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER] if trained else [PROFILE]
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
@@ -77,13 +83,15 @@ def require_complete(folder: Path | str) -> Path:
 
 
 def load_trained(folder: Path | str, profile: config.Profile | None = None) -> tuple[Blip3, config.Profile]:
-    """A trained checkpoint merged into its base, ready to decode, and the profile it was trained with, or `profile`.
+    """A trained checkpoint merged into its base, ready to decode, and the profile it was made with, or `profile`.
 
     Raises CheckpointError if the folder is incomplete or damaged or its tensors do not fit the profile's model, and
     ProfileError for its profile.
     """
     folder = require_complete(folder)
     profile = profile or config.load(folder / PROFILE)
+    if not profile.training.epochs:
+        return load_base(profile), profile
     resampler, pairs = (released.tensors(folder / name) for name in (RESAMPLER, ADAPTER))
     adapter = pairs, *released.adapter_settings(folder / ADAPTER_SETTINGS)
     return released.merged(load_base(profile), folder, resampler, *adapter), profile
@@ -107,7 +115,8 @@ def loaded(
         _last.clear()  # at once: memory may not hold two of them
         _last[key] = _load(", ".join(map(str, given)), folders, place, dtype)
     model, profile, tokenizer = _last[key]
-    model.origin = released.origin(checkpoint) if released.published(folders[0]) else ""
+    if released.published(folders[0]) or not profile.training.epochs:
+        model.origin = released.origin(checkpoint if profile.training.epochs else profile.model.weights)
     return model, profile, tokenizer
 
 

@@ -22,7 +22,10 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
     refuses or cannot be reached.
     """
     folder = require_complete(folder)
-    base = config.load(folder / PROFILE).model.weights
+    profile = config.load(folder / PROFILE)
+    base = profile.model.weights
+    if not profile.training.epochs:
+        raise CheckpointError(f"{folder}: nothing was trained, so there is nothing to share but the name {base} itself")
     if Path(base).is_absolute():
         raise CheckpointError(
             f"{folder}: its base model is a folder of this machine ({base}); write the name of a repository that holds "

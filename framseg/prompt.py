@@ -75,22 +75,17 @@ def load(name: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def fitting(profile: config.Profile, *places: Path) -> Tokenizer:
-    """The first tokenizer that fits the profile (see `check`): of `places`, then of those that `model.tokenizer` names.
-
-    Raises PromptError with why each of them does not.
-    """
-    names: list[Path | str] = [*places, *profile.model.tokenizers]
+def fitting(profile: config.Profile, *places: str | Path) -> Tokenizer:
+    """The first of `places` and `model.tokenizer` that fits (see `check`). PromptError with why each does not."""
     reasons = []
-    for name in names:
+    for name in places + profile.model.tokenizers:
         try:
             tokenizer = load(name)
             check(tokenizer, profile.model, profile.frames.count)
             return tokenizer
         except PromptError as error:
             reasons.append(str(error) if str(name) in str(error) else f"{name}: {error}")
-    text = "; ".join(reasons)
-    raise PromptError(text if len(reasons) == 1 else f"no tokenizer fits: {text}")
+    raise PromptError(f"no tokenizer fits: {'; '.join(reasons)}")
 
 
 def _local(name: str | Path) -> Path | None:

@@ -27,7 +27,7 @@ from framseg.backbones import device
 from framseg.checkpoint import load_base, save_trained
 from framseg.jsonl import is_number, parse_object, shortlist, write_lines
 from framseg.predictions import write_predictions
-from framseg.run import launcher, preflight, resume
+from framseg.run import launcher, preflight, released, resume
 from framseg.run.paths import Run, hold
 
 REDRAW = 3.0  # seconds between two calls of `on_progress`
@@ -96,10 +96,18 @@ def launch(
 
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
-    the end. A finished run returns at once. Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
+    the end. A finished run returns at once, one without epochs when it has written what `load_trained` needs.
+    Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
     Raises TrainError with one sentence on what to do if training cannot start or fails, ResumeError if the run folder
     holds a training with other settings, BusyError if another process trains there.
     """
+    if not profile.training.epochs:
+        resume.changes(profile, run)
+        load_base(profile)  # fetched if need be, and it fits
+        save_trained(run.checkpoint, None, {}, profile, prompt.fitting(profile), {})
+        config.save(profile, run.profile)
+        print(f"nothing is trained (training.epochs: 0): {released.origin(profile.model.weights)}")
+        return
     rows, lacking = readable(profile)
     if lacking:
         print(f"training without {lacking}")

@@ -98,6 +98,16 @@ def trained(small_set, tmp_path_factory):
     return profile, run
 
 
+@pytest.fixture(scope="session")
+def merged(trained, tmp_path_factory) -> Path:
+    """The weights of the training above as others would publish them: in the layout of the base model."""
+    from framseg.checkpoint import load_trained
+
+    folder = tmp_path_factory.mktemp("published") / "weights"
+    load_trained(trained[1].checkpoint)[0].save_published(folder)
+    return folder
+
+
 def start(folder: Path, *options: str, **settings) -> subprocess.CompletedProcess:
     """Run the notebooks for the profile demo as run_all.sh does; a failure is in the result's exit code."""
     from framseg import config
@@ -116,5 +126,15 @@ def chain(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks") / "a run"
     small_set = request.getfixturevalue("small_set")
     done = start(folder, **SHORT, **{"data.folder": small_set})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Run("demo", folder)
+
+
+@pytest.fixture(scope="session")
+def untrained(request, tmp_path_factory):
+    """The same of a profile that trains nothing: its model are the weights of `merged`."""
+    folder = tmp_path_factory.mktemp("untrained") / "a run"
+    data, merged = (request.getfixturevalue(name) for name in ("small_set", "merged"))
+    done = start(folder, **SHORT | {"data.folder": data, "training.epochs": 0, "model.weights": merged})
     assert done.returncode == 0, done.stderr[-4000:]
     return Run("demo", folder)

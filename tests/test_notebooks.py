@@ -448,3 +448,16 @@ def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path,
     cell = next(cell for cell in nbformat.read(NOTEBOOKS[3], as_version=4).cells if cell.id == "ranked")
     exec(cell.source, {"config": SimpleNamespace(REPOSITORY=tmp_path)})
     assert "ranked_policy.json is missing" in capsys.readouterr().out
+
+
+# a model that is not trained here
+
+
+def test_chapters_of_a_model_that_was_not_trained_here(untrained, trained, merged, small_set):
+    own = "weights, not trained here"
+    launch = output(untrained, 3, "launch")
+    assert f"the model is {merged}: what it was trained on is not known" in launch
+    assert (
+        sum(output(untrained, 3, cell).count("Nothing is trained") for cell in ("weights", "curves", "validation")) == 3
+    )
+    assert not list(untrained.root.rglob("*.safetensors")) and not untrained.train.exists()

@@ -5,31 +5,29 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
-from framseg import annotations, config, dataset, prompt
+from framseg import annotations, config, dataset, download, prompt
 from framseg.run import cost, resume
 from framseg.run.paths import Run
 
 GIB = 2**30
 PICTURE = 0.41  # bytes per pixel in the frame store at quality 95 (tests/benchmarks/frame_store.py)
-WEIGHTS = "*.safetensors"
 HUB_PATIENCE = 3.0  # seconds for the hub's answer
 
 
 def missing(profile: config.Profile, trains: bool = True, root: Path | None = None) -> list[str]:
     """A sentence on each thing that the profile needs and this machine lacks, and what to do; GPUs only if it `trains`.
 
-    root: the run's folder. At most a file's header is asked of the Hugging Face hub.
+    root: the run's folder. At most a list of files is asked of the Hugging Face hub; weights to be fetched are told.
     """
-    out = (gpus(profile) if trains else []) + disks(profile, trains, Run(profile, root))
+    gpu = gpus if profile.training.epochs else decodes
+    out = (gpu(profile) if trains else []) + disks(profile, trains, Run(profile, root))
     if profile.data.source == "folder":
         command = f"python -m framseg.download {config.data_folder(profile)}"
         for split in ("train", "val", "test", "test_labels"):
@@ -40,16 +38,17 @@ def missing(profile: config.Profile, trains: bool = True, root: Path | None = No
         if not (videos := dataset.videos(profile)).is_dir():
             out.append(f"videos: {videos} is not there; fetch {{vid}}.mp4 of every row with {command}")
     weights, tokenizers = profile.model.weights, profile.model.tokenizers
-    unreachable = to_fetch(weights) is None
-    if unreachable:
+    if size := to_fetch(weights):
+        print(f"weights: {download.words(size)} of {weights} will be fetched")
+    if size is None:
         out.append(
             f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub, from where its "
             f"safetensors would be fetched, cannot be reached; set model.weights to a folder with them"
         )
     here = any(config.local_path(name) or _cached(name, prompt.FILE) for name in tokenizers)
-    if unreachable and weights in tokenizers and not here:  # no second wait for an answer
-        where = f"would be fetched from there, too ({', '.join(tokenizers)})"
-        out.append(f"tokenizer: {where}; set model.tokenizer to the path of its {prompt.FILE}")
+    if size is None and not here:  # no second wait for an answer
+        names = " or ".join(tokenizers)
+        out.append(f"tokenizer: would be fetched from there, too ({names}); set model.tokenizer to a {prompt.FILE}")
     else:
         try:
             prompt.fitting(profile)
@@ -80,6 +79,26 @@ def gpus(profile: config.Profile) -> list[str]:
     if settings := _smaller(profile, count, has):
         ways.append(f"set {settings}")
     return [f"GPU: {what}: {', or '.join([*ways, 'set training.device=cpu, which is very slow'])}"]
+
+
+def decodes(profile: config.Profile) -> list[str]:
+    """A sentence if no GPU here can decode for a profile that trains nothing; prints how slow a CPU is that is to."""
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    has, batch, query = min(sizes, default=0), profile.inference.batch, cost.query_bytes(profile)
+    rest = cost.fixed_bytes(profile)[0] + GIB  # the weights, and an estimate for what is not counted
+    fits = int((has - rest) // query)
+    on_cpu = profile.training.device == "cpu" or not (sizes or profile.model.dtype == "bfloat16")
+    if batch <= fits and not on_cpu:
+        return []
+    work = cost.operations(profile, profile.frames.count * profile.model.resampler.latents + cost.TEXT).inference
+    seconds = work / cost.matrix_rate("cpu", getattr(torch, profile.model.dtype), width=1024, seconds=0.5)
+    slow = f"where an answer takes {seconds:.2g} s or more"
+    if on_cpu:
+        print(f"decoding on the CPU, {slow}")
+        return []
+    ways = [*([f"set inference.batch={fits}"] if fits > 0 else []), f"set training.device=cpu, {slow}"]
+    needs = f"about {(rest + batch * query) / GIB:.0f} GiB"
+    return [f"GPU: decoding needs {needs}, this machine has {has / GIB:.0f}: {', or '.join(ways)}"]
 
 
 def _smaller(profile: config.Profile, count: int, has: float) -> str:
@@ -142,10 +161,9 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         yield "archive", Path(constants.HF_HUB_CACHE), archive.to_fetch(profile)
     base, trained = cost.parameters(profile)
     name = profile.model.weights
-    if config.local_weights(name) is None and not Path(name).is_absolute():
-        weights = to_fetch(name)
-        yield "weights", Path(constants.HF_HUB_CACHE), base * size if weights is None else weights
-    if trains:
+    if not Path(name).is_absolute() and (weights := to_fetch(name)) != 0:
+        yield "weights", Path(constants.HF_HUB_CACHE), weights or base * size
+    if trains and profile.training.epochs:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
         # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
         states = (resume.KEPT + 1) * (2 * size + 12)
@@ -159,17 +177,14 @@ def _cached(name: str, file: str) -> bool:
         return False
 
 
-def to_fetch(name: str) -> float | None:
+def to_fetch(name: str) -> int | None:
     """Bytes of `model.weights` that are still to be fetched from the hub; None if it has none or does not answer."""
-    if config.local_weights(name):
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    if config.local_weights(name) or any(cache.glob("snapshots/*/*.safetensors")):
         return 0
     try:
-        with suppress(LocalEntryNotFoundError):
-            if any(Path(snapshot_download(name, local_files_only=True)).glob(WEIGHTS)):
-                return 0
         files = HfApi().model_info(name, timeout=HUB_PATIENCE, files_metadata=True).siblings or []
     except Exception:  # the HTTP library's errors share no base class with the hub's
         return None
-    weights = [file.size or 0 for file in files if fnmatch(file.rfilename, WEIGHTS)]
-    parts = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs").glob("*.part")
-    return sum(weights) - sum(part.stat().st_size for part in parts) if weights else None
+    sizes = [file.size or 0 for file in files if file.rfilename.endswith(".safetensors")]
+    return max(0, sum(sizes) - sum(part.stat().st_size for part in cache.glob("blobs/*.part"))) if sizes else None

@@ -51,13 +51,13 @@ def label(profile: config.Profile, run: "Run") -> None:
 
 
 def finished(profile: config.Profile, run: "Run") -> bool:
-    """True if the run's checkpoint is that of its folder's training and has all epochs that the profile asks for."""
+    """True if the run's checkpoint is that of its folder's training and has all epochs, of one or more, asked for."""
     about = run.checkpoint / config.FILE
     if not about.is_file():
         return False
     made = config.load(about)
     began = config.load(run.trained_with) if run.trained_with.is_file() else made
-    return made.training.epochs >= profile.training.epochs and differences(made, began, TRAINED).keys() <= PLACES
+    return made.training.epochs >= profile.training.epochs > 0 and differences(made, began, TRAINED).keys() <= PLACES
 
 
 def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: Sequence[str] = TRAINED) -> list[str]:
@@ -73,6 +73,9 @@ def changes(profile: config.Profile, run: "Run", trains: bool = True, sections: 
     trained, over = config.load(about), not trains or finished(profile, run)
     changed = differences(trained, profile, sections)
     changed.pop("training.may_change", None)
+    if changed and not trained.training.epochs:
+        words = f"chapter 03 in {run.root} was made with other settings ({'; '.join(changed.values())})"
+        raise ResumeError(f"{words}: run it again, too, with --from 03, or give another --run-dir")
     may = PLACES.intersection(profile.training.may_change) if over else set(profile.training.may_change)
     if profile.training.epochs < trained.training.epochs:  # steps after them may be done already
         may -= {"training.epochs"}

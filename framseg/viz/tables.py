@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from framseg import annotations, config, evaluate, prompt
+from framseg import annotations, config, evaluate, moments, prompt
+from framseg.predictions import answer_record, matched
 from framseg.run import cost
 from framseg.viz import paper_results
 
 METRICS = evaluate.METRICS | {"MR-full-mAP@0.5": "mAP@0.5", "MR-full-mAP@0.75": "mAP@0.75"}
 REPORTED = "reported, real QVHighlights"
+# Policies for windows and saliency: the authors' submission, the runs of ones, the better ones.
+READINGS = ("thresholds", "overlap"), ("mask", "overlap"), (moments.BEST_WINDOWS, moments.BEST_SALIENCY)
 PARTS = {"vision_encoder": "vision encoder", "vision_tokenizer": "resampler", "lang_model": "language model"}
 # Keys by section of the profile: those of the published training, and those of what is around it.
 TABLE_II = {
@@ -81,7 +84,8 @@ def parameters(*profiles: config.Profile) -> pd.DataFrame:
         trained = {
             name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()
         }
-        counts |= {(profile.name, "base model"): base, (profile.name, "trained"): trained}
+        counts |= {(profile.name, "base model"): base}
+        counts |= {(profile.name, "trained"): trained} if profile.training.epochs else {}
     table = pd.DataFrame(counts).rename(index=PARTS)
     return pd.concat([table, table.sum().to_frame("all").T])
 
@@ -110,10 +114,21 @@ def scores(metrics: Mapping, columns: Sequence[str] = paper_results.TABLE_I_COLU
     return pd.DataFrame(metrics).T.reindex(columns=list(columns)).rename(columns=METRICS)
 
 
+def readings(split: str, answers: Sequence[dict], rows: Sequence[annotations.LabelledRow]) -> pd.DataFrame:
+    """A split's scores for each of the `READINGS` of the same masks and probabilities, under what the paper reports."""
+    reported = {"val": paper_results.VAL["final predictions"], "test": paper_results.TEST["the paper"]}
+    lines, both = {f"the paper ({REPORTED})": reported[split]}, list(zip(*matched(answers, rows), strict=True))
+    for windows, saliency in READINGS:
+        way = config.load("paper", {"inference.windows": windows, "inference.saliency": saliency}).inference
+        again = [answer_record(row, old["mask"], np.array(old["probability"]), way) for old, row in both]
+        lines[f"windows {windows}, saliency {saliency}"] = evaluate.evaluate(again, rows)["brief"]
+    return scores(lines)
+
+
 def table_i(profile: config.Profile, brief: Mapping[str, float]) -> pd.DataFrame:
     """Table I of the paper (test split) under this run's own row, whose scores are `brief`."""
     counts = parameters(profile)[profile.name].loc["all"]
-    own = profile.model.weights, f"{counts['base model'] / 1e9:.2f} B", counts["trained"], profile.frames.count
+    own = profile.model.weights, f"{counts['base model'] / 1e9:.2f} B", counts.get("trained"), profile.frames.count
     known = {"this model": (*own, "frame segmentation"), "the paper": paper_results.SYSTEM}
     numbers = scores({"this model": brief} | paper_results.TEST)
     table = pd.DataFrame(known, paper_results.SYSTEM_COLUMNS, dtype=object).T.reindex(numbers.index).join(numbers)
@@ -127,7 +142,8 @@ def by_epoch(log: Sequence[dict], name: str) -> pd.DataFrame:
     measured = scores({record["epoch"]: record["metrics"]["brief"] for record in log}, columns)
     measured["invalid, %"] = [100 * record["invalid"] for record in log]
     reported = scores(dict(enumerate(paper_results.BY_EPOCH, 1)), columns)
-    return pd.concat({f"measured here, {name}": measured, REPORTED: reported}, axis=1).rename_axis("epoch")
+    both = {f"measured here, {name}": measured} if log else {}
+    return pd.concat(both | {REPORTED: reported}, axis=1).rename_axis("epoch")
 
 
 def lengths(rows: Sequence[annotations.LabelledRow], metrics: Mapping) -> pd.DataFrame:
