@@ -399,7 +399,9 @@ def test_members_that_are_no_pictures_are_left_alone(hub, folder, pictures, tmp_
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_truncated_archive_is_named_and_what_was_complete_is_kept(hub, folder, pictures, share):
+def test_a_truncated_archive_is_named_and_what_was_complete_is_kept(hub, folder, pictures, monkeypatch, share):
+    monkeypatch.setattr(download, "CHUNK", 4096)  # less than a picture is read ahead, as of a large archive
+    monkeypatch.setattr(archive, "AHEAD", 4)
     whole = packed(pictures["val"])
     hub.files[BOTH][archive.ARCHIVE] = whole[: int(len(whole) * share)]
     profile = profile_of(folder)
