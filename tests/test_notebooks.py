@@ -506,7 +506,6 @@ def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path,
 
 
 def test_chapters_of_a_model_that_was_not_trained_here(untrained, trained, merged, small_set):
-    own = "weights, not trained here"
     launch = output(untrained, 3, "launch")
     assert f"the model is {merged}: what it was trained on is not known" in launch
     assert (
