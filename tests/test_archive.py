@@ -584,8 +584,8 @@ def run_released(
 ) -> tuple[subprocess.CompletedProcess, Run]:
     """Profile `released` through `framseg run`, with the demo's model and settings and data that are served here.
 
-    `options` choose chapters; without any, all five run, with the demo's base model from its folder as the weights. With
-    `hub.files[released.MERGED] = contents(its folder)` and `model.weights` set to that name, they are fetched, too.
+    `options` choose chapters; without any, all five run, with the demo's base model, from its folder, as the weights.
+    With `hub.files[released.MERGED] = contents(folder)` and that name as `model.weights`, they are fetched, too.
     """
     demo = config.load("demo")
     changes = {f"model.{name}": value for name, value in demo.model.model_dump(mode="json").items()}
