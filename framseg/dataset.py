@@ -47,10 +47,7 @@ def store(profile: config.Profile) -> frames.Store:
 
 
 def extract(profile: config.Profile, splits: tuple[str, ...] = (), progress: bool = True) -> frames.Report:
-    """Put the frames of the splits, by default of `data.splits`, into the frame store; stored videos are skipped.
-
-    See `frames.extract`, which decodes videos, and `framseg.run.archive`, which fetches published pictures.
-    """
+    """Store the frames of the splits, by default `data.splits`, by `frames.extract` or `run.archive.extract`."""
     splits = splits or profile.data.splits
     if profile.data.source == "frames":
         from framseg.run import archive

@@ -273,8 +273,7 @@ class Store:
     def about(self, vid: str) -> dict:
         """What made the video's file: settings, numbers [f][2 * neighbours + 1], fps, reader, duration, length, offset.
 
-        The last three are seconds, as in `Video`; `duration` is the annotated one. Published pictures, whose reader is
-        "published", have no numbers and fps.
+        The last three are seconds, as in `Video`; `duration` is the annotated one. "published" has no numbers and fps.
         """
         with self._opened(vid) as (_, about):
             return about
