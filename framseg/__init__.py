@@ -1,6 +1,7 @@
 """Moment and highlight detection by frame segmentation with a multimodal LLM."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from framseg.predictor import predict
+
+for _name in ("torchao", "torch.utils._pytree"):  # when transformers loads torchao, of kernels that nothing here uses
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["FramsegError", "__version__", "command_line", "predict"]

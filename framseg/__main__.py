@@ -23,9 +23,8 @@ COMMANDS = {  # name: the module whose `main` does it, what it does
 def main(arguments: Sequence[str] | None = None) -> int:
     """Hand what follows the command's name to its module, the only one that is loaded; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        "framseg", description=framseg.__doc__, epilog="framseg COMMAND --help lists its options."
-    )
+    more = "framseg COMMAND --help lists its options."
+    parser = argparse.ArgumentParser("framseg", description=framseg.__doc__, epilog=more)
     parser.add_argument("--version", action="version", version=f"framseg {framseg.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, (_, purpose) in COMMANDS.items():

@@ -92,25 +92,29 @@ def from_dict(record: dict) -> Row:
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as `read` reads them, fields in the order of the public files; AnnotationError if JSON cannot."""
-    names = FIELDS + LABELS
-    try:
-        jsonl.write_lines(path, ({name: getattr(row, name) for name in names if hasattr(row, name)} for row in rows))
-    except jsonl.LinesError as error:
-        raise AnnotationError(str(error)) from None
+    records = ({name: getattr(row, name) for name in FIELDS + LABELS if hasattr(row, name)} for row in rows)
+    jsonl.write_lines(path, records, AnnotationError)
 
 
-def frame_times(duration: float, frames: int) -> np.ndarray:
-    """Times of the frames in seconds, float64 [frames]: the middles of `frames` equal parts of the video."""
+def frame_times(duration: float, frames: int, whole_seconds: bool = False) -> np.ndarray:
+    """Times of the frames in seconds, float64 [frames]: the middles of `frames` equal parts of the video, or these cut
+    to whole seconds, as the authors' labels have them."""
     # Multiplied before divided: this rounds once, so a time that is a whole second comes out exactly.
-    return duration * (np.arange(frames) + 0.5) / frames
+    times = duration * (np.arange(frames) + 0.5) / frames
+    return np.floor(times) if whole_seconds else times
 
 
-def frame_labels(row: LabelledRow, frames: int) -> np.ndarray:
+def frame_labels(row: LabelledRow, frames: int, whole_seconds: bool = False) -> np.ndarray:
     """The answer string as int8 [frames]: 1 where the frame's time lies in a relevant window, ends included."""
-    [row] = labelled([row])
-    times = frame_times(row.duration, frames)
-    windows = np.array(row.relevant_windows, dtype=np.float64).reshape(-1, 2)
-    return np.any((times >= windows[:, :1]) & (times <= windows[:, 1:]), axis=0).astype(np.int8)
+    return labels_at(row, frame_times(row.duration, frames, whole_seconds))[0]
+
+
+def labels_at(row: LabelledRow, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, int8 [n], and soft targets, float64 [n], of n times in seconds; past the video's end both are 0."""
+    windows = np.array(labelled([row])[0].relevant_windows, dtype=np.float64).reshape(-1, 2)
+    inside = np.any((times >= windows[:, :1]) & (times <= windows[:, 1:]), axis=0).astype(np.int8)
+    saliency = np.append(clip_saliency(row), 0.0)
+    return inside, saliency[np.minimum(times // CLIP_SECONDS, len(saliency) - 1).astype(np.int64)]
 
 
 def clip_saliency(row: LabelledRow) -> np.ndarray:
@@ -127,12 +131,13 @@ def clip_saliency(row: LabelledRow) -> np.ndarray:
 
 def soft_targets(row: LabelledRow, frames: int) -> np.ndarray:
     """Segmentation targets, float64 [frames] in 0..1: the annotators' saliency of the clip that the frame lies in."""
-    return clip_saliency(row)[(frame_times(row.duration, frames) // CLIP_SECONDS).astype(np.int64)]
+    # Cut to whole seconds, a time lies in the same clip of 2 seconds: the targets are the same.
+    return labels_at(row, frame_times(row.duration, frames))[1]
 
 
-def class_balance(rows: Iterable[LabelledRow], frames: int) -> ClassBalance:
+def class_balance(rows: Iterable[LabelledRow], frames: int, whole_seconds: bool = False) -> ClassBalance:
     """Count background and foreground frames over labelled rows. Raises AnnotationError if either is missing."""
-    labels = np.stack([frame_labels(row, frames) for row in rows])
+    labels = np.stack([frame_labels(row, frames, whole_seconds) for row in rows])
     foreground = int(labels.sum())
     background = labels.size - foreground
     if not foreground or not background:

@@ -5,9 +5,9 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -16,13 +16,14 @@ from framseg import config, prompt
 from framseg.backbones import CheckpointError, device
 from framseg.backbones.blip3 import Blip3
 from framseg.evaluate import METRICS
-from framseg.run import cost, released
+from framseg.run import precision, released
 
 PROFILE, CARD, METRICS_FILE = config.FILE, "README.md", "metrics.json"
 RESAMPLER, ADAPTER = "resampler.safetensors", "adapter/adapter_model.safetensors"
 ADAPTER_SETTINGS = "adapter/adapter_config.json"
 # Nothing else of a repository is fetched: no code, no pickles.
 HUB_FILES = [PROFILE, prompt.FILE, METRICS_FILE, CARD, RESAMPLER, "adapter/adapter_*"]
+_last: dict[tuple, tuple[Blip3, config.Profile, Tokenizer]] = {}  # what `loaded` gave last, by what was asked for
 
 
 def load_base(profile: config.Profile) -> Blip3:
@@ -32,15 +33,7 @@ def load_base(profile: config.Profile) -> Blip3:
     there is no such folder or repository, or if its weights do not fit the profile's model.
     """
     name = profile.model.weights
-    folder = config.local_weights(name)
-    if folder is None:
-        advice = "; set model.weights to where it is"
-        if Path(name).is_absolute() or name.count("/") != 1:
-            raise CheckpointError(f"{name}: the base model's folder is not here{advice}")
-        with released.hub_errors(
-            f"{name}: neither the base model's folder nor to be had from the Hugging Face hub", advice
-        ):
-            folder = released.fetch(name)
+    folder = config.local_weights(name) or released.had(name, after="; set model.weights to where the base model is")
     return Blip3.load_published(profile.model, folder)
 
 
@@ -109,34 +102,40 @@ def loaded(
 ) -> tuple[Blip3, config.Profile, Tokenizer]:
     """Model, profile and tokenizer of a checkpoint (see `framseg.predict`), in eval mode.
 
-    The model is on `backbones.device(where)` and in `cost.precision(dtype)`, by default the profile's; a device
-    with too little memory is told on standard error. The last one stays loaded until its folder changes. Raises
-    CheckpointError, ProfileError or PromptError for one that cannot be used.
+    The model is on `backbones.device(where)` and in `precision.chosen(dtype)`, by default the profile's; the memory
+    that it takes is told on standard error. The last one stays loaded until its folder changes. Raises CheckpointError,
+    ProfileError or PromptError for one that cannot be used.
     """
-    folders = tuple(map(local_folder, released.names(checkpoint)))
+    place, given = device(where), released.names(checkpoint)
+    precision.chosen(dtype, place, "float32")  # what cannot be had is refused before anything is fetched
+    folders = tuple(map(local_folder, given))
     changed = max((file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")), default=0)
-    model, profile, tokenizer = _loaded(folders, changed, where, dtype)
+    key = (folders, changed, place, dtype)
+    if key not in _last:
+        _last.clear()  # at once: memory may not hold two of them
+        _last[key] = _load(", ".join(map(str, given)), folders, place, dtype)
+    model, profile, tokenizer = _last[key]
     if released.published(folders[0]) or not profile.training.epochs:
         model.origin = released.origin(checkpoint if profile.training.epochs else profile.model.weights)
     return model, profile, tokenizer
 
 
-@lru_cache(maxsize=1)
-def _loaded(
-    folders: tuple[Path, ...], changed: int, where: str, dtype: str | None
+def _load(
+    name: str, folders: tuple[Path, ...], place: torch.device, dtype: str | None
 ) -> tuple[Blip3, config.Profile, Tokenizer]:
-    """`changed` is the time of the folders' last change, so that a checkpoint written anew is loaded anew."""
-    place, foreign = device(where), len(folders) > 1 or released.published(folders[0])
+    foreign, int8 = len(folders) > 1 or released.published(folders[0]), dtype == precision.INT8
     profile = config.load(released.PROFILE if foreign else folders[0] / PROFILE)
-    section = {"dtype": cost.precision(dtype, place, profile.model.dtype)}
+    section = {"dtype": precision.chosen(dtype, place, profile.model.dtype)}
     profile = profile.model_copy(update={"model": profile.model.model_copy(update=section)})
-    print(*cost.short_of_memory(profile, place), sep="", end="", file=sys.stderr)
+    print(precision.told(name, profile, place, int8), end="", file=sys.stderr)
     if not foreign:
         model, tokenizer = load_trained(folders[0], profile)[0], prompt.load(folders[0])
         prompt.check(tokenizer, profile.model, profile.frames.count)  # it may be somebody else's checkpoint
     else:
         pair, tokenizer = released.pair(folders), prompt.fitting(profile, *folders)
         model = released.merged(load_base(profile), *pair) if pair else Blip3.load_published(profile.model, folders[0])
+    if int8:
+        precision.make_int8(model.lang_model.model.layers)
     return model.to(place), profile, tokenizer
 
 
@@ -163,9 +162,6 @@ def local_folder(checkpoint: Path | str) -> Path:
     Raises CheckpointError if it is neither, or not a whole checkpoint.
     """
     folder = Path(os.path.expanduser(checkpoint))
-    if not (os.path.exists(folder) or str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~"))):
-        with released.hub_errors(
-            f"{checkpoint}: neither a checkpoint's folder nor to be had from the Hugging Face hub"
-        ):
-            folder = released.fetch(str(checkpoint), (*HUB_FILES, *released.WEIGHTS))
+    if not os.path.exists(folder):  # Path.exists raises for a name that is too long
+        folder = released.had(str(checkpoint), (*HUB_FILES, *released.WEIGHTS))
     return (folder if released.published(folder) else require_complete(folder)).resolve()

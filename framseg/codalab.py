@@ -150,13 +150,9 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
         notes += [f"qid {row.qid}: {reason}" for reason in odd]
     if reasons:
         raise SubmissionError(shortlist(reasons, "\n"))
-    return {
-        "file": name,
-        "queries": len(rows),
-        "windows": sum(len(record[WINDOWS]) for record in predictions),
-        "metrics": evaluate(predictions, rows) if all(isinstance(row, LabelledRow) for row in rows) else None,
-        "notes": notes,
-    }
+    counts = {"queries": len(rows), "windows": sum(len(record[WINDOWS]) for record in predictions)}
+    metrics = evaluate(predictions, rows) if all(isinstance(row, LabelledRow) for row in rows) else None
+    return {"file": name, **counts, "metrics": metrics, "notes": notes}
 
 
 def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:

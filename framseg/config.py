@@ -44,7 +44,7 @@ class Section(BaseModel):
 class Data(Section):
     """Where the rows and videos lie, and how far they may disagree. QVHighlights: see `framseg download`."""
 
-    # `folder`: videos; `demo`: framseg.demo makes the folder's content; `frames`: pictures of them that others published
+    # `folder`: videos; `demo`: framseg.demo makes the folder's content; `frames`: pictures that others published
     source: Literal["folder", "demo", "frames"]
     folder: Path  # a relative path is taken from the repository, or the current folder where there is none
     videos: str  # folder of {vid}.mp4 inside `folder`
@@ -257,6 +257,13 @@ class Profile(Section):
                 f"frames.count: {self.frames.count} frames of {self.model.resampler.latents} vectors need more "
                 f"than the model's context of {self.model.language.context} positions"
             )
+        frames, data = self.frames, self.data
+        if data.source == "frames" and (frames.count, frames.neighbours) not in ((25, 0), (25, 1)):
+            raise ValueError("frames: pictures are published of 25 frames (count) with 1 neighbour or none")
+        if data.source == "frames" and not {"train", "val", "test"} <= data.frames.keys():
+            raise ValueError("data.frames: name the data sets on the hub that have the splits train, val and test")
+        if self.training.epochs and "train" not in data.splits:
+            raise ValueError("data.splits: without train there is nothing to train on; set training.epochs to 0")
         if self.training.warmup_steps >= self.training.planned_steps:
             raise ValueError("training.warmup_steps must be smaller than training.planned_steps")
         if self.model.attention == "flash_attention_2" and self.training.device == "cpu":

@@ -39,15 +39,23 @@ def videos(profile: config.Profile) -> Path:
 def store(profile: config.Profile) -> frames.Store:
     """The profile's frame store; profiles with the same data, frames and image size share one."""
     section, size = profile.frames, profile.model.vision.image_size
-    name = f"frames_{section.count}x{2 * section.neighbours + 1}_{size}px_q{section.jpeg_quality}"
-    sampling = section.count, section.neighbours, section.neighbour_distance
+    # Published neighbours are kept for training alone.
+    neighbours = section.neighbours if profile.data.source != "frames" or "train" in profile.data.splits else 0
+    name = f"frames_{section.count}x{2 * neighbours + 1}_{size}px_q{section.jpeg_quality}"
+    sampling = section.count, neighbours, section.neighbour_distance
     return frames.Store(config.data_folder(profile) / name, size, *sampling, section.jpeg_quality)
 
 
-def extract(
-    profile: config.Profile, splits: tuple[str, ...] = ("train", "val", "test"), progress: bool = True
-) -> frames.Report:
-    """Decode the splits' videos into the frame store; stored ones are skipped. See `frames.extract`."""
+def extract(profile: config.Profile, splits: tuple[str, ...] = (), progress: bool = True) -> frames.Report:
+    """Put the frames of the splits, by default of `data.splits`, into the frame store; stored videos are skipped.
+
+    See `frames.extract`, which decodes videos, and `framseg.run.archive`, which fetches published pictures.
+    """
+    splits = splits or profile.data.splits
+    if profile.data.source == "frames":
+        from framseg.run import archive
+
+        return archive.extract(profile, splits)
     durations = {row.vid: row.duration for split in splits for row in rows(profile, split)}
     limit, tolerance = profile.frames.time_limit, profile.data.duration_tolerance
     return frames.extract(
@@ -129,7 +137,7 @@ class Samples(Dataset):
         row, section, tokens = self.rows[number], self.profile.frames, self.profile.model.tokens
         draw = np.random.default_rng([self.profile.seed, epoch, row.qid])
         choice = draw.integers(2 * section.neighbours + 1, size=section.count)
-        mask = "".join(map(str, annotations.frame_labels(row, section.count)))
+        mask = "".join(map(str, annotations.frame_labels(row, section.count, section.whole_seconds)))
         ids = prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count) + prompt.answer_ids(tokens, mask)
         sample = {"qid": row.qid, "ids": ids, "soft_targets": annotations.soft_targets(row, section.count)}
         if self.features is None:

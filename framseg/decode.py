@@ -4,7 +4,6 @@ The prompt's keys and values are computed once per sample and shared by its beam
 queries that ask about it. An answer has exactly f digits.
 """
 
-import argparse
 import glob
 import hashlib
 import json
@@ -77,19 +76,15 @@ class _SharedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Store what a layer has computed of new positions; returns what they may attend to."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = self._stored(key_states), self._stored(value_states)
+            room = (0, 0, 0, self.room)
+            states = (each[:, :, each.shape[2] - self.used :] for each in (key_states, value_states))
+            self.keys, self.values = (F.pad(each, room) for each in states)
             self.is_initialized = True
             return key_states, value_states
         begin, self.used = self.used, self.used + key_states.shape[2]
         self.keys[:, :, begin : self.used] = key_states
         self.values[:, :, begin : self.used] = value_states
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
-
-    def _stored(self, states: Tensor) -> Tensor:
-        batch, heads, length, width = states.shape
-        out = states.new_empty(batch, heads, self.used + self.room, width)
-        out[:, :, : self.used] = states[:, :, length - self.used :]
-        return out
 
 
 @torch.inference_mode()
@@ -121,9 +116,8 @@ def beam_search(
     # The answer's positions see nothing of what lies before the window of its first one.
     kept = length if window is None else min(length, window - 1)
     cache = Cache(layers=[_SharedLayer(kept, beams * (frames - 1)) for _ in language.layers])
-    hidden = language(
-        inputs_embeds=embeds, attention_mask=real, past_key_values=cache, use_cache=True
-    ).last_hidden_state[:, -1:]
+    output = language(inputs_embeds=embeds, attention_mask=real, past_key_values=cache, use_cache=True)
+    hidden = output.last_hidden_state[:, -1:]
 
     rows = torch.arange(batch, device=real.device)[:, None]
     prompt_seen = real[:, None, length - kept :].bool()
@@ -153,13 +147,9 @@ def beam_search(
             allowed = torch.cat([prompt_seen.expand(-1, width, -1), seen], dim=-1)
             if window is not None:
                 allowed = allowed & (places > position - window)
-            hidden = language(
-                inputs_embeds=language.embed_tokens(digit_ids[digit]),
-                attention_mask=allowed[:, None],
-                position_ids=places.new_full((1, width), position),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            where = {"attention_mask": allowed[:, None], "position_ids": places.new_full((1, width), position)}
+            embeds = language.embed_tokens(digit_ids[digit])
+            hidden = language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **where).last_hidden_state
     finally:
         language.config._attn_implementation = chosen
     return Decoded(masks, scores, probabilities)
@@ -172,10 +162,8 @@ def records(
 
     The frames come from the profile's frame store, the middle variation of each. The records are `answer_record`s of
     framseg.predictions. A video whose frames cannot be read gives an invalid one, with all frames at 1 and the reason
-    as `error`, and a warning.
-
-    Puts the model into eval mode. Raises StoreError for frames that were made with other settings, PromptError for
-    queries that are too long.
+    as `error`, and a warning. Puts the model into eval mode. Raises StoreError for frames that were made with other
+    settings, PromptError for queries that are too long.
     """
     model.eval()
     store, inference, count = dataset.store(profile), profile.inference, profile.frames.count
@@ -302,12 +290,9 @@ def answers(
     model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, queries: list[str], vision_tokens: Tensor
 ) -> tuple[list[str], np.ndarray]:
     """Masks of f characters and probabilities float64 [B, f] for B queries, each with its vision tokens."""
-    count = profile.frames.count
-    padded = prompt.pad_left(
-        [prompt.prompt_ids(tokenizer, profile.model.tokens, query, count) for query in queries],
-        profile.model.tokens.pad,
-    )
-    ids, mask = (torch.from_numpy(array).to(model.device) for array in padded)
+    count, tokens = profile.frames.count, profile.model.tokens
+    prompts = [prompt.prompt_ids(tokenizer, tokens, query, count) for query in queries]
+    ids, mask = (torch.from_numpy(array).to(model.device) for array in prompt.pad_left(prompts, tokens.pad))
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
     masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
     return masks, decoded.probability.cpu().double().numpy()
@@ -315,22 +300,17 @@ def answers(
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:
     """Frames of the videos in their order, or why there are none, while the next `ahead` are being read."""
-
-    def outcome(vid: str) -> np.ndarray | VideoError:
-        try:
-            return store.read(vid)
-        except StoreError:
-            raise  # the set-up is wrong, not this video
-        except VideoError as error:
-            return error
-
     with ThreadPoolExecutor(max_workers=min(ahead, 8)) as pool:
-        tasks = ((vid, pool.submit(outcome, vid)) for vid in vids)
+        tasks = ((vid, pool.submit(store.read, vid)) for vid in vids)
         waiting = deque(islice(tasks, ahead))
         while waiting:
             vid, task = waiting.popleft()
             waiting.extend(islice(tasks, 1))
-            yield vid, task.result()
+            error = task.exception()
+            if isinstance(error, VideoError) and not isinstance(error, StoreError):
+                yield vid, error
+            else:  # of a StoreError, too: the set-up is wrong, not this video
+                yield vid, task.result()
 
 
 def made_by(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> dict[str, str]:
@@ -363,19 +343,11 @@ def _finished(parts: Sequence[Path], source: dict, rows: Sequence[Row]) -> dict[
 @command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of a split's decoding, as `whole` starts it."""
-    parser = argparse.ArgumentParser(prog="python -m framseg.decode", description="One process of a split's decoding.")
-    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--split", choices=("val", "test"), required=True)
-    options = parser.parse_args(arguments)
-    with launcher.last_line():
-        profile = config.load(options.profile)
-        run = Run(profile, options.run_dir)
-        launcher.join(profile)
+    purpose = "One process of a split's decoding."
+    with launcher.started("framseg.decode", purpose, arguments, ("val", "test")) as (profile, run, options):
         model, _, tokenizer = loaded(run.checkpoint)
         rows = dataset.rows(profile, options.split)
         split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

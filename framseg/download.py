@@ -11,9 +11,7 @@ and the checksum inside the gzip file; the predictions must belong to the annota
 
 import argparse
 import errno
-import fcntl
 import gzip
-import hashlib
 import json
 import os
 import shlex
@@ -21,10 +19,10 @@ import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
+from typing import IO, TextIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -32,7 +30,8 @@ import pebble
 from tqdm.auto import tqdm
 
 from framseg import FramsegError, annotations, command_line, config, predictions
-from framseg.jsonl import shortlist, whole_file, write_lines
+from framseg.jsonl import checksum, shortlist, whole_file, write_lines
+from framseg.run.paths import hold
 
 RAW = "https://raw.githubusercontent.com/"
 ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
@@ -44,6 +43,7 @@ SHA256 = {
     "highlight_test_with_gt.jsonl": "bd50ec6bb5dd3f72571126ba5fdc7418efdd9219a9487984e483a02e2ce5d493",
 }
 ARCHIVE = "https://nlp.cs.unc.edu/data/jielei/qvh/qvhilights_videos.tar.gz"
+ARCHIVE_BYTES = 143_734_787_897  # as others report it
 VIDEOS = "videos"
 REFERENCE = config.WORKSPACE / "data" / "reference"
 ABSENT = "not_in_archive.txt"  # vids that the archive does not hold: it is not fetched again for them
@@ -52,6 +52,7 @@ ANSWER = 9.0  # seconds until the server must have answered
 STALL = 60.0  # seconds without a byte after which a connection counts as cut
 TRIES = 5  # connections in a row that bring nothing
 PAUSE = 1.0  # seconds before the next try, doubled each time
+LINK_IT = ", or take a folder that has the file with --from"  # another way to the data
 
 
 class DownloadError(FramsegError, ValueError):
@@ -62,43 +63,39 @@ class _Cut(FramsegError):
     """A transfer that ended early and may be tried again; says why."""
 
 
-class _Unreachable(_Cut):
-    """The server did not answer."""
-
-
 def fetch(
     address: str,
     path: Path,
     sha256: str | None = None,
     headers: dict[str, str] | None = None,
-    otherwise: str = ", or take a folder that has the file with --from",
+    otherwise: str = LINK_IT,
+    name: str = "",
 ) -> None:
     """Fetch the file at `address` to `path`, which appears when it is complete.
 
-    headers: further ones to send. otherwise: another way to the file, for the messages.
-
     Until then its bytes are in {path}.part, and {path}.part.json says of which version they are; the next call goes on
-    with them, unless the file has changed at the server. Raises DownloadError.
+    with them, unless the file has changed at the server. headers: further ones to send. otherwise: another way to the
+    file, for the messages. name: what the progress bar shows, by default the path's. Raises DownloadError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, note = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     most, failures, first = _size(part), 0, True
     while True:
         try:
-            _transfer(address, part, note, headers or {})
+            _transfer(address, part, note, headers or {}, name or path.name)
             break
-        except _Cut as cut:
+        except (_Cut, ConnectionError) as cut:
             size = _size(part)
             # A server that ignores ranges may cut at the same byte every time: only more bytes than ever are progress.
             most, failures = (size, 0) if size > most else (most, failures + 1)
-            if failures == TRIES or (first and isinstance(cut, _Unreachable)):
+            if failures == TRIES or (first and isinstance(cut, ConnectionError)):
                 raise DownloadError(
                     f"{_shown(address)}: {cut}; {f'{words(size)} are kept: ' if size else ''}give the same command "
                     f"again to go on{otherwise}"
                 ) from None
             first = False
             time.sleep(PAUSE * 2**failures)
-    if sha256 and (actual := _sha256(part)) != sha256:
+    if sha256 and (actual := checksum(part)) != sha256:
         part.unlink()
         note.unlink()
         raise DownloadError(
@@ -109,7 +106,7 @@ def fetch(
     note.unlink()
 
 
-def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> None:
+def _transfer(address: str, part: Path, note: Path, more: dict[str, str], name: str) -> None:
     """One connection: add to `part` until it is complete, or raise _Cut."""
     known: dict = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {"version": "", "length": 0}
     version, length = known["version"], known["length"]
@@ -123,7 +120,9 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> Non
         status = f"the server answers {answer.status} {answer.reason}"
         if answer.status == 200:  # the whole file: the first time, where it has changed, or without ranges
             if "Content-Length" not in answer.headers:
-                raise DownloadError(f"{address}: the server does not say how long the file is; get it by another way")
+                raise DownloadError(
+                    f"{_shown(address)}: the server does not say how long the file is; get it by another way"
+                )
             part.unlink(missing_ok=True)  # before the note changes: old bytes must never pass for the new version's
             # A weak ETag, unlike a strong one, may be the same for files of different bytes.
             version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
@@ -141,7 +140,7 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> Non
             raise DownloadError(
                 f"{_shown(address)}: {status}; get the file by another way and take its folder with --from"
             )
-        bar = tqdm(desc=part.stem, total=length, initial=size, unit="B", unit_scale=True)
+        bar = tqdm(desc=name, total=length, initial=size, unit="B", unit_scale=True)
         try:
             with bar, part.open("ab") as file:
                 if length - size > shutil.disk_usage(part.parent).free:
@@ -160,7 +159,7 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str]) -> Non
 
 
 def _answer(address: str, headers: dict[str, str]) -> HTTPResponse | HTTPError:
-    """The server's answer of whatever status, its body still to be read. Raises _Unreachable if there is none."""
+    """The server's answer of whatever status, its body still to be read. Raises ConnectionError if there is none."""
     # In a thread, because no time limit covers looking up a name and trying each of its addresses.
     answer = pebble.concurrent.thread(urlopen)(Request(address, headers=headers), timeout=STALL)
     try:
@@ -168,9 +167,9 @@ def _answer(address: str, headers: dict[str, str]) -> HTTPResponse | HTTPError:
     except HTTPError as error:
         return error
     except TimeoutError:
-        raise _Unreachable(f"no answer within {ANSWER:g} s") from None
+        raise ConnectionError(f"no answer within {ANSWER:g} s") from None
     except (OSError, HTTPException) as error:
-        raise _Unreachable(f"cannot be reached ({getattr(error, 'reason', error)})") from None
+        raise ConnectionError(f"cannot be reached ({getattr(error, 'reason', error)})") from None
 
 
 def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
@@ -180,6 +179,26 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
     were not extracted: links, devices, other names, a name for the second time. Raises DownloadError.
     """
     names, ignored = {f"{vid}.mp4" for vid in vids}, []
+
+    def take(member: tarfile.TarInfo, source: IO[bytes] | None) -> None:
+        name = PurePosixPath(member.name).name
+        if source is None or name not in names:
+            ignored.extend([] if member.isdir() else [member.name])
+            return
+        names.remove(name)  # a second member of this name is left out
+        if _size(folder / name) != member.size:
+            with whole_file(folder / name) as unfinished, unfinished.open("wb") as file:
+                shutil.copyfileobj(source, file, CHUNK)
+
+    read(archive, folder, f"delete it and what came out of it in {folder}", take)
+    return ignored
+
+
+def read(archive: Path, folder: Path, advice: str, take: Callable[[tarfile.TarInfo, IO[bytes] | None], None]) -> None:
+    """Read a tar.gz in one pass: `take` gets each member with its content, None for what is no file.
+
+    Raises DownloadError for a damaged archive, with the advice, and if `folder`, where `take` writes, has no room.
+    """
     with archive.open("rb") as raw:
         try:
             with (
@@ -189,25 +208,14 @@ def unpack(archive: Path, folder: Path, vids: set[str]) -> list[str]:
             ):
                 for member in members:
                     bar.update(raw.tell() - bar.n)
-                    name = PurePosixPath(member.name).name
-                    source = members.extractfile(member) if member.isfile() else None
-                    if source is None or name not in names:
-                        ignored += [] if member.isdir() else [member.name]
-                        continue
-                    names.remove(name)  # a second member of this name is left out
-                    if _size(folder / name) != member.size:
-                        with whole_file(folder / name) as unfinished, unfinished.open("wb") as file:
-                            shutil.copyfileobj(source, file, CHUNK)
+                    take(member, members.extractfile(member) if member.isfile() else None)
+                    members.members.clear()  # type: ignore[attr-defined]  # it would remember a million of them
                 while stream.read(CHUNK):  # on to the end, where gzip keeps its checksum
                     pass
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DownloadError(
-                f"{archive}: is damaged ({error}); delete it and what came out of it in {folder}, and give the same "
-                f"command again"
-            ) from None
+            raise DownloadError(f"{archive}: is damaged ({error}); {advice}, and give the same command again") from None
         except OSError as error:
             raise _unwritable(folder, _size(archive) - raw.tell(), error) from None
-    return ignored
 
 
 def get_videos(folder: Path, vids: set[str]) -> None:
@@ -217,11 +225,10 @@ def get_videos(folder: Path, vids: set[str]) -> None:
     if not missing(folder, vids) - known:
         return
     if not archive.is_file():
-        free = words(shutil.disk_usage(folder).free)
-        print(f"videos: an archive of about 144 GB, and as much again for the unpacked videos; {free} are free")
+        size, free = map(words, (ARCHIVE_BYTES, shutil.disk_usage(folder).free))
+        print(f"videos: an archive of about {size}, and as much again for the unpacked videos; {free} are free")
         fetch(ARCHIVE, archive)
-    ignored = unpack(archive, folder / VIDEOS, vids)
-    if ignored:
+    if ignored := unpack(archive, folder / VIDEOS, vids):
         few = shortlist(ignored, most=5)
         print(f"{archive}: {len(ignored)} members that are no annotated videos were left out: {few}")
     absent.write_text("".join(f"{vid}\n" for vid in sorted(missing(folder, vids))), encoding="utf-8")
@@ -267,26 +274,15 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def words(size: int) -> str:
+def words(size: float) -> str:
     """A number of bytes as people read it."""
     return tqdm.format_sizeof(size, "B")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> TextIO:
     """Keep a second download, which would write into the same files, out of `folder`. Raises DownloadError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".download.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(f"{folder}: another download is at work here; wait for it or end it") from None
-        yield
+    busy = DownloadError(f"{folder}: another process is filling it; wait for it or end it")
+    return hold(folder, ".download.lock", 0, busy)
 
 
 def get_annotations(folder: Path, may_fetch: bool = True) -> dict[str, list[annotations.Row]]:
@@ -302,7 +298,7 @@ def get_annotations(folder: Path, may_fetch: bool = True) -> dict[str, list[anno
                 print(f"{path}: is not there; --annotations-only fetches it")
                 continue
             fetch(ANNOTATIONS + name, path, published)
-        rows[name], actual = annotations.read(path), _sha256(path)
+        rows[name], actual = annotations.read(path), checksum(path)
         same = "as published" if actual == published else f"usable, but NOT the published file (SHA-256 {actual})"
         print(f"{path}: {len(rows[name])} rows, {same}")
     return rows
@@ -313,7 +309,7 @@ def get(folder: Path, have: Path | None = None, with_videos: bool = True) -> Non
 
     Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
     """
-    with _locked(folder):
+    with locked(folder):
         if have:
             link(have, folder)
         vids = {row.vid for rows in get_annotations(folder, may_fetch=not have).values() for row in rows}
@@ -330,7 +326,7 @@ def get_reference(folder: Path) -> None:
 
     Raises DownloadError, and AnnotationError for an annotation file that cannot be used.
     """
-    with _locked(folder):
+    with locked(folder):
         rows = get_annotations(folder / "qvhighlights")
         for split, name in (("val", "highlight_val_release.jsonl"), ("test", "highlight_test_with_gt.jsonl")):
             path = folder / "released" / f"hl_{split}_predictions.json"
@@ -352,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="framseg download", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help=f"folder to fill ({usual}; for --reference, {REFERENCE})")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--annotations-only", action="store_true", help="do not fetch the videos (144 GB)")
+    which.add_argument("--annotations-only", action="store_true", help=f"fetch no videos ({words(ARCHIVE_BYTES)})")
     which.add_argument("--from", dest="have", type=Path, metavar="HAVE", help="fetch nothing: link what HAVE holds")
     which.add_argument("--reference", action="store_true", help="annotations and the authors' predictions")
     options = parser.parse_args(arguments)

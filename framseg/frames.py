@@ -140,9 +140,8 @@ class Video:
     def frames(self, numbers: np.ndarray, image_size: int, file: BinaryIO | None = None) -> np.ndarray:
         """Decode the frames of these numbers, RGB uint8 [*numbers.shape, image_size, image_size, 3].
 
-        Frames are resized with PIL's bicubic filter without keeping their proportions. The whole video is decoded:
-        VideoError if any frame of it is damaged or missing. With an open `file` the array is kept in it, and memory
-        holds one frame at a time.
+        Frames are resized with PIL's bicubic filter without keeping their proportions. With an open `file` the array is
+        kept there, memory holds one frame. The whole video is decoded: VideoError if a frame is damaged or missing.
         """
         shape = (*numbers.shape, image_size, image_size, 3)
         out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
@@ -190,7 +189,11 @@ class Video:
             position = number + 1
             self._alive()
             if number in wanted:
-                yield number, _without_padding(frame.asnumpy())
+                picture = frame.asnumpy()
+                height, width, _ = picture.shape
+                # decord returns padded rows as if they had more than three channels.
+                packed = picture.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+                yield number, np.ascontiguousarray(packed)
 
 
 def read_apart(
@@ -210,8 +213,7 @@ def read_apart(
     (a notebook's kernel) with it. `time_limit` is the longest time in seconds without a new frame: a long video may
     take as long as it needs. A file that is cut off is refused, or with `allow_partial` read as far as it goes. `tell`
     is called with each sentence that the user should know: that the picture starts late, that the end is missing, or
-    that nobody can know whether it is. Raises VideoError if the video cannot be decoded or the disk of `file` has no
-    room.
+    that nobody can know whether it is. Raises VideoError for a video that cannot be decoded or a disk without room.
     """
     from framseg.config import import_path  # here, because the process that decodes has no use for the profiles
 
@@ -233,6 +235,13 @@ def read_apart(
     for sentence in answer["notes"]:
         tell(sentence)
     return np.memmap(file, np.uint8, "r", shape=(answer["count"], image_size, image_size, 3)), answer["length"]
+
+
+def jpeg(picture: Image.Image, quality: int) -> bytes:
+    """An RGB picture as the frame store keeps it."""
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=quality, subsampling=0)
+    return content.getvalue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +278,8 @@ class Store:
     def about(self, vid: str) -> dict:
         """What made the video's file: settings, numbers [f][2 * neighbours + 1], fps, reader, duration, length, offset.
 
-        The last three are seconds, as in `Video`; `duration` is the annotated one.
+        The last three are seconds, as in `Video`; `duration` is the annotated one. Published pictures, whose reader is
+        "published", have no numbers and fps.
         """
         with self._opened(vid) as (_, about):
             return about
@@ -293,11 +303,14 @@ class Store:
     def write(self, vid: str, frames: np.ndarray, about: dict) -> None:
         """Store uint8 [f, 2 * neighbours + 1, image_size, image_size, 3]; the JSON holds `about`. Raises OSError."""
         with whole_file(self.path(vid)) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(ABOUT), json.dumps({"vid": vid, "settings": self._settings(), **about}))
-            for frame, variation in np.ndindex(frames.shape[:2]):
-                picture = io.BytesIO()
-                Image.fromarray(frames[frame, variation]).save(picture, "JPEG", quality=self.quality, subsampling=0)
-                archive.writestr(zipfile.ZipInfo(MEMBER.format(frame, variation)), picture.getvalue())
+            archive.writestr(zipfile.ZipInfo(ABOUT), self.described(vid, about))
+            for place in np.ndindex(frames.shape[:2]):
+                picture = jpeg(Image.fromarray(frames[place]), self.quality)
+                archive.writestr(zipfile.ZipInfo(MEMBER.format(*place)), picture)
+
+    def described(self, vid: str, about: dict) -> str:
+        """The content of the member ABOUT of the video's file."""
+        return json.dumps({"vid": vid, "settings": self._settings(), **about})
 
     def failures(self) -> dict[str, str]:
         """Videos whose extraction failed, with the reason."""
@@ -337,8 +350,8 @@ class Store:
 class Report:
     """Result of `extract`: videos stored now and earlier, those that failed with the reason, seconds taken.
 
-    readers: what read each stored video, "decord" or "PyAV". late: those whose picture starts more than 0.1 s after the
-    file does, and by how many seconds.
+    readers: what read each stored video, "decord", "PyAV" or "published". late: seconds by which a picture starts after
+    its file, if more than 0.1.
     """
 
     done: int = 0
@@ -369,7 +382,7 @@ def extract(
     """
     begin = time.monotonic()
     folder = Path(folder)
-    stored = {vid: about for vid in videos if (about := _stored(store, vid))}
+    stored = {vid: about for vid in videos if (about := stored_already(store, vid))}
     waiting = {vid: duration for vid, duration in videos.items() if vid not in stored}
     report = Report(skipped=len(stored))
     failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
@@ -438,7 +451,7 @@ def _store_video(vid: str, duration: float, folder: Path, store: Store, duration
     return about
 
 
-def _stored(store: Store, vid: str) -> dict | None:
+def stored_already(store: Store, vid: str) -> dict | None:
     """What made the video's file; None for one that is missing, damaged or older than its clock, to be made anew.
 
     Raises StoreError for other settings.
@@ -450,12 +463,6 @@ def _stored(store: Store, vid: str) -> dict | None:
     except VideoError:
         return None
     return about if "offset" in about else None
-
-
-def _without_padding(frame: np.ndarray) -> np.ndarray:
-    """[H, W, 3] of a decoded frame: decord returns padded rows as if they had more than three channels."""
-    height, width, _ = frame.shape
-    return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
 
 
 def _notes(video: Video, allow_partial: bool) -> list[str]:

@@ -18,8 +18,7 @@ from framseg.run.released import hub_errors
 def push(folder: Path | str, name: str, private: bool = False) -> str:
     """Upload a checkpoint to the hub's repository `name`, which is made if needed; returns its address.
 
-    Raises CheckpointError for an incomplete folder, for one whose base model others do not have, and if the hub
-    refuses or cannot be reached.
+    CheckpointError for an incomplete folder, a base model others do not have, a hub that refuses or is not reached.
     """
     folder = require_complete(folder)
     profile = config.load(folder / PROFILE)

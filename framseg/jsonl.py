@@ -1,6 +1,7 @@
 """JSON lines: files of one JSON object per line, and the checks that their readers share."""
 
 import codecs
+import hashlib
 import json
 import math
 import os
@@ -96,6 +97,14 @@ def parsed(lines: Iterable[tuple[int, str]]) -> Iterator[Entry]:
         yield number, *parse_json(text)
 
 
+def listed(path: str | Path) -> Iterator[Entry]:
+    """The values of a file that is one JSON list, as entries for `checked_records`; raises LinesError for another."""
+    values, reasons = parse_json("".join(text for _, text in numbered_lines(path)))
+    if not isinstance(values, list):
+        raise LinesError(f"{path}: {'; '.join(reasons) or 'expected a JSON list'}")
+    yield from ((f"row {number}", value, []) for number, value in enumerate(values, 1))
+
+
 def checked_records(
     entries: Iterable[Entry], place: str, check: Callable[[dict], Iterable[str]]
 ) -> tuple[list[dict], list[str]]:
@@ -123,14 +132,14 @@ def checked_records(
     return records, bad if bad or records else [f"{place.strip()} holds no records"]
 
 
-def write_lines(path: str | Path, records: Iterable[dict]) -> None:
-    """One JSON object per line; raises LinesError with the qid of a record that JSON cannot hold (NaN, other types)."""
+def write_lines(path: str | Path, records: Iterable[dict], refusal: type[Exception] = LinesError) -> None:
+    """One JSON object per line; raises `refusal` with the qid of a record that JSON cannot hold (NaN, other types)."""
     with whole_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for record in records:
             try:
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
             except (TypeError, ValueError, RecursionError) as error:
-                raise LinesError(f"{path}: qid {record.get('qid')}: cannot be written: {error}") from None
+                raise refusal(f"{path}: qid {record.get('qid')}: cannot be written: {error}") from None
 
 
 @contextmanager
@@ -140,15 +149,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            yield unfinished
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        yield unfinished
+        os.replace(unfinished, path)
     except OSError as error:
         if str(error.filename) != str(unfinished):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _no_object(value: object) -> list[str]:

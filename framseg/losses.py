@@ -67,7 +67,7 @@ def generalized_dice(logits: Tensor, soft_targets: Tensor, eps: float) -> Tensor
     return (1 - (2 * (w * overlap).sum(-1) + eps) / ((w * size).sum(-1) + eps)).mean()
 
 
-def weights(epoch: int, section: config.Losses) -> tuple[float, float, float, float]:
+def weights(epoch: int, section: config.Losses) -> tuple[float, ...]:
     """Weights of LM, BCE, Tversky and generalized Dice in an epoch, counted from 1.
 
     `linear` goes from `start` at epoch 1 to `end` at epoch warmup_epochs + 1 and stays (the paper); `table` has a row
@@ -78,10 +78,7 @@ def weights(epoch: int, section: config.Losses) -> tuple[float, float, float, fl
     if section.schedule == "table":
         return section.table[min(epoch, len(section.table)) - 1]
     way = min((epoch - 1) / section.warmup_epochs, 1.0)
-    lm, bce, tversky, dice = (
-        (1 - way) * start + way * end for start, end in zip(section.start, section.end, strict=True)
-    )
-    return lm, bce, tversky, dice
+    return tuple((1 - way) * start + way * end for start, end in zip(section.start, section.end, strict=True))
 
 
 def learning_rate(step: int, section: config.Training) -> float:

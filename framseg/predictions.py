@@ -1,8 +1,7 @@
 """The prediction record: read, check, build and write it.
 
 A record is a dict: qid, pred_relevant_windows [[start, end, score], ...] in seconds, pred_saliency_scores with one
-number per 2-second clip. Ours also have query, vid, duration, mask, probability [f] of the frames, and valid. Fields
-of other names are ignored.
+number per 2-second clip. Ours also have query, vid, duration, mask, probability [f], valid. Other fields are ignored.
 """
 
 import csv
@@ -17,7 +16,7 @@ import numpy as np
 
 from framseg import FramsegError, config, jsonl, moments
 from framseg.annotations import LONGEST, Row
-from framseg.jsonl import Entry, LinesError, is_integer, is_number, numbered_lines, parse_json, shortlist
+from framseg.jsonl import Entry, LinesError, is_integer, is_number, numbered_lines, shortlist
 
 WINDOWS, SALIENCY = "pred_relevant_windows", "pred_saliency_scores"
 NUMBERS = (float, int, np.floating, np.integer)
@@ -77,10 +76,7 @@ def read_released(path: str | Path) -> list[dict]:
 
 def write_predictions(path: str | Path, predictions: Iterable[dict]) -> None:
     """Check and write predictions, one JSON object per line; the file appears whole or not at all."""
-    try:
-        jsonl.write_lines(path, _valid(predictions))
-    except LinesError as error:
-        raise PredictionError(str(error)) from None
+    jsonl.write_lines(path, _valid(predictions), PredictionError)
 
 
 def matched(
@@ -130,16 +126,12 @@ def answer_record(row: Row, mask: str, probability: np.ndarray, inference: confi
 
 
 def _json_rows(path: str | Path) -> Iterator[Entry]:
-    listed, reasons = parse_json("".join(text for _, text in numbered_lines(path)))
-    if reasons or not isinstance(listed, list):
-        raise LinesError(f"{path}: {'; '.join(reasons) or 'expected a JSON list of predictions'}")
     names = {"qid": "qid", "duration": "duration", WINDOWS: WINDOWS, "score": "probability", "preds": "mask"}
-    for number, row in enumerate(listed, 1):
-        reasons = []
+    for place, row, reasons in jsonl.listed(path):
         if isinstance(row, dict):
             reasons = [f"lacks {name}" for name in names if row.get(name) is None]
             row = {ours: row.get(name) for name, ours in names.items()}
-        yield f"row {number}", row, reasons
+        yield place, row, reasons
 
 
 def _csv_rows(path: str | Path) -> Iterator[Entry]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from framseg.annotations import USUAL_SECONDS, Row, frame_times
 from framseg.backbones.blip3 import Blip3
 from framseg.checkpoint import loaded
 from framseg.decode import answers, encoded
-from framseg.frames import read_apart
+from framseg.frames import VideoError, read_apart
 from framseg.predictions import SALIENCY, WINDOWS, answer_record, prediction_record
 from framseg.run import released
 
@@ -89,8 +90,8 @@ def predict(
     authors'.
     allow_partial: answer about the part that is there of a file that is cut off, instead of refusing it.
     device: "auto" (the GPU if there is one), "cpu", "cuda" or "mps" (Apple's; never tried). dtype: "float32",
-    "float16", "bfloat16", or "auto": the checkpoint's own, bfloat16 for the paper's model; float16 where that is
-    bfloat16 and the GPU has none. On a CPU the paper's model needs half the memory in bfloat16 of what float32 takes.
+    "float16", "bfloat16", "auto" (the checkpoint's own, see `run.precision.chosen`), or "int8", which halves the
+    language model's layers once more (`pip install 'framseg[int8]'`).
 
     Seconds, of the answer as of the frames that the model sees, are those of a player: second 0 is the start of the
     file, also where the picture starts later than the sound; until then the first frame counts.
@@ -106,12 +107,16 @@ def predict(
     does not fit the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or
     method.
     """
+    queries = [query] if isinstance(query, str) else list(query)
+    for text in queries:  # what is mistyped is refused before gigabytes are fetched or read
+        prompt.user_text(text, 1)
+    moments.windows("1", [1], 1, windows)
+    moments.saliency([1], 2, saliency)
+    if not os.path.exists(video):
+        raise VideoError(f"{video}: no such video file")
     model, profile, tokenizer = loaded(checkpoint, device, dtype)
     count = profile.frames.count
     inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
-    queries = [query] if isinstance(query, str) else list(query)
-    for text in queries:  # so that an empty query is refused before the video is read
-        prompt.prompt_ids(tokenizer, profile.model.tokens, text, count)
     section, size = profile.frames, profile.model.vision.image_size
     with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
         notes = [model.origin] if model.origin else []
@@ -185,13 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--yes", action="store_true", help="without --checkpoint: fetch the paper's model unasked")
     parser.add_argument("--device", choices=backbones.DEVICES, default="auto", help="mps was never tried")
-    parser.add_argument("--dtype", choices=backbones.DTYPES, default="auto", help="of the weights")
+    parser.add_argument("--dtype", choices=backbones.DTYPES, default="auto", help="int8 takes the least memory")
     parser.add_argument("--allow-partial", action="store_true", help="answer about the part of a file that is cut off")
     parser.add_argument("--json", action="store_true", help="print prediction records, one JSON object per line")
     options = parser.parse_args(arguments)
     names = options.checkpoint or [released.offer(options.yes)]
     more = {"allow_partial": options.allow_partial, "device": options.device, "dtype": options.dtype}
-    answer = predict(options.video, options.query, names[0] if len(names) == 1 else names, **more)
+    answer = predict(options.video, options.query, names, **more)
     predictions = answer if isinstance(answer, list) else [answer]
     if options.json:
         print(*(json.dumps(prediction.record) for prediction in predictions), sep="\n")

@@ -7,6 +7,7 @@ their spellings in it are ordinary text: no query can begin another turn or add 
 import itertools
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +23,8 @@ FILE = "tokenizer.json"
 ADDED = ("<pad>", "<image>", "<image placeholder>", "<|endofchunk|>")
 SPELLING = {"assistant": "<|assistant|>", "end": "<|end|>", "pad": "<pad>", "image": "<image>"}
 
-SYSTEM = (
-    "You are a smart video retrieval assistant. You will receive a video and a human activity query given by the "
-    "user. Return the frames that matches the activity query. Follow the output format given by the user. "
-)
-# The user's turn before and after its images.
-OPENING, TASK = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("{images}")
+# The system's turn, and the user's before and after its images.
+SYSTEM, OPENING, TASK = re.split("{user}\n|{images}", Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
 EXAMPLE_QUERY = "A man in a red jacket rides a bicycle along the beach."
 
 RANDOM_MASKS = 10_000
@@ -51,7 +48,6 @@ class Report:
     sample_positions: int  # with the answer's f + 1 tokens
     context: int
     digit_positions: tuple[int, ...]  # where the logits of digit 0 … f - 1 are read
-    sliding_window: int | None
     frames_outside: tuple[int, ...]  # frames without a vector in the window of the first answer position
     frames_partly: tuple[int, ...]  # frames with only some of their vectors in it
 
@@ -177,13 +173,11 @@ def answer_ids(tokens: config.Tokens, mask: str) -> list[int]:
 
 def pad_left(rows: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids of any length -> ids int64 [B, L] padded on the left, attention mask int64 [B, L]."""
-    length = max(len(row) for row in rows)
-    ids = np.full((len(rows), length), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        mask[i, length - len(row) :] = 1
-    return ids, mask
+    lengths = np.array([len(row) for row in rows])
+    real = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
+    ids = np.full(real.shape, pad, dtype=np.int64)
+    ids[real] = np.concatenate(rows)
+    return ids, real.astype(np.int64)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[int, str]]:
@@ -241,7 +235,6 @@ def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = E
         sample_positions=total,
         context=model.language.context,
         digit_positions=tuple(range(first_answer, first_answer + frames)),
-        sliding_window=window,
         frames_outside=tuple(np.flatnonzero(last < earliest).tolist()),
         frames_partly=tuple(np.flatnonzero((begin < earliest) & (earliest <= last)).tolist()),
     )

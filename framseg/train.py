@@ -3,7 +3,6 @@
 `launch` starts the DeepSpeed launcher, which runs this module once for every process of the profile.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -84,9 +83,6 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
     if len(lost) > profile.training.may_lack:
         raise TrainError(f"{lacking}; training.may_lack={len(lost)} trains without them")
     return [row for row in rows if row.vid not in lost], lacking
-
-
-# --- the parent: starting and watching -------------------------------------------------------------------------
 
 
 def launch(
@@ -172,10 +168,8 @@ def _watch(
 def step_line(step: dict) -> str:
     """A line for a record of the step log."""
     loss = "not finite, skipped" if step["loss"] is None else f"{step['loss']:.3f}"
-    return (
-        f"epoch {step['epoch']:.2f}, loss {loss}, {step['samples_per_second']:.1f} samples/s, "
-        f"{step['memory_gib']:.1f} GiB"
-    )
+    speed = f"{step['samples_per_second']:.1f} samples/s, {step['memory_gib']:.1f} GiB"
+    return f"epoch {step['epoch']:.2f}, loss {loss}, {speed}"
 
 
 def epoch_line(record: dict, steps: list[dict]) -> str:
@@ -219,9 +213,6 @@ def _unfit(record: dict) -> list[str]:
     odd = [value for value in values if not isinstance(value, float) and not is_number(value)]
     odd += [record[place] for place in ("epoch", "step") if place in record and not is_number(record[place])]
     return [f"has {str(odd[0])[:60]!r} where a number must stand"] if odd else []
-
-
-# --- the child: one process of the training --------------------------------------------------------------------
 
 
 class Trainer:
@@ -285,15 +276,9 @@ class Trainer:
         if self.rank == 0:
             predictions = [by_qid[row.qid] for row in self.val]
             write_predictions(self.run.predicted("val", epoch), predictions)
-            _append(
-                self.run.validation_log,
-                {
-                    "epoch": epoch,
-                    "metrics": evaluate.evaluate(predictions, self.val),
-                    "invalid": sum(not record["valid"] for record in predictions) / len(predictions),
-                    "seconds": time.monotonic() - began,
-                },
-            )
+            record = {"epoch": epoch, "metrics": evaluate.evaluate(predictions, self.val)}
+            record["invalid"] = sum(not answer["valid"] for answer in predictions) / len(predictions)
+            _append(self.run.validation_log, record | {"seconds": time.monotonic() - began})
 
     def adapt(self) -> None:
         """Make resampler and adapter trainable; recompute layers and compile them if the profile says so."""
@@ -309,25 +294,23 @@ class Trainer:
         import deepspeed
 
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, model_parameters=trained, config=deepspeed_config(self.profile)
-        )
+        settings = deepspeed_config(self.profile)
+        self.engine, *_ = deepspeed.initialize(model=self.model, model_parameters=trained, config=settings)
         self.engine.optimizer.check_grad_overflow = True  # DeepSpeed looks at 16-bit gradients alone otherwise
 
     def loop(self) -> bool:
         """Step, validate and write states to the end of the last epoch; False if asked to stop before."""
         section = self.profile.training
         stream = dataset.MicroBatches(self.samples.lengths, self.profile, self.rank, self.step * section.accumulation)
-        batches = iter(
-            DataLoader(
-                self.samples,
-                batch_sampler=stream,
-                collate_fn=self.samples.collate,
-                num_workers=section.workers,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # or starting it would draw from the generator that dropout resumes
-            )
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=stream,
+            collate_fn=self.samples.collate,
+            num_workers=section.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or starting it would draw from the generator that dropout resumes
         )
+        batches = iter(loader)
         self._learn()
         while self.step < self.total:
             self._step(batches)
@@ -379,21 +362,11 @@ class Trainer:
             means = [x if math.isfinite(x) else None for x in (sums / (section.accumulation * self.world)).tolist()]
             # The GPU's peak; without a GPU that is 0, and this process's peak counts.
             memory = torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-            _append(
-                self.run.step_log,
-                {
-                    "step": self.step,
-                    "epoch": self.epoch(self.step),
-                    "loss": means[0],
-                    **dict(zip(losses.NAMES, means[1:], strict=True)),
-                    "weights": weights,
-                    "learning_rate": rate,
-                    "gradient_norm": float(self.engine.get_global_grad_norm()) if applied else None,
-                    "samples_per_second": section.micro_batch * section.accumulation * self.world / seconds,
-                    "memory_gib": memory / 2**30,
-                    "seconds": seconds,
-                },
-            )
+            record = {"step": self.step, "epoch": self.epoch(self.step), **dict(zip(LOSSES, means, strict=True))}
+            record |= {"weights": weights, "learning_rate": rate}
+            record["gradient_norm"] = float(self.engine.get_global_grad_norm()) if applied else None
+            record["samples_per_second"] = section.micro_batch * section.accumulation * self.world / seconds
+            _append(self.run.step_log, record | {"memory_gib": memory / 2**30, "seconds": seconds})
 
     def _skipped(self, seen: list[dict]) -> None:
         """DeepSpeed has left out a step for a gradient that is not finite: write down its queries, stop if too many."""
@@ -418,12 +391,9 @@ class Trainer:
         answers, soft = batch.pop("answer_ids"), batch.pop("soft_targets")
         logits = self.engine(batch.pop("pixel_values", None), **batch)
         digits, section = self.model.digit_logits(logits[:, :-1]), self.profile.losses
-        return (
-            losses.lm(logits, answers),
-            losses.bce(digits, soft, section.pos_weight),
-            losses.tversky(digits, soft, section.tversky_alpha, section.tversky_beta, section.eps),
-            losses.generalized_dice(digits, soft, section.eps),
-        )
+        tversky = losses.tversky(digits, soft, section.tversky_alpha, section.tversky_beta, section.eps)
+        dice = losses.generalized_dice(digits, soft, section.eps)
+        return losses.lm(logits, answers), losses.bce(digits, soft, section.pos_weight), tversky, dice
 
     def _asked_to_stop(self) -> bool:
         stop = (self.run.train / "stop").exists() or not launcher.watched()
@@ -440,20 +410,13 @@ def _append(path: Path, record: dict) -> None:
 @command_line()
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of the training, as `launch` and the DeepSpeed launcher start it."""
-    parser = argparse.ArgumentParser(prog="python -m framseg.train", description="One process of the training.")
-    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
-    parser.add_argument("--run-dir", type=Path)
-    options = parser.parse_args(arguments)
-    with launcher.last_line():
-        profile = config.load(options.profile)
-        run = Run(profile, options.run_dir)
-        rank, world = launcher.join(profile)
+    with launcher.started("framseg.train", "One process of the training.", arguments) as (profile, run, _):
+        rank, world = launcher.place()
         with hold(run.train) if rank == 0 else contextlib.nullcontext():
             if rank == 0:  # the processes may have been started without `launch`, as on several machines
                 resume.changes(profile, run)
                 resume.label(profile, run)
             Trainer(profile, run, rank, world).train()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -179,6 +179,46 @@ def test_a_frame_at_a_windows_end_is_in_it():
     assert annotations.frame_labels(row, 5).tolist() == [1, 1, 0, 0, 0]
 
 
+def test_labels_at_whole_seconds_next_to_a_plain_loop():
+    """Thousands of rows whose windows end at whole and at other seconds."""
+    random, changed = np.random.default_rng(14), 0
+    for _ in range(3000):
+        duration, frames = float(random.choice([10, 75.5, 126, 149.97, 150])), int(random.integers(1, 40))
+        ends = np.sort(random.choice(int(2 * duration), 4, replace=False)) / 2
+        windows = ((float(ends[0]), float(ends[1])), (float(ends[2]), float(ends[3])))
+        clips = tuple(range(annotations.clips(duration)))
+        scores = tuple(map(tuple, random.integers(0, 5, (len(clips), 3)).tolist()))
+        row = LabelledRow(1, "q", duration, "v", windows, clips, scores)
+        labels, exact = (annotations.frame_labels(row, frames, whole) for whole in (True, False))
+        for i in range(frames):
+            second = int(duration * (i + 0.5) / frames)
+            assert labels[i] == any(start <= second <= end for start, end in windows)
+        assert annotations.frame_times(duration, frames, True).tolist() == (
+            [int(duration * (i + 0.5) / frames) for i in range(frames)]
+        )
+        # The targets stay: a time and its whole second lie in the same clip of 2 seconds.
+        seconds = annotations.frame_times(duration, frames, True)
+        assert annotations.labels_at(row, seconds)[1].tolist() == annotations.soft_targets(row, frames).tolist()
+        changed += (labels != exact).any()
+    assert changed > 300
+
+
+def test_past_the_end_a_label_and_a_target_are_0():
+    labels, targets = annotations.labels_at(ROW, np.array([9.0, 10.0, 11.0, 99.0]))
+    assert (labels.tolist(), targets.tolist()) == ([1, 1, 0, 0], [1, 0, 0, 0])  # ends are included
+
+
+def test_what_whole_seconds_change_in_the_public_files(shared):
+    """They move the class balance a little towards the paper's 2.3378; see chapter 1."""
+    counts = {}
+    for name, changed in {"train_release": 52, "val_release": 11, "test_with_gt": 13}.items():
+        rows = annotations.labelled(annotations.read(shared / f"qvhighlights/highlight_{name}.jsonl"))
+        exact, whole = (np.array([annotations.frame_labels(row, 25, cut) for row in rows]) for cut in (False, True))
+        assert (whole > exact).sum() == changed and not (whole < exact).any()
+        counts[name] = round(annotations.class_balance(rows, 25, True).ratio, 4)
+    assert counts == {"train_release": 2.3550, "val_release": 2.5547, "test_with_gt": 2.4941}
+
+
 def test_rows_without_labels_give_no_targets():
     row = Row(3, "q", 10, "v")
     assert not isinstance(row, annotations.LabelledRow)

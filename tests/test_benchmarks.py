@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
-from benchmarks import ranked_policy
+from benchmarks import common, ranked_policy
 
 from framseg import config
 from framseg.predictions import WINDOWS, read_released
+from framseg.run import cost
 
 FOLDER = config.REPOSITORY / "tests" / "benchmarks"
 
@@ -78,14 +80,79 @@ def test_the_submission_scores_what_the_paper_reports(shared):
             assert scores[short] == pytest.approx(official[name], abs=0.0101)
 
 
-def test_decoding_next_to_the_librarys(tmp_path):
-    start("decoding.py", "--videos", "4", "--repeats", "1", "--random", "--out", str(tmp_path))
+def test_decoding_next_to_the_librarys(tmp_path, monkeypatch):
+    options = ("--videos", "4", "--repeats", "1", "--random", "--batch", "4", "1")
+    start("decoding.py", *options, "--out", str(tmp_path))
     record = json.loads((tmp_path / "decoding_demo.json").read_text())
-    assert record["same masks"] == record["queries"] == 4
+    assert list(record["by batch"]) == ["4", "1"] and record["by batch"]["4"].items() <= record.items()
+    for size, run in record["by batch"].items():
+        assert run["same masks"] == run["queries"] == 4 and run["batch"] == int(size)
+        assert 0 < run["peak GiB"]["ours"] < run["counted GiB"]  # which allows for a GPU's fragments
     growth = record["milliseconds per query by"]
     assert list(growth["frames"]) == ["10", "25", "50", "100"] and list(growth["beams"]) == ["1", "2", "4", "8"]
     committed = json.loads((FOLDER / "records" / "decoding_demo.json").read_text())
     assert committed["same masks"] == committed["queries"] and committed["ratio"] >= 2
+
+    # The table of what a GPU measured shows such records, and says of which there are none.
+    monkeypatch.syspath_prepend(FOLDER)
+    import tables
+
+    monkeypatch.setattr(tables.common, "RECORDS", tmp_path)
+    (tmp_path / "decoding_demo.json").rename(tmp_path / "decoding_released.json")
+    trained = json.loads((FOLDER / "records" / "training_demo.json").read_text())
+    trained |= {"memory of": "RTX 4090", "counted GiB": 18.4}
+    (tmp_path / "training_24gb.json").write_text(json.dumps(trained))
+    _, _, *rows = tables.full_size(batches=(1, 4, 16)).splitlines()
+    assert [tables.UNMEASURED in row for row in rows] == [True, False, True, False, False, True]
+    assert rows[1].endswith("| 18.4 GiB | 0.9 GiB | AMD EPYC, 2 cores, memory of RTX 4090 |")
+
+
+def test_a_larger_gpu_can_be_given_the_memory_of_a_smaller_one():
+    setting, value = common.memory_of("RTX 4090", 80 * 2**30).split(":")
+    assert setting == "per_process_memory_fraction"  # as torch's allocator knows it
+    assert float(value) * 80 * 2**30 == pytest.approx(cost.GPUS["RTX 4090"][0], rel=1e-3)
+    assert common.memory_of("H100", 8 * 2**30) == "per_process_memory_fraction:1.0000"
+
+
+@pytest.mark.slow
+def test_the_released_profile_from_frames_to_figures_with_random_weights(tmp_path, monkeypatch):
+    place = tmp_path / "disk"
+    place.mkdir()
+    start("released.py", "--sizes", "demo", "--folder", str(place), "--out", str(tmp_path))
+    assert not list(place.iterdir())
+    record = json.loads((tmp_path / "released_cpu_demo.json").read_text())
+    assert len(record["seconds by chapter"]) == 5 and record["weights"] == "random, seed 0"
+    assert len(record["archives fetched"]) == 2 and record["bytes of weights"] > 4 * record["parameters"]
+    assert record["run"]["peak GiB"] > 0 and record["seconds per query"].keys() == {"val", "test"}
+
+    # Its table; the queries of so small a model may be answered between two looks.
+    monkeypatch.syspath_prepend(FOLDER)
+    import tables
+
+    assert tables.full_size_cpu().count(tables.UNMEASURED) in (0, 7)
+    monkeypatch.setattr(tables.common, "RECORDS", tmp_path)
+    record["seconds per query"] = {"val": 190.0, "test": 188.0}
+    (tmp_path / "released_cpu.json").write_text(json.dumps(record))
+    assert "| a query | 190 s (val), 188 s (test) |" in tables.full_size_cpu()
+
+
+def test_weights_that_were_drawn_go_when_the_run_is_ended(tmp_path):
+    command = [sys.executable, str(FOLDER / "released.py"), "--sizes", "demo", "--folder", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        while running.poll() is None and not list(tmp_path.glob("*/weights/*")):
+            time.sleep(0.05)
+        assert running.poll() is None, running.stderr.read()
+        running.terminate()
+        assert "ended from outside" in running.stderr.read()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_is_not_there_is_said_before_weights_are_drawn(tmp_path):
+    command = [sys.executable, str(FOLDER / "released.py"), "--tokenizer", "nowhere.json", "--folder", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(config.REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stderr.endswith("--tokenizer nowhere.json: there is no such file or folder\n")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from small import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from framseg import annotations, config, dataset
+from framseg import annotations, config, dataset, download
 from framseg.annotations import LabelledRow
 from framseg.backbones import blip3
 from framseg.run import cost, preflight
@@ -100,6 +100,54 @@ def test_a_samples_memory_is_that_of_the_record(name):
     assert cost.gpu_bytes(profile) == sum(cost.fixed_bytes(profile)) + max(decoded, trained) + cost.SPARE
 
 
+def test_the_profile_for_24_gb_takes_as_many_samples_as_fit():
+    section, (room, _) = config.load("24gb").training, cost.GPUS["RTX 4090"]
+    assert section.processes * section.micro_batch * section.accumulation == 128 and section.processes == 1
+    more = config.load("24gb", {"training.micro_batch": 2 * section.micro_batch})
+    assert cost.gpu_bytes(config.load("24gb")) < room < 24 * 2**30 < cost.gpu_bytes(more)
+    assert section.gradient_checkpointing and section.offload_optimizer
+
+
+def test_what_is_not_trained_needs_memory_for_decoding_alone():
+    released, states = config.load("released"), sum(cost.fixed_bytes(config.load("released_train"))[1:])
+    weights, decoding = cost.fixed_bytes(released)[0], released.inference.batch * cost.query_bytes(released)
+    assert cost.gpu_bytes(released) == weights + decoding + cost.DECODING_SPARE and states > 0
+    assert cost.host_bytes(released) == weights + cost.PROCESS
+    assert preflight.disk_bytes(released)["states"] == 0
+
+
+def test_the_hours_are_those_of_the_authors_logs():
+    """They trained 2.49 samples per second on an H100, and answered 0.98 queries (where nothing was trained)."""
+    gpu, training, _ = cost.hours(config.load("paper"))
+    assert gpu == "H100" and training == pytest.approx(11 * 7218 / (2 * 2.49 * 3600), rel=0.01)
+    gpu, training, decoding = cost.hours(config.load("released", {"inference.batch": 16}))  # too many for 24 GB
+    assert (gpu, training) == ("H100", 0) and decoding == pytest.approx((1550 + 1542) / (0.98 * 3600), rel=0.01)
+    # The same operations, on one GPU instead of two and at another rate.
+    slow, fast = (cost.hours(config.load(name))[1] for name in ("24gb", "paper"))
+    assert slow / fast == pytest.approx(2 * cost.GPUS["H100"][1] / cost.GPUS["RTX 4090"][1])
+
+
+def test_the_host_holds_weights_or_what_training_keeps_there():
+    paper, workers = config.load("paper"), config.load("paper", {"training.workers": 70})
+    assert cost.host_bytes(paper) == 2 * (cost.PROCESS + cost.fixed_bytes(paper)[0])
+    frames = 70 * 2 * 16 * 25 * 3 * 384**2
+    assert cost.host_bytes(workers) == pytest.approx(2 * (cost.PROCESS + frames) + 16 * 135_067_392)
+
+
+def test_the_counted_queries_and_videos_are_those_of_the_data_set(shared):
+    for split, videos in cost.VIDEOS.items():
+        rows = annotations.read(shared / "qvhighlights" / getattr(config.load("paper").data, split))
+        assert (len(rows), len({row.vid for row in rows})) == (cost.QUERIES[split], videos)
+
+
+def test_a_whole_run_on_disk():
+    folder, frames, released = (preflight.disk_bytes(config.load(name)) for name in ("paper", "24gb", "released"))
+    assert folder["archive"] == folder["videos"] == download.ARCHIVE_BYTES and not frames["archive"]
+    assert folder["frames"] == frames["frames"] == pytest.approx(45.9e9, rel=0.01)  # records/frame_store.json
+    share = (2 * dataset.store(config.load("released")).neighbours + 1) / 3
+    assert released["frames"] == pytest.approx(frames["frames"] * share * (1519 + 1529) / 10148)
+
+
 def test_memory_grows_with_what_it_is_made_of():
     profile = config.load("paper")
     for change in (
@@ -165,13 +213,18 @@ GPUS = {  # profile, GPUs, GiB of each: what is said
         f"training.processes=1 training.accumulation=8, or {CPU}"
     ],
     ("paper", 2, 24): [
-        "GPU: the training needs about 61 GiB, this GPU has 24: set training.micro_batch=2 training.accumulation=32 "
-        f"inference.batch=4, or {CPU}"
+        "GPU: the training needs about 61 GiB, this GPU has 24: use profile 24gb, or set training.micro_batch=2 "
+        f"training.accumulation=32 inference.batch=4, or {CPU}"
     ],
     ("h100", 1, 24): [
-        "GPU: the training needs about 58 GiB, this GPU has 24: set training.gradient_checkpointing=True "
-        f"inference.batch=4, or {CPU}"
+        "GPU: the training needs about 58 GiB, this GPU has 24: use profile 24gb, or set "
+        f"training.gradient_checkpointing=True inference.batch=4, or {CPU}"
     ],
+    ("released_train", 1, 79): [
+        "GPU: the profile trains on 2 of about 61 GiB, this machine has 1: use profile 24gb, or set "
+        f"training.processes=1 training.accumulation=8, or {CPU}"
+    ],
+    ("24gb", 1, 21.9): [],
     ("h100", 1, 8): [f"GPU: the training needs about 58 GiB, this GPU has 8: {CPU}"],
 }
 

@@ -30,6 +30,20 @@ def test_a_sample_holds_what_its_row_says(samples):
     assert sample["soft_targets"].tolist() == annotations.soft_targets(row, 25).tolist()
 
 
+def test_labels_at_whole_seconds_are_an_option_of_the_profile(samples):
+    profile = small_profile(samples.profile.data.folder, frames__whole_seconds=True)
+    assert dataset.store(profile).folder == dataset.store(samples.profile).folder  # the frames are the same
+    # Of 80 seconds, the frame at 17.6 s is in a moment that ends at 17 s, but only by whole seconds.
+    row = replace(
+        samples.rows[0], duration=80.0, relevant_windows=((10, 17),), relevant_clip_ids=(), saliency_scores=()
+    )
+    digits = {}
+    for some in (samples.profile, profile):
+        made = dataset.Samples(some, samples.tokenizer, [row])[0, 0]
+        digits[some.frames.whole_seconds] = np.array([int(i == some.model.tokens.one) for i in made["ids"][-26:-1]])
+    assert np.flatnonzero(digits[True] - digits[False]).tolist() == [5]
+
+
 def test_a_query_that_is_too_long_is_named_before_training_and_decoding(samples):
     row = replace(samples.rows[0], query="square " * 5000)
     profile, tokenizer = samples.profile, samples.tokenizer

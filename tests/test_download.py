@@ -251,7 +251,7 @@ def test_a_file_that_has_become_shorter_is_fetched_anew(site, tmp_path):
 def test_a_whole_file_that_has_not_been_checked_yet_is_not_asked_for_again(site, tmp_path, monkeypatch):
     site.files["big"] = BIG
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "_sha256", lambda path: signal.raise_signal(signal.SIGINT))
+        patch.setattr(download, "checksum", lambda path: signal.raise_signal(signal.SIGINT))
         download.fetch(site.address + "big", tmp_path / "big", "a checksum")
     assert listing(tmp_path) == ["big.part", "big.part.json"]
     download.fetch(site.address + "big", tmp_path / "big", hashlib.sha256(BIG).hexdigest())
@@ -356,7 +356,7 @@ def test_two_runs_in_one_folder_do_not_mix(site, data):
     first.start()
     while first.is_alive() and not (data / "videos.tar.gz.part").is_file():
         time.sleep(0.01)
-    with pytest.raises(DownloadError, match="another download is at work"):
+    with pytest.raises(DownloadError, match="another process is filling it"):
         download.get(data)
     site.pause = 0.0
     first.join()
@@ -620,6 +620,6 @@ def test_two_references_in_one_folder_do_not_mix(site, reference):
     reference.mkdir()
     with (reference / ".download.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="^error: .*another download is at work here"):
+        with pytest.raises(SystemExit, match="^error: .*another process is filling it"):
             download.main(["--reference", str(reference)])
     assert site.asked == []

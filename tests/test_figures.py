@@ -124,6 +124,7 @@ def test_overview_of_the_real_splits(shared):
     splits = {name: annotations.read(folder / f"highlight_{name}_release.jsonl") for name in ("train", "val", "test")}
     figure = figures.data_overview(splits, F)
     assert {"70.22%\n2.3582 : 1", "71.90%\n2.5583 : 1"} <= set(texts(figure))
+    assert {"70.19%\n2.3550 : 1"} <= set(texts(figures.data_overview({"train": splits["train"]}, F, True)))
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["train (7,218 queries)", "val (1,550 queries)", "test (1,542 queries)"]
 

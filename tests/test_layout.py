@@ -23,6 +23,7 @@ IN_FRONT = 18  # modules at most, besides __init__ and __main__
 LAYERS = """
 framseg
 jsonl config run viz demo
+run.paths
 run.container
 annotations frames prompt losses
 moments
@@ -30,18 +31,20 @@ predictions
 evaluate
 backbones
 backbones.blip3
-dataset download run.cost
+dataset download
+run.cost
 run.released
 checkpoint
 hub
-run.paths run.launcher
+run.launcher
 run.resume
 run.preflight
+run.archive
 decode
 train predictor
 codalab viz.paper_results viz.player
 viz.figures viz.tables
-viz.error_analysis viz.browser
+viz.error_analysis viz.browser viz.parity
 viz.ask_form
 demo.synthetic run.stamps
 demo.base_model run.report

@@ -18,11 +18,11 @@ from conftest import SHORT, small_profile, start
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
-from framseg import annotations, codalab, config, evaluate, train
+from framseg import annotations, codalab, config, dataset, decode, evaluate, moments, predict, train
 from framseg.predictions import read_predictions, read_released
-from framseg.run import cost, notebooks
+from framseg.run import cost, notebooks, stamps
 from framseg.run.paths import Run
-from framseg.viz import figures, paper_results, tables
+from framseg.viz import figures, paper_results, parity, tables
 
 NOTEBOOKS = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
 CHAPTERS = ["01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures"]
@@ -309,6 +309,9 @@ def test_with_the_real_annotations(chain, shared):
     balance = json.loads((chain.metrics / "data.json").read_text())["real QVHighlights"]
     assert balance == {"train": pytest.approx(2.3582, abs=5e-5), "val": pytest.approx(2.5583, abs=5e-5)}
     assert (chain.figures / "data_overview_qvhighlights.png").is_file()
+    told = output(chain, 4, "released")
+    assert all(f"{split} is not compared with the authors' own answers" in told for split in ("val", "test"))
+    assert told.count("this run answers other queries") == 2
     soft = output(chain, 1, "real").split("qid 2579: ")[1].split("\n")[0]
     assert soft.split() == ["0.0"] * 14 + (
         "0.4167 0.3333 0.5833 0.5833 0.6667 0.6667 0.6667 0.6667 0.5833 0.6667 0.5833".split()
@@ -423,9 +426,7 @@ def downloaded(shared, tmp_path) -> Path:
     (folder / "qvhighlights").symlink_to(shared / "qvhighlights")
     rows = []
     for answer in read_released(shared / "golden/released_val_scores.csv"):
-        windows = [window for window in answer["pred_relevant_windows"] if window[2]]
-        times = annotations.frame_times(answer["duration"], 25)
-        mask = "".join(str(int(any(start <= at <= end for start, end, _ in windows))) for at in times)
+        windows, mask = [window for window in answer["pred_relevant_windows"] if window[2]], parity.mask(answer)
         row = {"qid": answer["qid"], "duration": answer["duration"], "score": answer["probability"], "preds": mask}
         rows.append(row | {"pred_relevant_windows": windows, "pred_saliency_scores": answer["pred_saliency_scores"]})
     (folder / "released/hl_val_predictions.json").write_text(json.dumps(rows))
@@ -443,6 +444,57 @@ def test_with_a_downloaded_reference(chain, downloaded, tmp_path):
     assert len(written) == 3
 
 
+def test_chapter_4_tells_a_run_from_the_authors_answers(chain, small_set, tmp_path):
+    """A reference folder whose predictions are this run's own, but for one probability; none of test."""
+    shared, data = tmp_path / "reference", config.load("demo").data
+    for folder in ("qvhighlights", "released"):
+        (shared / folder).mkdir(parents=True)
+    rows = annotations.read(small_set / data.val)
+    annotations.write(shared / "qvhighlights/highlight_val_release.jsonl", rows)
+    authors = []
+    for record in read_predictions(chain.predicted("val")):
+        row = {"qid": record["qid"], "duration": record["duration"], "score": record["probability"]}
+        listed = moments.windows(record["mask"], record["probability"], record["duration"], rounding="nearest")
+        authors.append(row | {"preds": record["mask"], "pred_relevant_windows": listed})
+    p = authors[1]["score"][5]
+    authors[1]["score"][5] = 1 / (1 + (1 - p) / p * np.exp(1.5))
+    (shared / "released/hl_val_predictions.json").write_text(json.dumps(authors))
+    notebook = run_alone(chain, 4, tmp_path, shared)
+    text = text_of(notebook, "released")
+    assert re.search(rf"queries compared\s+{len(rows)}\s", text) and re.search(r"equal masks, %\s+100\s", text)
+    assert re.search(r"largest difference\s+1\.5\s", text)
+    shown = next(cell for cell in notebook.cells if cell.id == "released").outputs
+    tables_shown = [BeautifulSoup(out.data["text/html"], "html.parser") for out in shown if "data" in out]
+    worst = tables_shown[2].tbody.find("tr").get_text(" ", strip=True)
+    assert rows[1].query in worst and str(rows[1].qid) in worst and " 5 " in worst
+    assert ["color: red" in table.style.get_text() for table in tables_shown] == [True, False, True]
+    assert "test is not compared with the authors' own answers: neither " in text
+
+
+def test_chapter_1_shows_the_authors_labels(small_set, tmp_path, monkeypatch):
+    """The cell by itself, with files of labels in place of the published ones."""
+    profile, shown, made, path = small_profile(small_set, data__source="frames"), [], [], tmp_path / "val_v1.json"
+    splits = {
+        name: annotations.read(small_set / getattr(profile.data, name)) for name in ("train", "val", "test_labels")
+    }
+    for row in splits["val"]:
+        times = annotations.frame_times(row.duration, 25, True)
+        digits, targets = annotations.labels_at(row, times)
+        answer = {"id": row.qid, "vid": row.vid, "conversations": ["".join(map(str, digits))]}
+        made.append(answer | {"video_timestamps": times.tolist(), "saliency_scores": targets.tolist()})
+    path.write_text(json.dumps(made))
+    archive = SimpleNamespace(labels_file=lambda profile, split: path if split == "val" else None)
+    monkeypatch.setitem(sys.modules, "framseg.run.archive", archive)
+    cell = next(cell for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells if cell.id == "balance")
+    given = {"profile": profile, "splits": splits, "f": 25, "whole": True, "run": Run("demo", tmp_path / "run")}
+    modules = {"annotations": annotations, "paper_results": paper_results, "figures": figures}
+    exec(cell.source, given | modules | {"tables": tables, "parity": parity, "display": shown.append})
+    text = [BeautifulSoup(table.to_html(), "html.parser").get_text(" ", strip=True) for table in shown]
+    assert len(text) == 2 and all(one.startswith("val: the authors' labels next to ours") for one in text)
+    assert re.search(r"equal digits, % – [\d.]+ 100.0000 100.0000", text[0])
+    assert all(str(row.qid) in text[1] for row in splits["val"][:10])
+
+
 def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path, capsys):
     """As in an installed package, which has no tests."""
     cell = next(cell for cell in nbformat.read(NOTEBOOKS[3], as_version=4).cells if cell.id == "ranked")
@@ -453,9 +505,68 @@ def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path,
 # a model that is not trained here
 
 
-def test_chapters_of_a_model_that_was_not_trained_here(untrained, trained, merged, small_set):
-    own = "weights, not trained here"
-    launch = output(untrained, 3, "launch")
-    assert f"the model is {merged}: what it was trained on is not known" in launch
-    assert sum(output(untrained, 3, cell).count("Nothing is trained") for cell in ("weights", "curves", "validation")) == 3
+def test_all_chapters_of_a_model_that_was_not_trained_here(untrained, trained, merged, small_set):
+    """It answers as the training whose weights it was given does; what only a training has is left out, and said."""
+    known = f"the model is {merged}: what it was trained on is not known"
+    assert known in output(untrained, 3, "launch") and known in output(untrained, 4, "setup")
+    for cell in ("plan", "settings", "curves", "validation"):
+        assert output(untrained, 3, cell).count("Nothing is trained (training.epochs: 0)") == 1
     assert not list(untrained.root.rglob("*.safetensors")) and not untrained.train.exists()
+    profile, run = trained
+    rows = {"val": dataset.rows(profile, "val"), "test": dataset.rows(profile, "test_labels")}
+    for split, labelled in rows.items():
+        expected = decode.whole(profile, run, split)
+        answers = read_predictions(untrained.predicted(split))
+        for one, other in zip(answers, expected, strict=True):
+            assert one["mask"] == other["mask"] and one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        metrics = json.loads((untrained.metrics / f"{split}.json").read_text())
+        assert metrics == evaluate.evaluate(expected, labelled)
+    written = json.loads((untrained.metrics / "comparison.json").read_text())
+    assert list(written)[:2] == ["weights, not trained here", "query ignored (shuffled)"]
+    table = output(untrained, 4, "reported")
+    assert "small set0 val" not in table and "demo val" not in table and "43.74" in table  # Table IV: the paper's alone
+    assert "val_epoch_01.jsonl is not there" in output(untrained, 5, "choose")
+    assert known in "".join(predict(small_set / profile.data.videos / f"{rows['val'][0].vid}.mp4", "a ball",
+                                    checkpoint=untrained.checkpoint).notes)  # fmt: skip
+
+
+def test_a_second_run_skips_all_and_other_weights_run_again(untrained, merged, small_set):
+    given = SHORT | {"data.folder": small_set, "training.epochs": 0, "model.weights": merged}
+    again = start(untrained.root, **given)
+    assert again.returncode == 0 and again.stdout.count("unchanged, skipped") == 5
+    file = next(merged.glob("*.safetensors"))
+    os.utime(file)
+    chapter = stamps.Chapter(NOTEBOOKS[3], config.load(untrained.profile), untrained)
+    assert chapter.changed() == "the model's files changed"
+    refused = start(untrained.root, "--from", "04", **given | {"model.weights": merged.parent})
+    assert refused.returncode == 2 and f"model.weights: {merged} there, {merged.parent} now" in refused.stderr
+    assert "chapter 03 in" in refused.stderr and "--from 03" in refused.stderr
+
+
+def test_the_same_answers_are_read_in_three_ways(chain, small_set):
+    profile = config.load(chain.profile)
+    shown = output(chain, 4, "reported")
+    for split, labels in (("val", profile.data.val), ("test", profile.data.test_labels)):
+        answers, rows = read_predictions(chain.predicted(split)), annotations.read(small_set / labels)
+        table = tables.readings(split, answers, rows)
+        assert table.index[0] == "the paper (reported, real QVHighlights)" and len(table) == 4
+        assert table.loc["the paper (reported, real QVHighlights)", "HIT@1"] == {"val": 58.52, "test": 56.74}[split]
+        own = evaluate.evaluate(answers, rows)["brief"]  # the profile demo reads in the better way
+        assert table.loc["windows ranked, saliency gaussian", "mAP"] == own["MR-full-mAP"]
+        assert table.loc["windows ranked, saliency gaussian", "HIT@1"] == own["HL-min-VeryGood-Hit1"]
+        runs = [moments.windows(answer["mask"], answer["probability"], answer["duration"]) for answer in answers]
+        masks = [answer | {"pred_relevant_windows": spans} for answer, spans in zip(answers, runs, strict=True)]
+        mean = evaluate.evaluate(masks, rows)["brief"]["MR-full-mAP"]
+        assert table.loc["windows mask, saliency overlap", "mAP"] == mean
+        assert {f"{value:.2f}" for value in table["mAP"]} <= numbers(shown)
+
+
+def test_chapter_5_without_videos_and_without_an_early_epoch(untrained, small_set, tmp_path):
+    """As with published frames: there are pictures alone."""
+    data = tmp_path / "frames alone"
+    shutil.copytree(small_set, data, ignore=shutil.ignore_patterns("*.mp4"))
+    changed = config.load(untrained.profile).model_copy(update={"data": small_profile(data).data})
+    config.save(changed, tmp_path / "profile.yaml")
+    shown = run_alone(untrained, 5, tmp_path, profile=tmp_path / "profile.yaml")
+    assert "is not there, so there is nothing to ask about" in text_of(shown, "predict")
+    assert "not there, so nothing is compared" in text_of(shown, "choose")

@@ -242,7 +242,7 @@ def test_a_bad_row_of_the_authors_json_is_named_by_position_and_qid(tmp_path, ch
         (b"[[]]", "p.json:row 1: qid unknown: expected a JSON object, found list"),
         (b"[]", "p.json: holds no records"),
         (b"", "p.json: not JSON"),
-        (b'{"qid": 7}', "p.json: expected a JSON list of predictions"),
+        (b'{"qid": 7}', "p.json: expected a JSON list"),
         (b'[{"qid": 7', "p.json: not JSON"),
         (b"\xff", "p.json:1: is not UTF-8 text"),
         (None, "p.json: cannot be read: No such file"),

@@ -8,15 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
+from hub_server import contents, environment, serving
 from safetensors.torch import load_file, save_file
 from small import make_video, tiny
 from test_decode import prepared
@@ -36,75 +34,10 @@ predictor.main(sys.argv[2:])
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The repositories in `server.files`, by name; a connection ends after `server.cut` bytes, if that is set."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, content: bytes, status: int = 200, **headers: str):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if self.server.cut is not None and self.path.endswith(".safetensors"):
-            content, self.close_connection = content[: self.server.cut], True
-        self.wfile.write(content)
-
-    def do_GET(self):
-        server = self.server
-        name = next((name for name in server.files if f"/{name}/" in f"{self.path}/"), None)
-        if server.status or name is None:
-            code = "GatedRepo" if server.status == 401 else "RepoNotFound"
-            return self.reply(b"{}", server.status or 404, X_Error_Code=code)
-        files, path = server.files[name], self.path.partition("?")[0].partition("/resolve/")[2].partition("/")[2]
-        if path in files:
-            content = files[path]
-            begin = int((self.headers["Range"] or "bytes=0-")[6:].split("-")[0])
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            if server.elsewhere and path.endswith(".safetensors"):
-                about = {"X_Linked_Etag": etag, "X_Linked_Size": str(len(content)), "X_Repo_Commit": "1" * 40}
-                return self.reply(b"", 302, Location=f"{server.elsewhere}{self.path}?signature=1", **about)
-            if self.command == "GET":
-                server.fetched.append((f"{name}/{path}", begin))
-                server.tokens.append(self.headers["Authorization"])
-            about = {"ETag": etag, "X_Repo_Commit": "1" * 40}
-            if begin:
-                about["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-            return self.reply(content[begin:], 206 if begin else 200, **about)
-        if "/api/models/" not in self.path:
-            return self.reply(b"{}", 404, X_Error_Code="EntryNotFound", X_Repo_Commit="1" * 40)
-        siblings = [{"rfilename": path} for path in files]
-        about = {"id": name, "sha": "1" * 40, "siblings": siblings, "tags": [], "private": False}
-        tree = [{"type": "file", "path": path, "size": len(files[path]), "oid": "1" * 40} for path in files]
-        self.reply(json.dumps(tree if "/tree/" in self.path else about).encode(), Content_Type="application/json")
-
-    do_HEAD = do_GET
-
-
-@contextmanager
-def serving():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.files, server.fetched, server.tokens, server.cut, server.status = {}, [], [], None, 0
-        server.elsewhere = ""  # the address of a server to which whoever asks for weights is sent
-        server.handle_error = lambda *_: None  # who asks may be killed
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
 @pytest.fixture
 def server():
     with serving() as server:
         yield server
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -142,17 +75,6 @@ def hub(server, setup, tmp_path):
     server.files[released.MERGED] = contents(tmp_path / "shards") | strange
     server.files[PHI] = {"tokenizer.json": Path("framseg/demo/base/tokenizer.json").read_bytes()}
     return server
-
-
-def environment(server, tmp_path) -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(config.REPOSITORY),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_TOKEN": "hf_nobody",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
 
 
 def ask(server, tmp_path, *arguments: str, before: str = "", **more: str) -> subprocess.CompletedProcess:

@@ -126,6 +126,9 @@ def test_other_frames_than_a_checkpoints_do_not_decode(trained):
     changed = profile.model_copy(update={"frames": profile.frames.model_copy(update={"count": 10})})
     with pytest.raises(resume.ResumeError, match="frames.count: 25 there, 10 now"):
         decode.whole(changed, run, "val")
+    changed = profile.model_copy(update={"frames": profile.frames.model_copy(update={"whole_seconds": True})})
+    with pytest.raises(resume.ResumeError, match="frames.whole_seconds: False there, True now"):
+        train.launch(changed, run)
 
 
 def test_a_training_is_finished_when_its_checkpoint_has_all_epochs(trained):

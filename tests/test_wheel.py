@@ -84,7 +84,7 @@ def test_the_wheel_holds_every_module_and_all_data(tree, wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"framseg-{framseg.__version__}.dist-info/METADATA").decode()
-    kinds = ("*.py", "profiles/*.yaml", "demo/base/*", "viz/*.js", "model_card.md", "prompt.txt", "run/*.j2")
+    kinds = ("*.py", "*.yaml", "*.js", "*.j2", "*.mplstyle", "demo/base/*", "model_card.md", "prompt.txt")
     files = {path.relative_to(tree) for kind in kinds for path in (tree / "framseg").rglob(kind)}
     notebooks = {Path("framseg") / path.relative_to(tree) for path in tree.glob("notebooks/*.ipynb")}
     assert len(notebooks) == 5 and names == {path.as_posix() for path in files | notebooks}

@@ -9,7 +9,7 @@ from framseg import FramsegError
 if TYPE_CHECKING:
     import torch
 
-DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "float16", "bfloat16")
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "float16", "bfloat16", "int8")
 SAMPLED = 64  # values of each parameter that tell one set of weights from another
 
 
@@ -21,7 +21,7 @@ def fingerprint(module: "torch.nn.Module") -> str:
     """16 hexadecimal digits of a few values of every parameter: tells one set of weights from another."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()
+        values = getattr(parameter, "qdata", parameter).detach().flatten()  # int8 weights have their numbers there
         values = values[:: max(1, len(values) // SAMPLED)][:SAMPLED]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ SigLIP encodes the frames, a Perceiver resampler makes a few vectors of each, an
 Parameter names are those of the published checkpoint (without its leading ``vlm.``), so that it loads as it is.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import Phi3Config, Phi3Model, SiglipVisionConfig, SiglipVision
 
 from framseg import config
 from framseg.backbones import CheckpointError
+from framseg.jsonl import shortlist
 
 PREFIX = "vlm."  # what the published checkpoint puts before every name
 ADAPTER = "default"
@@ -40,10 +42,8 @@ class ResamplerAttention(nn.Module):
         """patches [N, P, width], latents [N, latents, width] -> what to add to the latents, of their shape."""
         latents = self.norm_latents(latents)
         key, value = self.to_kv(torch.cat([self.norm_media(patches), latents], dim=1)).chunk(2, dim=-1)
-        query, key, value = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value)
-        )
-        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        by_head = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), key, value))
+        return self.to_out(F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2))
 
 
 class ResamplerLayer(nn.ModuleList):
@@ -68,9 +68,8 @@ class Resampler(nn.Module):
     def __init__(self, section: config.Resampler, width: int, out: int):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(section.latents, width))
-        self.layers = nn.ModuleList(
-            ResamplerLayer(width, section.heads, section.head_dim) for _ in range(section.layers)
-        )
+        layers = [ResamplerLayer(width, section.heads, section.head_dim) for _ in range(section.layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, out)
 
@@ -116,17 +115,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, section: config.Language, attention: str):
         super().__init__()
+        same = {"hidden_size", "intermediate_size", "initializer_range", "sliding_window"}  # names in both
         phi3 = Phi3Config(
+            **section.model_dump(include=same),
             vocab_size=1,  # its own table is replaced below: the real one has a second part
-            hidden_size=section.hidden_size,
-            intermediate_size=section.intermediate_size,
             num_hidden_layers=section.layers,
             num_attention_heads=section.heads,
             max_position_embeddings=section.context,
             original_max_position_embeddings=section.context,
-            initializer_range=section.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
-            sliding_window=section.sliding_window,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
@@ -154,14 +151,9 @@ class Blip3(nn.Module):
     def __init__(self, section: config.Model):
         super().__init__()
         self.section = section
-        vision = SiglipVisionConfig(
-            hidden_size=section.vision.hidden_size,
-            intermediate_size=section.vision.intermediate_size,
-            num_hidden_layers=section.vision.layers,
-            num_attention_heads=section.vision.heads,
-            image_size=section.vision.image_size,
-            patch_size=section.vision.patch_size,
-        )
+        sizes = section.vision.model_dump(exclude={"layers", "heads"})
+        layers, heads = section.vision.layers, section.vision.heads
+        vision = SiglipVisionConfig(**sizes, num_hidden_layers=layers, num_attention_heads=heads)
         vision._attn_implementation = section.attention
         self.vision_encoder = SiglipVisionModel(vision)
         self.vision_tokenizer = Resampler(section.resampler, section.vision.hidden_size, section.language.hidden_size)
@@ -209,9 +201,8 @@ class Blip3(nn.Module):
         repeats = torch.where(is_image, latents, 1)
         places = repeats.cumsum(1) - 1
         length = ids.shape[1] + frames * (latents - 1)
-        source = torch.repeat_interleave(
-            torch.arange(ids.numel(), device=ids.device), repeats.flatten(), output_size=len(ids) * length
-        )
+        every = torch.arange(ids.numel(), device=ids.device)
+        source = torch.repeat_interleave(every, repeats.flatten(), output_size=len(ids) * length)
         long_ids = ids.flatten()[source].view(-1, length)
         embeds = self.lang_model.model.embed_tokens(long_ids)
         slots = (long_ids == self.section.tokens.image).unsqueeze(-1)
@@ -263,15 +254,22 @@ class Blip3(nn.Module):
     def load_published(cls, section: config.Model, folder: Path | str) -> "Blip3":
         """Build the model from a folder of safetensors (one file or shards) in the published layout.
 
-        Tensors are loaded one at a time, so that memory never holds the weights twice. Raises CheckpointError with all
-        missing, unexpected and misshapen names.
+        Tensors are loaded one at a time, so that memory never holds the weights twice. Raises CheckpointError with
+        missing, unexpected and misshapen names, the first few of many.
         """
         folder = Path(folder)
         with init_empty_weights(include_buffers=False):
             model = cls(section)
         files = sorted(folder.glob("*.safetensors"))
+        for index in folder.glob("*.safetensors.index.json"):  # which files are of the checkpoint
+            names = re.findall(r'"([^"/]+\.safetensors)"', index.read_text("utf-8", "replace"))
+            files = [folder / name for name in sorted(set(names))]
         if not files:
             raise CheckpointError(f"{folder}: no .safetensors file here; give the folder of a published checkpoint")
+        if lacking := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{folder}: lacks {shortlist(lacking, most=5)}, which its index names; fetch it again"
+            )
         expected = model.state_dict()
         if section.language.tie_embeddings:
             del expected["lang_model.lm_head.weight"]
@@ -281,8 +279,7 @@ class Blip3(nn.Module):
             try:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():
-                        name = key.removeprefix(PREFIX)
-                        shape = opened.get_slice(key).get_shape()
+                        name, shape = key.removeprefix(PREFIX), opened.get_slice(key).get_shape()
                         if name not in expected:
                             problems.append(f"unexpected {key} {shape}")
                         elif shape != (own := list(expected[name].shape)):
@@ -295,7 +292,7 @@ class Blip3(nn.Module):
                 raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
         problems += [f"missing {PREFIX}{name}" for name in sorted(missing)]
         if problems:
-            raise CheckpointError(f"{folder}: not a checkpoint of this model: " + "; ".join(problems))
+            raise CheckpointError(f"{folder}: not a checkpoint of this model: {shortlist(problems, '; ', most=5)}")
         if section.language.tie_embeddings:
             model.lang_model.lm_head.weight = model.lang_model.model.embed_tokens.weight
         return model.eval()
@@ -317,26 +314,23 @@ class Blip3(nn.Module):
         self.requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # PiSSA's fast SVD starts from random vectors
-            inject_adapter_in_model(
-                LoraConfig(
-                    r=section.rank,
-                    lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft computes with any number
-                    lora_dropout=section.dropout,
-                    init_lora_weights=section.init,  # type: ignore[arg-type]  # the profile lets only peft's names pass
-                    use_rslora=section.rslora,
-                    target_modules=rf"lang_model\.model\.layers\.\d+\.\w+\.({'|'.join(section.targets)})",
-                ),
-                self,
-                ADAPTER,
+            settings = LoraConfig(
+                r=section.rank,
+                lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft computes with any number
+                lora_dropout=section.dropout,
+                init_lora_weights=section.init,  # type: ignore[arg-type]  # the profile lets only peft's names pass
+                use_rslora=section.rslora,
+                target_modules=rf"lang_model\.model\.layers\.\d+\.\w+\.({'|'.join(section.targets)})",
             )
+            inject_adapter_in_model(settings, self, ADAPTER)
         self.vision_tokenizer.requires_grad_(True)
         return {name: value.clone() for name, value in self.state_dict().items() if "lora_" in name}
 
     def adapter(self, start: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
         """The trained pairs as a plain LoRA adapter of the untouched base: its settings and tensors in peft's format.
 
-        PiSSA moved s B0 A0 out of each weight, so training changed it by s (B A - B0 A0): one pair of twice the rank.
-        `start`: what `adapt` returned.
+        PiSSA moved s B0 A0, `start` as `adapt` returned it, out of each weight, so training changed it by
+        s (B A - B0 A0): one pair of twice the rank.
         """
         state, tensors = self.state_dict(), {}
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, LoraLayer)}

@@ -3,8 +3,8 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from framseg import config, losses, prompt
 from framseg.annotations import frame_labels, frame_times, soft_targets
 from framseg.backbones.blip3 import Blip3, Resampler
-from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, labelled_row, nearness, render, scene
+from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, WORDS, labelled_row, nearness, render, scene
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7
-BASE_QUERIES = ("{phrase}", "{verb}: {phrase}", "look for a {phrase}", "is there a {phrase}?")
+BASE_QUERIES: list[str] = WORDS["base queries"]
 BASE_SCENES = 500
 BASE_STEPS = (300, 300, 250)
 HEAD_FLOOR = -20.0  # the head's bias for every id that is not part of an answer
@@ -65,8 +65,7 @@ def build_tokenizer(folder: Path) -> None:
     (folder / prompt.FILE).write_text(text, encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """Pictures of scenes, those of a scene in random order, with what they show and questions about them."""
 
     pixels: Tensor  # uint8 [scenes, frames, 3, size, size]
@@ -179,14 +178,11 @@ class BaseTraining:
 
     def _hidden(self, prompts: list[list[int]], labels: Tensor, scenes: Tensor) -> Tensor:
         """Hidden states from which the digits and the end token are predicted, [B, frames + 1, width]."""
-        ids, mask = (torch.from_numpy(array) for array in prompt.pad_left(prompts, self.section.tokens.pad))
-        start = ids.shape[1] - 1
-        ids = torch.cat([ids, self.answers[labels]], 1)
-        mask = torch.cat([mask, torch.ones_like(labels)], 1)
-        embeds, mask, positions = self.model.expand(ids, mask, self.model.vision_tokens(self.plain.pixels[scenes]))
+        answered = [ids + digits for ids, digits in zip(prompts, self.answers[labels].tolist(), strict=True)]
+        ids, mask = map(torch.from_numpy, prompt.pad_left(answered, self.section.tokens.pad))
+        embeds, mask, _ = self.model.expand(ids, mask, self.model.vision_tokens(self.plain.pixels[scenes]))
         hidden = self.model.lang_model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-        first = positions[0, start]
-        return hidden[:, first : first + self.frames + 1]
+        return hidden[:, -self.frames - 1 :]
 
     def _probe_loss(self, name: str, hidden: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(self.probes[name](hidden).flatten(0, 1), target.flatten())
@@ -224,8 +220,7 @@ def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     model = base.model
     seeing = [model.vision_encoder, base.resampler, base.probes]
     answering = [model.vision_tokenizer, model.lang_model, base.probes]
-    first, second, third = BASE_STEPS
-    optimize("1 of 3: frames", seeing, first, 2e-3, 20, base.picture_loss)
-    optimize("2 of 3: short prompt", answering, second, 1e-3, 30, lambda: base.answer_loss(False, 0.3, 32))
-    optimize("3 of 3: full prompt", answering, third, 1e-3, 10, lambda: base.answer_loss(True, 0.2, 16))
+    optimize("1 of 3: frames", seeing, BASE_STEPS[0], 2e-3, 20, base.picture_loss)
+    optimize("2 of 3: short prompt", answering, BASE_STEPS[1], 1e-3, 30, lambda: base.answer_loss(False, 0.3, 32))
+    optimize("3 of 3: full prompt", answering, BASE_STEPS[2], 1e-3, 10, lambda: base.answer_loss(True, 0.2, 16))
     model.to(torch.bfloat16).save_published(folder)

@@ -9,12 +9,13 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+import yaml
 from tqdm.auto import tqdm
 
 from framseg.annotations import ANNOTATORS, CLIP_SECONDS, LabelledRow, Row, write
@@ -30,11 +31,10 @@ SHORT_SHARE = 0.08  # of videos shorter than DURATION
 STRETCH = (14, 44)  # seconds of one activity
 
 
-@dataclass(frozen=True)
-class Activity:
+class Activity(NamedTuple):
     """What a stretch of video shows, and how queries name it."""
 
-    rgb: tuple[int, int, int]
+    rgb: list[int]
     shape: str
     phrase: str
     verb: str
@@ -44,16 +44,9 @@ class Activity:
         return wording.format(phrase=self.phrase, verb=self.verb)
 
 
-ACTIVITIES = (
-    Activity((220, 30, 40), "circle", "crimson ball", "bouncing"),
-    Activity((40, 90, 230), "square", "sapphire box", "sliding"),
-    Activity((40, 180, 60), "triangle", "emerald kite", "gliding"),
-    Activity((250, 220, 40), "cross", "lemon windmill", "turning"),
-    Activity((240, 130, 20), "diamond", "tangerine lantern", "swinging"),
-    Activity((150, 50, 200), "ring", "violet hoop", "rolling"),
-    Activity((60, 215, 225), "circle", "turquoise bubble", "rising"),
-    Activity((250, 130, 190), "square", "rosy cushion", "tumbling"),
-)
+WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+ACTIVITIES = [Activity(**activity) for activity in WORDS["activities"]]
+QUERIES: list[str] = WORDS["queries"]
 # Which pixels belong to a shape; x, y: their offsets from its centre in units of its radius.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: x * x + y * y < 1,
@@ -63,16 +56,9 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.36) & (np.maximum(abs(x), abs(y)) < 1),
     "triangle": lambda x, y: (y < 0.7) & (y > 2 * abs(x) - 1),
 }
-QUERIES = (
-    "A {phrase} is {verb} across the scene.",
-    "Someone filmed a {phrase} {verb} about",
-    "the {phrase} keeps {verb}",
-    "We see a {phrase} that is {verb} past the camera.",
-)
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """A part of a video during which one activity is shown, or the background alone."""
 
     start: int  # seconds, on the clip grid
@@ -81,8 +67,7 @@ class Stretch:
     nearness: tuple[float, float, float]  # mean, amplitude and phase of its course
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """One video, before it is drawn."""
 
     duration: int

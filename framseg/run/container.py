@@ -30,8 +30,6 @@ UPRIGHT: tuple[int, ...] = (65536, 0, 0, 65536)  # how an mp4 writes that a pict
 NO_TIMES = 0x80  # FFmpeg's flag of a format without times (AVFMT_NOTIMESTAMPS), for which it would invent some
 ROUNDING = 1e-6  # seconds
 STILL = 0.5  # seconds of frames whose times may be no later than those of frames before them
-
-
 Edit = tuple[float, float | None]  # its length and where it begins in the frames' own times (s), None if it is empty
 
 
@@ -116,7 +114,7 @@ class Container:
                 )
             base = float(stream.time_base or 0)
             first = min(known, default=0) * base
-            self.begin = first if container.start_time is None else _seconds(container.start_time)
+            self.begin = first if container.start_time is None else container.start_time / av.time_base
             h264 = stream.codec_context.codec.canonical_name == "h264"
             mp4 = self._name.startswith("mov,mp4")
             matrix, self._edits = UPRIGHT, list[Edit]()
@@ -255,25 +253,21 @@ class Container:
                     if time is not None and time > latest:
                         latest, self.last = time, seconds
         name = container.format.name.split(",")[0]
-        self.cut |= any(broken.values()) or any(text in line for *_, line in log for text in BROKEN_OFF)
         tells, inside = self._bytes_tell(name)
-        self.cut |= inside
-        claimed = _seconds(container.duration) if container.duration and tells else None
+        self.cut |= inside or any(broken.values()) or any(text in line for *_, line in log for text in BROKEN_OFF)
+        claimed = container.duration / av.time_base if container.duration and tells else None
         if name == "avi" and self.fps:  # FFmpeg corrects the duration by the file's size, but not the number of frames
             claimed = stream.frames / self.fps
-        missing = (claimed or 0) - (max(ends.values()) - min(0, _seconds(container.start_time or 0)))
+        missing = (claimed or 0) - (max(ends.values()) - min(0, (container.start_time or 0) / av.time_base))
+        slack = max(0.1, 2 / self.fps if self.fps else 0)  # by which an intact file's header may claim too much
         if name == "mov":
             whole = ((stream.start_time or 0) + (stream.duration or 0)) * bases[stream.index]
             missing = max(missing, whole - ends[stream.index])
             if not stream.frames:  # fragments: the length is that of those that are there
-                self.cut |= missing > self._slack()
+                self.cut |= missing > slack
                 claimed = None
-        self.claimed, self.missing = claimed, missing if missing > self._slack() else 0.0
+        self.claimed, self.missing = claimed, missing if missing > slack else 0.0
         return pts
-
-    def _slack(self) -> float:
-        """Seconds by which an intact file's header may claim too much."""
-        return max(0.1, 2 / self.fps if self.fps else 0)
 
     def _bytes_tell(self, name: str) -> tuple[bool, bool]:
         """Whether the header tells the length, and whether the bytes end inside a packet, where FFmpeg does not say."""
@@ -287,11 +281,6 @@ class Container:
             file.seek(max(0, size - 4))  # the last four bytes are the size of the tag in front of them
             file.seek(max(0, size - 4 - int.from_bytes(file.read(4))))
             return bool(named) and any(number[:8]), file.read(1) not in FLV_TAGS
-
-
-def _seconds(time: int) -> float:
-    """A container's own times are in millionths."""
-    return time / av.time_base
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a profile costs, counted from its sizes alone, and what a device can do.
+"""What a profile costs, counted from its sizes alone, and how fast a device is.
 
 Operations are those of the matrix products that the method needs, a multiplication and an addition counted as two:
 attention over the positions that a causal mask and the sliding window leave, logits of the answer alone, and backward
@@ -14,15 +14,23 @@ from pathlib import Path
 
 import torch
 
-from framseg import FramsegError, config
-from framseg.backbones import DTYPES
+from framseg import config
 
 TERA = 1e12
 TEXT = 421  # positions of prompt and answer next to the frames' vectors, about
-SPARE = 4 * 2**30  # bytes of a GPU: fragments, work space of the matrix products, the CUDA context
+# Bytes of a GPU for fragments, work space of the matrix products, the CUDA context: in training, in decoding alone.
+SPARE, DECODING_SPARE = 4 * 2**30, 2**30
 # Bytes that autograd keeps in bfloat16, measured at full size by tests/benchmarks/activations.py: of a language layer
 # per position and unit of its two widths, of a resampler layer per vector and unit of its two widths.
 LANGUAGE_KEPT, RESAMPLER_KEPT = 16.67, 5.17
+PROCESS = 2 * 2**30  # bytes of the host: a process with torch and CUDA, assumed
+QUERIES = {"train": 7218, "val": 1550, "test": 1542}  # of QVHighlights, and its videos:
+VIDEOS = {"train": 7100, "val": 1519, "test": 1529}
+# What programs get of a GPU's bytes, and its operations per second by NVIDIA's data sheets (bfloat16 summed in float32,
+# no sparsity). Of 24,576 MiB, driver and error correction leave 21.99 GiB (A10) to 23.6 (RTX 4090), as users report.
+GPUS = {"RTX 4090": (21.9 * 2**30, 165.2 * TERA), "H100": (79 * 2**30, 989.4 * TERA)}
+# Share of these operations in the authors' logs: 2.49 samples trained and 0.98 queries answered per second on an H100.
+TRAINING_SHARE, DECODING_SHARE = 0.275, 0.046
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def fixed_bytes(profile: config.Profile) -> tuple[int, float]:
     base, trained = parameters(profile)
     size = getattr(torch, profile.model.dtype).itemsize
     states = 0 if profile.training.offload_optimizer else 12 / profile.training.processes
-    return size * base, trained * (size + states)
+    return size * base, trained * (size + states) if profile.training.epochs else 0
 
 
 def sample_bytes(profile: config.Profile) -> float:
@@ -137,35 +145,33 @@ def query_bytes(profile: config.Profile) -> float:
 
 
 def gpu_bytes(profile: config.Profile) -> float:
-    """Bytes that each GPU of the training needs, about: it trains, and decodes val after each epoch."""
-    trains = profile.training.micro_batch * sample_bytes(profile)
-    return sum(fixed_bytes(profile)) + max(trains, profile.inference.batch * query_bytes(profile)) + SPARE
+    """Bytes that each GPU needs, about: it decodes and, unless there are no epochs, trains."""
+    decodes = sum(fixed_bytes(profile)) + profile.inference.batch * query_bytes(profile)
+    if not profile.training.epochs:
+        return decodes + DECODING_SPARE
+    trains = sum(fixed_bytes(profile)) + profile.training.micro_batch * sample_bytes(profile)
+    return max(trains, decodes) + SPARE
 
 
-def precision(dtype: str | None, place: torch.device, usual: str) -> str:
-    """The number format to load a model in: `usual` for None, else one of backbones.DTYPES.
+def host_bytes(profile: config.Profile) -> float:
+    """Bytes of the host's memory, about: each process reads the weights there and hands them to its GPU.
 
-    "auto" is `usual`, the profile's, except where that is bfloat16 and `place` a GPU without it: there it is float16.
-    Raises FramsegError for another name.
+    Training then keeps the offloaded optimizer's state and gradients there, and two micro-batches of frames per worker.
     """
-    if dtype not in (None, *DTYPES):
-        raise FramsegError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if dtype == "auto" and usual == "bfloat16" and place.type != "cpu":
-        has = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return usual if has else "float16"
-    return usual if dtype in (None, "auto") else str(dtype)
+    section, frames = profile.training, profile.frames.count * 3 * profile.model.vision.image_size**2
+    ahead = section.workers * 2 * section.micro_batch * frames
+    offloaded = 16 * parameters(profile)[1] if section.offload_optimizer else 0
+    return section.processes * (PROCESS + max(fixed_bytes(profile)[0], ahead + offloaded / section.processes))
 
 
-def short_of_memory(profile: config.Profile, place: torch.device) -> list[str]:
-    """A line if answering a query needs more memory than the device has: the weights and what the query adds, about."""
-    needs, has = (
-        fixed_bytes(profile)[0] + query_bytes(profile),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
-    if place.type == "cuda":
-        has = torch.cuda.get_device_properties(place).total_memory
-    text = f"an answer in {profile.model.dtype} needs about {needs / 2**30:.1f} GiB, {place} has {has / 2**30:.1f}"
-    return [f"{text}: it may fail; choose another device or dtype\n"] if needs > has else []
+def hours(profile: config.Profile) -> tuple[str, float, float]:
+    """The smallest of GPUS that does, and the hours there of training and of decoding (val after each epoch, too)."""
+    gpu = next((name for name, (room, _) in GPUS.items() if gpu_bytes(profile) < room), [*GPUS][-1])
+    work = operations(profile, profile.frames.count * profile.model.resampler.latents + TEXT)
+    epochs, rate = profile.training.epochs, profile.training.processes * GPUS[gpu][1] * 3600
+    decoded = QUERIES["val"] * (epochs + 2 if epochs else 1) + QUERIES["test"]
+    trains = QUERIES["train"] * epochs * work.training
+    return gpu, trains / (TRAINING_SHARE * rate), decoded * work.inference / (DECODING_SHARE * rate)
 
 
 def _patches(vision: config.Vision) -> int:

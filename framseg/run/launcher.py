@@ -1,13 +1,12 @@
 """Starting a module of framseg in the processes of a profile through the DeepSpeed launcher, and watching them.
 
-A process that fails writes one line of JSON into the log, its reason and what that concerns; the process that started
-it makes the sentence for the user.
+A process that fails ends the log with the sentence for the user, which the process that started it looks for there.
 """
 
+import argparse
 import contextlib
 import errno
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -27,13 +26,13 @@ import torch
 
 from framseg import FramsegError, config
 from framseg.backbones import device
-from framseg.jsonl import parse_object
 from framseg.run import WAITING_THREADS
+from framseg.run.paths import Run
 
 WAIT = timedelta(hours=2)  # that processes wait for each other: one may be decoding while the others are done
 POLL = 0.5  # seconds between two looks at processes that run
 WATCHER = "FRAMSEG_WATCHER"  # environment variable: the process that looks after the started ones
-LAST_LINE = "framseg: "  # begins the line in which a failing process says why
+LAST_LINE = "framseg ends: "  # begins the line in which a failing process says why
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # A traceback: whether Python has ignored the error, and the error at its end.
@@ -59,7 +58,7 @@ class Reason(Enum):
     )
     NOT_WRITABLE = "cannot write {}: give another --run-dir or data.folder"
     READER_DIED = "a process that reads frames has died ({}): lower training.workers if memory is short"
-    PEER_GONE = "another process has ended ({})"  # that one has written its own reason, or was killed
+    PEER_GONE = "another process has ended ({})"
     OTHER = "{}"
 
 
@@ -96,9 +95,6 @@ def sentence(error: Exception) -> str:
     return reason.value.format(what)
 
 
-# --- in the process that starts the others ---------------------------------------------------------------------
-
-
 class Job:
     """`python -m module arguments` in `training.processes` processes, whose output is appended to `log`.
 
@@ -112,17 +108,15 @@ class Job:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={profile.training.processes}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank", "--module", module]
+        command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
+        command += ["--module", module, *arguments]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with open(log, "a", encoding="utf-8") as output:
             self.begin = output.tell()
+            # In a session of its own: the terminal's Ctrl-C is the caller's, who asks the processes to stop.
             self.process = subprocess.Popen(
-                [*command, *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(profile),
-                start_new_session=True,  # the terminal's Ctrl-C is the caller's, who asks the processes to stop
+                command, stdout=output, stderr=subprocess.STDOUT, env=_environment(profile), start_new_session=True
             )
 
     def __enter__(self) -> "Job":
@@ -145,11 +139,10 @@ class Job:
         with open(self.log, encoding="utf-8", errors="replace") as file:
             file.seek(self.begin)
             text = file.read()
-        given = [pair for line in text.splitlines() if (pair := _reason(line))]
+        given = [line.removeprefix(LAST_LINE) for line in text.splitlines() if line.startswith(LAST_LINE)]
         errors = [error for ignored, error in TRACEBACK.findall(text) if not ignored]
-        own = [reason.value.format(what) for reason, what in given if reason is not Reason.PEER_GONE]
-        if own:
-            why = own[0]
+        if any(given):
+            why = next(filter(None, given))
         elif shutil.disk_usage(self.log.parent).free < 2**20:  # too full for a last line
             why = Reason.DISK_FULL.value.format(self.log.parent)
         elif errors and not given and 0 < self.process.returncode < 128:
@@ -174,15 +167,6 @@ def _unspoken(code: int, text: str) -> str:
     )
 
 
-def _reason(line: str) -> tuple[Reason, str] | None:
-    """What a failing process has said in this line of the log; None for any other line."""
-    if not line.startswith(LAST_LINE):
-        return None
-    record = parse_object(line.removeprefix(LAST_LINE))[0] or {}
-    name = str(record.get("reason"))
-    return (Reason[name], str(record.get("what"))) if name in Reason.__members__ else None
-
-
 def _environment(profile: config.Profile) -> dict[str, str]:
     environment = os.environ | {WATCHER: str(os.getpid())}
     # DeepSpeed takes a missing program (numactl) for none, but ends if a folder in PATH may not be searched for it.
@@ -197,26 +181,40 @@ def _environment(profile: config.Profile) -> dict[str, str]:
     return environment
 
 
-# --- in a started process --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def started(
+    module: str, purpose: str, arguments: Sequence[str] | None, splits: Sequence[str] = ()
+) -> Iterator[tuple[config.Profile, Run, argparse.Namespace]]:
+    """In a started process: its profile, run and options, while it works together with the other processes.
 
+    splits: between which `--split` chooses, if there are any.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
+    parser.add_argument("--profile", required=True, help="a profile's name or the path of a YAML file")
+    parser.add_argument("--run-dir", type=Path)
+    if splits:
+        parser.add_argument("--split", choices=splits, required=True)
+    options = parser.parse_args(arguments)
+    with last_line():
+        profile = config.load(options.profile)
+        if "RANK" not in os.environ:
+            raise FramsegError(
+                "this process has no rank: `deepspeed --module` starts it, or framseg run does all of it"
+            )
+        import deepspeed
 
-def join(profile: config.Profile) -> tuple[int, int]:
-    """Join the other processes. Returns this one's rank and how many there are."""
-    if "RANK" not in os.environ:
-        raise FramsegError("this process has no rank: `deepspeed --module` starts it, or framseg run does all of it")
-    import deepspeed
-
-    # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=WAIT)
-    rank, world = place()
-    if world != profile.training.processes:
-        raise FramsegError(f"training.processes is {profile.training.processes}, {world} were started")
-    if profile.training.threads:
-        torch.set_num_threads(profile.training.threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    return rank, world
+        # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(timeout=WAIT)
+        _, world = place()
+        if world != profile.training.processes:
+            raise FramsegError(f"training.processes is {profile.training.processes}, {world} were started")
+        if profile.training.threads:
+            torch.set_num_threads(profile.training.threads)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        yield profile, Run(profile, options.run_dir), options
+        torch.distributed.destroy_process_group()
 
 
 def place() -> tuple[int, int]:
@@ -251,6 +249,7 @@ def last_line() -> Iterator[None]:
         if WATCHER not in os.environ and isinstance(error, FramsegError | OSError):
             raise FramsegError(sentence(error)) from None  # for `command_line`
         traceback.print_exc()
-        reason, what = diagnosis(error)
-        print(f"{LAST_LINE}{json.dumps({'reason': reason.name, 'what': what})}", file=sys.stderr, flush=True)
+        # Where another process has ended, that one has written its own reason, or was killed.
+        why = "" if diagnosis(error)[0] is Reason.PEER_GONE else " ".join(sentence(error).split())
+        print(f"{LAST_LINE}{why}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -44,14 +44,14 @@ class Run:
         return self.predictions / (f"{split}.jsonl" if epoch is None else f"{split}_epoch_{epoch:02d}.jsonl")
 
 
-def hold(folder: Path) -> TextIO:
-    """Keep other processes from working in `folder`, until the result is closed or this process ends.
+def hold(folder: Path, name: str = "lock", wait: float = DYING, busy: FramsegError | None = None) -> TextIO:
+    """Keep other processes from working in `folder`, until the result, file `name`, is closed or this process ends.
 
-    Raises BusyError if another process has it.
+    Raises `busy`, or a BusyError that names the process, if another one has it for `wait` seconds more.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a+", encoding="utf-8")
-    deadline = time.monotonic() + DYING
+    file = open(folder / name, "a+", encoding="utf-8")
+    deadline = time.monotonic() + wait
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +61,7 @@ def hold(folder: Path) -> TextIO:
         if time.monotonic() > deadline:
             file.seek(0)
             with file:
-                raise BusyError(
+                raise busy or BusyError(
                     f"process {file.read()} is at work in {folder}: wait for it, end it, or give another --run-dir"
                 )
     file.truncate(0)

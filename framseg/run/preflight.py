@@ -72,20 +72,21 @@ def gpus(profile: config.Profile) -> list[str]:
     else:
         return []
     ways: list[str] = []
-    for other in map(config.load, config.names()):
-        if other.model.language == profile.model.language and other.training.processes <= count and not ways:
-            ways += [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else []
+    others = [other for other in map(config.load, config.names()) if other.training.epochs]
+    # Last the one with the same data that saves least memory.
+    for other in sorted(others, key=lambda other: (other.data == profile.data, cost.gpu_bytes(other))):
+        if other.model.language == profile.model.language and other.training.processes <= count:
+            ways = [f"use profile {other.name}"] if cost.gpu_bytes(other) < has else ways
     if settings := _smaller(profile, count, has):
         ways.append(f"set {settings}")
     return [f"GPU: {what}: {', or '.join([*ways, 'set training.device=cpu, which is very slow'])}"]
 
 
 def decodes(profile: config.Profile) -> list[str]:
-    """A sentence if no GPU here can decode for a profile that trains nothing; prints how slow a CPU is that is to."""
+    """A sentence if no GPU here is large enough for a profile that trains nothing; prints how slow a CPU is instead."""
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     has, batch, query = min(sizes, default=0), profile.inference.batch, cost.query_bytes(profile)
-    rest = cost.fixed_bytes(profile)[0] + GIB  # the weights, and an estimate for what is not counted
-    fits = int((has - rest) // query)
+    fits = batch + int((has - cost.gpu_bytes(profile)) // query)
     on_cpu = profile.training.device == "cpu" or not (sizes or profile.model.dtype == "bfloat16")
     if batch <= fits and not on_cpu:
         return []
@@ -96,8 +97,8 @@ def decodes(profile: config.Profile) -> list[str]:
         print(f"decoding on the CPU, {slow}")
         return []
     ways = [*([f"set inference.batch={fits}"] if fits > 0 else []), f"set training.device=cpu, {slow}"]
-    needs = f"about {(rest + batch * query) / GIB:.0f} GiB"
-    return [f"GPU: decoding needs {needs}, this machine has {has / GIB:.0f}: {', or '.join(ways)}"]
+    needs = f"decoding needs about {cost.gpu_bytes(profile) / GIB:.0f} GiB, this machine has {has / GIB:.0f}"
+    return [f"GPU: {needs}: {', or '.join(ways)}"]
 
 
 def _smaller(profile: config.Profile, count: int, has: float) -> str:
@@ -136,7 +137,8 @@ def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
             listed = ", ".join(f"{what} about {size / GIB:.1f}" for what, _, size in writes)
             out.append(
                 f"disk: {writes[0][1]} has {free / GIB:.1f} GiB free, {needs / GIB:.1f} are needed ({listed}): make "
-                f"room, or choose another disk by data.folder (frames, features), HF_HOME (weights), --run-dir (states)"
+                f"room, or choose another disk by data.folder (frames, features), HF_HOME (weights, archive), "
+                f"--run-dir (states)"
             )
     return out
 
@@ -144,24 +146,37 @@ def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
 def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[str, Path, float]]:
     """What a run still has to write: in words, its folder, and its bytes, about."""
     store, vision, size = dataset.store(profile), profile.model.vision, getattr(torch, profile.model.dtype).itemsize
-    files = [dataset.annotation_file(profile, split) for split in ("train", "val", "test")]
+    files = [dataset.annotation_file(profile, split) for split in profile.data.splits]
     if all(file.is_file() for file in files):  # else that is what is missing
         vids = [{row.vid for row in annotations.read(file)} for file in files]
-        pictures = profile.frames.count * (2 * profile.frames.neighbours + 1)
+        pictures = profile.frames.count * (2 * store.neighbours + 1)
         waiting = sum(vid not in store for vid in set().union(*vids))
         yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
             yield "features", store.folder, len(vids[0]) * pictures * values * size
-    base, trained = cost.parameters(profile)
-    name = profile.model.weights
+    if profile.data.source == "frames":
+        from framseg.run import archive  # which needs this module
+
+        yield "archive", Path(constants.HF_HUB_CACHE), archive.to_fetch(profile)
+    base, name = cost.parameters(profile)[0], profile.model.weights
     if not Path(name).is_absolute() and (weights := to_fetch(name)) != 0:
         yield "weights", Path(constants.HF_HUB_CACHE), weights or base * size
     if trains and profile.training.epochs:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
-        # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
-        states = (resume.KEPT + 1) * (2 * size + 12)
-        yield "states", run.root, max(0, trained * (states + size + 4) - kept)
+        yield "states", run.root, max(0, disk_bytes(profile)["states"] - kept)
+
+
+def disk_bytes(profile: config.Profile) -> dict[str, float]:
+    """Bytes on disk of a whole run on QVHighlights, about, by what they are; without an archive of published frames."""
+    size, trained = getattr(torch, profile.model.dtype).itemsize, cost.parameters(profile)[1]
+    # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
+    states = trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+    pictures = profile.frames.count * (2 * dataset.store(profile).neighbours + 1)
+    video = pictures * profile.model.vision.image_size**2 * PICTURE
+    frames = video * sum(cost.VIDEOS[split] for split in profile.data.splits)
+    fetched = dict.fromkeys(("archive", "videos"), download.ARCHIVE_BYTES * (profile.data.source == "folder"))
+    return fetched | {"frames": frames, "weights": cost.fixed_bytes(profile)[0], "states": states}
 
 
 def _cached(name: str, file: str) -> bool:

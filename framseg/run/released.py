@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, repo_info, snapshot_download
 from huggingface_hub.errors import DryRunError
 from huggingface_hub.file_download import DryRunFileInfo, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from framseg import config, download
+from framseg import FramsegError, config, download
 from framseg.backbones import CheckpointError
 from framseg.backbones.blip3 import Blip3
 from framseg.download import words
@@ -32,42 +32,49 @@ RESAMPLER, START = "vision_tokenizer.safetensors", "pissa_init"  # of the author
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 WEIGHTS = ["*.safetensors", "*.json"]
 NOT_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")  # settings that no adapter here may have
+CLOSED = "the repository is gated, private or not there: ask for access on its page, and log in with `hf auth login`"
+ANSWERS = {401: CLOSED, 403: CLOSED, 404: "it has no such repository or file"}  # of the hub
 
 Tensors = dict[str, Tensor]  # by name
 
 
 @contextmanager
-def hub_errors(before: str, after: str = "") -> Iterator[None]:
-    """Whatever the hub's library raises becomes a CheckpointError: `before`, the reason in brackets, `after`."""
+def hub_errors(before: str, after: str = "", kind: type[FramsegError] = CheckpointError) -> Iterator[None]:
+    """Whatever the hub's library raises becomes an error of this kind: `before`, the reason in brackets, `after`."""
     try:
         yield
     except Exception as error:  # the HTTP library's errors share no base class with the hub's
-        raise CheckpointError(f"{before} ({' '.join(str(error).split())}){after}") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"it answers {status}: {ANSWERS[status]}" if status in ANSWERS else " ".join(str(error).split())
+        raise kind(f"{before} ({reason}){after}") from None
 
 
-def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
+def fetch(name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big: str = ".safetensors") -> Path:
     """The folder in the hub's cache with a repository's files, each fetched once; its size is told before.
 
-    What has arrived of a file of weights when the connection, the disk or the user ends the call is kept: the next call
-    goes on with it. Raises CheckpointError for a repository without weights and for a disk with too little room, and
-    whatever the hub's library raises.
+    kind: "model" or "dataset". big: how the names of large files end. Of those, what has arrived when the connection,
+    the disk or the user ends the call is kept: the next call goes on with it. Raises CheckpointError for a repository
+    without large files and for a disk with too little room, and whatever the hub's library raises.
     """
-    files, cache = _listed(name, patterns), Path(constants.HF_HUB_CACHE)
-    if files is not None and not any(file.filename.endswith(".safetensors") for file in files):
-        raise CheckpointError(f"{name} is no checkpoint: the repository has no .safetensors file")
-    repository = repo_folder_name(repo_id=name, repo_type="model")
+    files, cache = _listed(name, patterns, kind), Path(constants.HF_HUB_CACHE)
+    if files is not None and not any(file.filename.endswith(big) for file in files):
+        what = "checkpoint" if kind == "model" else "set of frames"
+        raise CheckpointError(f"{name} is no {what}: the repository has no {big} file")
+    repository = repo_folder_name(repo_id=name, repo_type=kind)
     blobs, absent = cache / repository / "blobs", [file for file in files or () if file.will_download]
     size = sum(file.file_size or 0 for file in absent) - sum(part.stat().st_size for part in blobs.glob("*.part"))
     if absent:
-        there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
         if size > free:
-            raise CheckpointError(f"{words(size)} to fetch, {there} has {words(free)} free: make room or set HF_HOME")
-        print(f"{name}: fetching {words(size)} into {cache}, which has {words(free)} free", file=sys.stderr)
+            raise CheckpointError(f"{words(size)} to fetch, {cache} has {words(free)} free: make room or set HF_HOME")
+        card = getattr(repo_info(name, repo_type=kind), "card_data", None)
+        licence = f"; licence, as its card says: {card.license}" if card and card.license else ""
+        print(f"{name}: fetching {words(size)} into {cache}, {words(free)} are free{licence}", file=sys.stderr)
     for file in absent:
-        if not file.filename.endswith(".safetensors"):
+        if not file.filename.endswith(big):
             continue  # small: the hub's library, which begins a file anew after each interruption, may fetch it
-        address = hf_hub_url(name, file.filename, revision=file.commit_hash)
+        address = hf_hub_url(name, file.filename, repo_type=kind, revision=file.commit_hash)
         about = get_hf_file_metadata(address)
         blob, lock = blobs / str(about.etag), cache / ".locks" / repository / f"{about.etag}.lock"
         own = urlsplit(about.location).netloc == urlsplit(address).netloc  # another server may not see the token
@@ -75,14 +82,23 @@ def fetch(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
         with WeakFileLock(lock):  # several processes may want the same file
             if not blob.exists():
                 checksum = blob.name if len(blob.name) == 64 else None
-                download.fetch(about.location, blob, checksum, build_hf_headers() if own else {}, "")
-    return Path(snapshot_download(name, allow_patterns=list(patterns)))
+                headers = build_hf_headers() if own else {}
+                download.fetch(about.location, blob, checksum, headers, "", file.filename)
+    return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
 
 
-def _listed(name: str, patterns: Sequence[str]) -> list[DryRunFileInfo] | None:
+def had(name: str, patterns: Sequence[str] = WEIGHTS, after: str = "") -> Path:
+    """What `fetch` gives, for a name that is no folder here. Raises CheckpointError; `after` ends its message."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):  # cannot be OWNER/NAME
+        raise CheckpointError(f"{name}: there is no such folder{after}")
+    with hub_errors(f"{name}: neither a folder here nor to be had from the Hugging Face hub", after):
+        return fetch(name, patterns)
+
+
+def _listed(name: str, patterns: Sequence[str], kind: str = "model") -> list[DryRunFileInfo] | None:
     """The files of a repository, None if the hub does not tell."""
     try:
-        files = snapshot_download(name, allow_patterns=list(patterns), dry_run=True)
+        files = snapshot_download(name, repo_type=kind, allow_patterns=list(patterns), dry_run=True)
         return sorted(files, key=lambda file: file.filename)
     except DryRunError:
         return None
@@ -192,16 +208,15 @@ def adapter_settings(file: Path, plain: bool = True) -> tuple[list[str], float]:
     try:
         settings, reasons = parse_object(file.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}; fetch it again") from None
+        settings, reasons = None, [str(error.strerror)]
     if settings is not None:
-        rank, alpha = settings.get("r"), settings.get("lora_alpha")
-        targets = settings.get("target_modules") if plain else []
+        rank, alpha, targets = (settings.get(name) for name in ("r", "lora_alpha", "target_modules"))
         unread = ("use_rslora", *NOT_PLAIN) if plain else NOT_PLAIN
         reasons = [f"{key} is set, and only a plain LoRA adapter can be read" for key in unread if settings.get(key)]
         if not is_integer(rank) or rank < 1 or not is_number(alpha):
             reasons.append("r and lora_alpha must be numbers, r at least 1")
-        elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        elif plain and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
             reasons.append("target_modules must be a list of names")
         elif not reasons:
-            return targets, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+            return targets or [], alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     raise CheckpointError(f"{file}: {'; '.join(reasons)}; fetch it again, or train anew")

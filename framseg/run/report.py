@@ -11,6 +11,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+import jinja2
 import matplotlib as mpl
 import nbformat
 from matplotlib.mathtext import math_to_image
@@ -24,6 +25,7 @@ from framseg.run import stamps
 from framseg.run.paths import Run
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
+FRONT = Path(__file__).with_name("report_front.html.j2").read_text(encoding="utf-8")
 WIDGET = "<p><em>A widget, which needs a running notebook: open the chapter in JupyterLab.</em></p>"
 MATH = re.compile(r"\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+(?:\n[^$\n]+)*)\$", re.DOTALL)
 
@@ -31,47 +33,38 @@ MATH = re.compile(r"\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+(?:\n[^$\n]+)*)
 def write(profile: config.Profile, run: Run) -> None:
     """Write `run.report` from the executed copies in `run.notebooks`, naming those that cannot be read."""
     cells: list[NotebookNode] = []
-    contents: list[str] = []  # list items
-    chapters: list[list[str]] = []  # rows of a table
+    headings: list[dict] = []
+    chapters: list[tuple[str, ...]] = []  # rows of a table
     for path in sorted(run.notebooks.glob("[0-9][0-9]_*.ipynb")):
         try:
             notebook = nbformat.read(path, as_version=4)
             nbformat.validate(notebook)
-            state, began = _outcome(notebook.metadata.get("papermill", {}))
+            record = notebook.metadata.get("papermill", {})
+            seconds, began = record.get("duration"), record.get("start_time")
+            state = "failed" if record.get("exception") else f"{seconds:.0f} s" if seconds else "unfinished"
+            began = f"{datetime.fromisoformat(began).astimezone():%Y-%m-%d %H:%M}" if began else "–"
         except Exception as error:  # nbformat's errors for damaged files have no common base
             reason = html.escape(str(error))
             cells.append(new_markdown_cell(f"# {path.stem}\n\nThe executed copy cannot be read: {reason}"))
             continue
-        chapters.append([path.stem, began, state, stamps.read(path).get("device", "–")])
+        chapters.append((path.stem, began, state, stamps.read(path).get("device", "–")))
         for cell in notebook.cells:
             cell.id = f"{path.stem[:2]}-{cell.id}"
-            contents += _prepared(cell)
+            headings += _prepared(cell)
             cells.append(cell)
-    table = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in chapters)
-    settings = html.escape(run.profile.read_text(encoding="utf-8"))
-    title = f"framseg, profile {profile.name}"
-    front = [
-        f"# {html.escape(title)}",
-        f"<nav><b>Contents</b><ul>{''.join(contents)}</ul></nav>",
-        f"<table><tr><th>chapter</th><th>began</th><th>took</th><th>on</th></tr>{table}</table>",
-        f"<details><summary>All settings</summary><pre>{settings}</pre></details>",
-    ]
-    whole = new_notebook(cells=[new_markdown_cell("\n\n".join(front), id="front"), *cells], metadata={"title": title})
+    title, settings = f"framseg, profile {profile.name}", run.profile.read_text(encoding="utf-8")
+    front = jinja2.Template(FRONT, autoescape=True).render(
+        title=title, headings=headings, chapters=chapters, settings=settings
+    )
+    whole = new_notebook(cells=[new_markdown_cell(front, id="front"), *cells], metadata={"title": title})
     exporter = HTMLExporter(raw_template=TEMPLATE, exclude_anchor_links=True, embed_images=True)
     page, _ = exporter.from_notebook_node(whole)
     with whole_file(run.report) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
 
 
-def _outcome(record: dict) -> tuple[str, str]:
-    """How a notebook ended, or its seconds, and when it began, from papermill's record."""
-    seconds, began = record.get("duration"), record.get("start_time")
-    state = "failed" if record.get("exception") else f"{seconds:.0f} s" if seconds else "unfinished"
-    return state, f"{datetime.fromisoformat(began).astimezone():%Y-%m-%d %H:%M}" if began else "–"
-
-
-def _prepared(cell: NotebookNode) -> list[str]:
-    """Draw the cell's formulas, replace its widgets by a sentence; returns list items for its headings # and ##."""
+def _prepared(cell: NotebookNode) -> list[dict]:
+    """Draw the cell's formulas, replace its widgets by a sentence; returns its headings # and ##."""
     for output in list(cell.get("outputs", [])):
         data = output.get("data", {})
         if data.pop("application/vnd.jupyter.widget-view+json", None):
@@ -82,8 +75,7 @@ def _prepared(cell: NotebookNode) -> list[str]:
         return []
     headings = re.findall(r"^(##?) (.+)$", cell.source, re.MULTILINE)
     cell.source = MATH.sub(_drawn, cell.source)
-    links = [(marks, f'<a href="#cell-id={cell.id}">{html.escape(text)}</a>') for marks, text in headings]
-    return [f"<li>{link}</li>" if marks == "##" else f"<li><b>{link}</b></li>" for marks, link in links]
+    return [{"marks": marks, "text": text, "cell": cell.id} for marks, text in headings]
 
 
 def _drawn(match: re.Match) -> str:

@@ -8,7 +8,6 @@ The optimizer's share is read from DeepSpeed's ZeRO stages 1 and 2 through `sing
 no public interface: tried with the DeepSpeed that environment.yml pins, 0.19.8.
 """
 
-import hashlib
 import json
 import random
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from framseg import FramsegError, config, dataset
+from framseg.jsonl import checksum
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from framseg.run.paths import Run
 
 KEPT = 2  # states on disk: should the last one be damaged, there is one before it
-
-
 # What a profile may say otherwise after its training, if training.may_change names it: where things lie, what computes.
 PLACES = {"data.folder", "data.videos", "model.weights", "model.tokenizer"}
 PLACES |= {"training.device", "training.threads", "training.workers", "training.may_change"}
@@ -39,9 +37,6 @@ TRAINED = ("seed", "data", "frames", "model", "adapter", "losses", "training")  
 
 class ResumeError(FramsegError, RuntimeError):
     """A training, or one of its states, that this profile cannot go on from; the message says what differs."""
-
-
-# --- the settings ------------------------------------------------------------------------------------------------
 
 
 def label(profile: config.Profile, run: "Run") -> None:
@@ -103,9 +98,8 @@ def differences(
 ) -> dict[str, str]:
     """The keys of these sections whose values differ, and for each both values in words."""
     before, after = (flat(profile.model_dump(mode="json", include=set(sections))) for profile in (old, new))
-    return {
-        key: words.format(key=key, old=before[key], new=value) for key, value in after.items() if before[key] != value
-    }
+    changed = {key: value for key, value in after.items() if before[key] != value}
+    return {key: words.format(key=key, old=before[key], new=value) for key, value in changed.items()}
 
 
 def flat(section: dict, prefix: str = "") -> dict[str, object]:
@@ -116,15 +110,8 @@ def flat(section: dict, prefix: str = "") -> dict[str, object]:
     return out
 
 
-# --- the states ----------------------------------------------------------------------------------------------------
-
-
 def save(
-    folder: Path,
-    step: int,
-    model: torch.nn.Module,
-    start: dict[str, Tensor],
-    optimizer: "DeepSpeedZeroOptimizer",
+    folder: Path, step: int, model: torch.nn.Module, start: dict[str, Tensor], optimizer: "DeepSpeedZeroOptimizer"
 ) -> None:
     """Write the state after `step` steps into `folder`, of all processes together, and remove all but the last ones.
 
@@ -212,9 +199,8 @@ def load_process(state: Path, rank: int, optimizer: "DeepSpeedZeroOptimizer") ->
     for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
         own = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{i}.")}
         master.data.copy_(own.pop("master"))
-        optimizer.optimizer.state[master] = {
-            key: value.to(master.device) if value.dim() else value for key, value in own.items()
-        }
+        own = {key: value.to(master.device) if value.dim() else value for key, value in own.items()}
+        optimizer.optimizer.state[master] = own
     set_generators(saved)
 
 
@@ -238,9 +224,3 @@ def set_generators(saved: dict[str, Tensor]) -> None:
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, 0, 0.0))
     if "random.cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["random.cuda"])
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 from framseg import config
-from framseg.jsonl import parse_object, whole_file
+from framseg.jsonl import checksum, parse_object, whole_file
 from framseg.run.paths import Run
 
 KINDS = {"inputs": dict, "wrote": list, "device": str}  # types of a stamp's entries
@@ -48,19 +48,27 @@ class Chapter:
         earlier = [path for path in sorted(self.run.notebooks.glob("*.json")) if path.name < self.stamp.name]
         return {
             "the notebook": _hash(cells),
-            "the code": _hash([[str(path.relative_to(CODE)), _content(path)] for path in code]),
+            "the code": _hash([[str(path.relative_to(CODE)), checksum(path)] for path in code]),
             "the profile": _hash(self.profile.model_dump(mode="json")),
             "the data": self._data(),
             "the model's files": _hash(model),
-            "an earlier chapter": _hash([_content(path) for path in earlier]),
+            "an earlier chapter": _hash([checksum(path) for path in earlier]),
         }
 
     def _data(self) -> str:
-        """Hash of the annotations' content, the videos' names, sizes and times, and of where the real set lies."""
+        """Hash of the annotations' content, the videos' names, sizes and times, and of where the real set lies.
+
+        Of published frames, the files in the frame store are the videos.
+        """
         data, folder = self.profile.data, config.data_folder(self.profile)
         files = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
-        annotations = [_content(path) for path in files if path.is_file()]
-        return _hash([annotations, _listing(folder / data.videos), os.environ.get("FRAMSEG_SHARED")])
+        annotations = [checksum(path) for path in files if path.is_file()]
+        videos = folder / data.videos
+        if data.source == "frames" and len(annotations) == len(files):
+            from framseg import dataset  # loads torch
+
+            videos = dataset.store(self.profile).folder
+        return _hash([annotations, _listing(videos), os.environ.get("FRAMSEG_SHARED")])
 
     def begin(self) -> None:
         """From here on the chapter is unfinished, until `finish`."""
@@ -72,7 +80,7 @@ class Chapter:
         """Write the stamp of a chapter that ended well, with the files that it wrote into the run folder."""
         from framseg.run import cost  # loads torch; a run with nothing to do does without it
 
-        if self.profile.data.source == "demo":  # the first chapter makes the data
+        if self.profile.data.source != "folder":  # the first chapter makes the data
             self.made_from["the data"] = self._data()
         files = [path for path in self.run.root.rglob("*") if path.is_file() and path.stat().st_mtime >= self.began]
         wrote = {str(path.relative_to(self.run.root)) for path in files if path != self.copy}
@@ -99,7 +107,3 @@ def _listing(path: Path | None) -> list[tuple[str, int, int]]:
 
 def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _content(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

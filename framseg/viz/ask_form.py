@@ -13,11 +13,6 @@ from framseg.viz import browser, figures
 from framseg.viz.player import Player
 
 
-def form(checkpoint: Path | str) -> widgets.Widget:
-    """The widget, for the folder that a training has written (``runs/<profile>/checkpoint``)."""
-    return Form(checkpoint).widget
-
-
 class Upload(anywidget.AnyWidget):
     """A button that takes a file of any size from the page, in pieces.
 
@@ -52,8 +47,8 @@ class Upload(anywidget.AnyWidget):
             self.path = str(path)
 
 
-class Form:
-    """What the form's controls do, as plain methods; `widget` holds the controls, `answers` the latest answers."""
+class Form(widgets.VBox):
+    """The widget, for ``runs/<profile>/checkpoint``; its actions are plain methods, `answers` the latest answers."""
 
     def __init__(self, checkpoint: Path | str):
         self.checkpoint = checkpoint
@@ -68,11 +63,9 @@ class Form:
         self.picture = Player(lambda by: None, self.play)
         traitlets.dlink((self.upload, "path"), (self.video, "value"))
         self.button.on_click(lambda _: self.ask())
-        self.widget = widgets.VBox(
-            [self.upload, self.video, self.queries, self.button, self.message, self.progress, self.picture],
-            layout=widgets.Layout(max_width="1010px"),
-        )
-        self.widget.add_class("framseg")
+        parts = [self.upload, self.video, self.queries, self.button, self.message, self.progress, self.picture]
+        super().__init__(parts, layout=widgets.Layout(max_width="1010px"))
+        self.add_class("framseg")
 
     def ask(self) -> None:
         """Answer the queries about the video, or say why that is impossible."""
@@ -93,13 +86,12 @@ class Form:
             finally:
                 self.progress.clear_output()
                 self.button.disabled = False
-        self.picture.value = "".join(
-            f"<h3>{html.escape(answer.query)}</h3><p>{html.escape(figures.scores(answer.row, answer.record))}</p>"
-            + browser.sketch(answer.row, answer.record, answer.frames)
-            for answer in self.answers
-        )
+        self.picture.value = browser.PAGES.answers(self.answers, figures.scores, browser.sketch)
 
     def play(self, second: float, end: float | None = None) -> None:
         """Play the video of the answers from a second on, to `end` or for half a minute, or say why it cannot be."""
         video = Path(self.answers[0].video)
         self.message.value = html.escape(self.picture.play_clip(video, second, end))
+
+
+form = Form  # what the notebooks call

@@ -10,11 +10,14 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
+import jinja2
 import numpy as np
+import pandas as pd
+import yaml
 from PIL import Image
 
 from framseg import annotations, config, evaluate
@@ -25,62 +28,21 @@ from framseg.run.paths import Run
 from framseg.viz import figures
 from framseg.viz.player import Player
 
-WIDTH, PLOT, LANE, LEFT = 900, 130, 20, 86  # pixels: width of the time axis, height of curve and lane, width of labels
-NARROW = 400  # pixels: width of the time axis where two are side by side
-STRIP = 48  # pixels: height of the strip of frames
+LEFT, WIDTH, NARROW = 86, 900, 400  # pixels: width of the labels, of the time axis, of each where two are side by side
 THUMBNAIL = 112  # pixels: most that a frame of the strip has, which is enlarged under the mouse
+LENGTHS = {"short": (0, 10), "middle": (10, 30), "long": (30, np.inf)}  # seconds: more than, up to
 PAGE = 2000  # queries that the list holds at a time; more make the page slow
 TICKS = (1, 2, 5, 10, 30, 60, 300, 600, 1800, 3600)  # seconds between two labels of the time axis
 NOTHING = "compare with: nothing"
+_TEXT = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+_LISTS = yaml.safe_load(_TEXT.format_map(vars(figures)))  # the thresholds have their names there
+FILTERS: dict[str, str] = _LISTS["filters"]
+SORTS: dict[str, str] = _LISTS["sorts"]
+_HTML = Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8")
+PAGES: Any = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_HTML).module
 
 
-@dataclass(slots=True)
-class Entry:
-    """A query of the list: its row and prediction, and what they are searched, filtered and sorted by."""
-
-    row: Row
-    prediction: dict
-    iou: float  # of the first window; NaN, which no comparison holds for, without labels or windows
-    hit: bool | None  # whether the best-scored clip is very good; None without labels or clip scores
-    confidence: float
-    gain: float = math.nan  # IoU above that of the compared prediction; NaN if there is none
-
-    def has_moment(self, above: float, up_to: float) -> bool:
-        """Whether a true moment is longer than `above` and at most `up_to` seconds."""
-        return any(above < end - start <= up_to for start, end in getattr(self.row, "relevant_windows", ()))
-
-
-FILTERS: dict[str, Callable[[Entry], bool]] = {
-    "all": lambda e: True,
-    f"correct (IoU ≥ {figures.CORRECT})": lambda e: e.iou >= figures.CORRECT,
-    f"missed (IoU < {figures.MISSED})": lambda e: e.iou < figures.MISSED,
-    f"over-confident (IoU < {figures.WRONG}, confidence ≥ {figures.CONFIDENT})": lambda e: (
-        e.iou < figures.WRONG and e.confidence >= figures.CONFIDENT
-    ),
-    "invalid mask": lambda e: e.prediction.get("valid") is False,
-    "short moment (up to 10 s)": lambda e: e.has_moment(0, 10),
-    "middle (10 to 30 s)": lambda e: e.has_moment(10, 30),
-    "long (over 30 s)": lambda e: e.has_moment(30, np.inf),
-}
-SORTS: dict[str, Callable[[Entry], float]] = {  # smallest first, NaN last; of equals the smaller qid
-    "query id": lambda e: 0,
-    "IoU, worst first": lambda e: e.iou,
-    "IoU, best first": lambda e: -e.iou,
-    "highlight missed first": lambda e: bool(e.hit),
-    "confidence, highest first": lambda e: -e.confidence,
-    "better than the compared, most first": lambda e: -e.gain,
-    "worse than the compared, most first": lambda e: e.gain,
-}
-
-
-def browse(
-    run: Run | Path | str,
-    rows: Sequence[Row] | Path | str | None = None,
-    store: Store | None = None,
-    compare: Run | Path | str | None = None,
-    videos: Path | str | None = None,
-    folder: Path | str | None = None,
-) -> widgets.Widget:
+class Browser(widgets.HBox):
     """The widget for a run's val predictions, or for any prediction file in the dataset's format.
 
     run, compare: a Run, its folder, a predictions .jsonl, or a .csv in the format of the paper's authors; `compare` is
@@ -89,14 +51,8 @@ def browse(
     given; without frames only curves are shown. folder: where figures and selections are saved, by default the folder
     of the predictions, or the kernel's current folder if that cannot be written.
     Raises PredictionError or AnnotationError for files that cannot be used.
-    """
-    return Browser(run, rows, store, compare, videos, folder).widget
 
-
-class Browser:
-    """What the widget's controls do, as plain methods; the arguments are those of `browse`.
-
-    `widget` holds all controls, `entries` all queries, `shown` those that search and filter leave, in order.
+    What the controls do are plain methods; `entries` are all queries, `shown` what search and filter leave, in order.
     """
 
     def __init__(
@@ -126,12 +82,11 @@ class Browser:
             alike = _title(other) in (self.title, *self.others)
             self.others[str(other) if alike else _title(other)] = other
         self.folder = Path(folder) if folder else file.parent if os.access(file.parent, os.W_OK) else Path.cwd()
-        self.compared: dict[int, Entry] = {}
-        self.shown: list[Entry] = self.entries
+        self.shown: list[Any] = list(self.entries.itertuples())
         self.place = 0  # in `shown`
         self._build()
         self.compare.value = next(iter(self.others)) if compare is not None else NOTHING
-        self._compare()
+        self._take_compared()
 
     def selection(self) -> list[dict]:
         """The predictions that search and filter leave, in the order shown."""
@@ -170,7 +125,7 @@ class Browser:
             return []
         entry = self.shown[self.place]
         row, other = entry.row, self.compared.get(entry.row.qid)
-        against = (self.compare.value, other.prediction) if other else None
+        against = (self.compare.value, other) if other else None
         picture = figures.qualitative(row, entry.prediction, self._frames(row), against=against)
         paths = figures.save(picture, self.folder, f"query_{row.qid}")
         self.message.value = f"saved {html.escape(', '.join(str(path) for path in paths))}"
@@ -197,14 +152,14 @@ class Browser:
             button.on_click(lambda _, action=actions[text]: self._try(action))
         for control in (self.search, self.filter, self.sort):
             control.observe(lambda _: self._refresh(), "value")
-        self.compare.observe(lambda _: self._try(self._compare), "value")
+        self.compare.observe(lambda _: self._try(self._take_compared), "value")
         self.list.observe(self._picked, "index")
         left = widgets.VBox([self.search, self.filter, self.sort, self.compare, self.count, self.list])
         left.layout = widgets.Layout(flex="0 0 300px")
         right = widgets.VBox([widgets.HBox(list(self.buttons.values())), self.message, self.picture])
         right.layout = widgets.Layout(flex="1 1 0", min_width="0", padding="0 0 0 12px")
-        self.widget = widgets.HBox([left, right])
-        self.widget.add_class("framseg")  # `player.js` takes the arrow keys of what has this class
+        super().__init__([left, right])
+        self.add_class("framseg")  # `player.js` takes the arrow keys of what has this class
 
     def _try(self, action: Callable[[], object]) -> None:
         try:
@@ -212,21 +167,21 @@ class Browser:
         except (OSError, PredictionError) as error:  # a folder that cannot be written, a file that has changed
             self.message.value = f"not done: {html.escape(str(error))}"
 
-    def _compare(self) -> None:
+    def _take_compared(self) -> None:
         file = self.others.get(self.compare.value)
-        self.compared = {entry.row.qid: entry for entry in _entries(file, self.rows)} if file else {}
-        for entry in self.entries:
-            other = self.compared.get(entry.row.qid)
-            entry.gain = entry.iou - other.iou if other else math.nan
+        compared = _entries(file, self.rows) if file else self.entries[:0]
+        self.compared: dict = compared["prediction"].to_dict()
+        self.entries["gain"] = self.entries["iou"] - compared["iou"]
         self._refresh()
 
     def _refresh(self) -> None:
         before = self.shown[self.place].row.qid if self.shown else None
         words = self.search.value.lower().split()
-        matching = [e for e in self.entries if all(word in f"{e.row.qid} {e.row.query}".lower() for word in words)]
-        kept = sorted(filter(FILTERS[self.filter.value], matching), key=lambda e: e.row.qid)
-        order = np.argsort([SORTS[self.sort.value](entry) for entry in kept], kind="stable")
-        self.shown = [kept[place] for place in order]
+        kept = self.entries.query(FILTERS[self.filter.value]).sort_index()
+        for word in words:
+            kept = kept[kept["text"].str.contains(word, regex=False)]
+        order = np.argsort(np.asarray(kept.eval(SORTS[self.sort.value])), kind="stable")
+        self.shown = list(kept.iloc[order].itertuples())
         self.places = {entry.row.qid: place for place, entry in enumerate(self.shown)}
         self.list.options = ()
         self._go(0 if before is None else self.places.get(before, 0))
@@ -269,27 +224,18 @@ class Browser:
             return
         entry = self.shown[self.place]
         row, frames = entry.row, self._frames(entry.row)
-        missing = [] if frames is not None else ["no frames: this video is not in the frame store, curves only"]
-        if self._video(row.vid) is None:
-            missing.append("no video file, so nothing to play (their folder is the argument videos)")
-        named = {self.title: entry} | ({self.compare.value: self.compared.get(row.qid)} if self.compared else {})
-        width, lines = (WIDTH, 1) if len(named) == 1 else (NARROW, 2)
+        named = {self.title: entry.prediction}
+        named |= {self.compare.value: self.compared.get(row.qid)} if self.compared else {}
+        width = WIDTH if len(named) == 1 else NARROW
         blocks = []
-        for title, shown in named.items():
-            scores = html.escape(figures.scores(row, shown.prediction)) if shown else "no prediction for this query"
-            picture = sketch(row, shown.prediction, frames, width) if shown else ""
-            blocks.append(
-                f'<div style="flex:1 1 440px;max-width:{LEFT + WIDTH + 20}px">'
-                f'<div style="min-height:{1.4 * lines}em"><b>{html.escape(title)}</b>: {scores}</div>{picture}</div>'
-            )
-        self.picture.value = (
-            f"<h3>{html.escape(row.query)}</h3>"
-            f"<p>query {row.qid} · video {html.escape(row.vid)} · {row.duration:g} s</p>"
-            + "".join(f"<p><i>{text}</i></p>" for text in missing)
-            # Side by side, or below one another where the page is narrow.
-            + f'<div style="display:flex;flex-wrap:wrap;gap:16px">{"".join(blocks)}</div>'
-            + "<p>← → previous and next · a click on a moment plays it</p>"
-        )
+        for title, record in named.items():
+            scores = figures.scores(row, record) if record else "no prediction for this query"
+            blocks.append((title, scores, sketch(row, record, frames, width) if record else ""))
+        video = self._video(row.vid)
+        self.picture.value = PAGES.query(row, blocks, frames is not None, video is not None, LEFT + WIDTH + 20)
+
+
+browse = Browser  # what the notebooks call
 
 
 def _source(run: Run | Path | str) -> tuple[Path, config.Profile | None]:
@@ -308,85 +254,36 @@ def _title(file: Path) -> str:
     return f"{folder.name}/{file.stem}"
 
 
-def _entries(file: Path, rows: list[Row]) -> list[Entry]:
+def _entries(file: Path, rows: list[Row]) -> pd.DataFrame:
+    """The queries of a file by qid: row, prediction, and what `browser.yaml` filters and sorts them by."""
     read = read_released if file.suffix == ".csv" else read_predictions
     predictions, rows = matched(read(file), rows, intersection=True)
     labelled = all(isinstance(row, LabelledRow) for row in rows)
     numbers = evaluate.per_query(predictions, rows) if labelled else [{} for _ in rows]
-    return [
-        Entry(row, record, number.get("iou", math.nan), number.get("hit"), figures.confidence(record, row.duration))
-        for row, record, number in zip(rows, predictions, numbers, strict=True)
-    ]
+    lines = []
+    for row, record, number in zip(rows, predictions, numbers, strict=True):
+        lengths = [end - start for start, end in getattr(row, "relevant_windows", ())]
+        own = {"row": row, "prediction": record, "text": f"{row.qid} {row.query}".lower()}
+        own |= {"confidence": figures.confidence(record, row.duration), "invalid": record.get("valid") is False}
+        own |= {name: any(low < length <= high for length in lengths) for name, (low, high) in LENGTHS.items()}
+        lines.append({"qid": row.qid, "iou": math.nan, "hit": None} | number | own)
+    return pd.DataFrame(lines).set_index("qid")
 
 
 def sketch(row: Row, prediction: dict, frames: np.ndarray | None = None, width: int = WIDTH) -> str:
     """SVG: the frames, true and predicted windows, the curve of the prediction over the true saliency.
 
-    frames: uint8 [f, H, W, 3], evenly spread over the row's duration. width: pixels of the time axis at full size; it
-    shrinks and grows with the page.
+    frames: uint8 [f, H, W, 3], evenly spread. width: pixels of the time axis, which shrinks and grows with the page.
     """
-    duration, right = row.duration, LEFT + width
-
-    def x(seconds: float) -> float:
-        return LEFT + width * seconds / duration
-
-    # From top to bottom; y is the upper edge of what comes next. Windows go last, so that they can be clicked.
-    out, bars, y = [], [], 4
-    if frames is not None:
-        edges = "".join(f"M{x(i * duration / len(frames)):.1f},0v{STRIP}" for i in range(1, len(frames)))
-        out.append(
-            f'<image x="{LEFT}" y="0" width="{width}" height="{STRIP}" preserveAspectRatio="none" '
-            f'data-frames="{len(frames)}" href="{_strip(frames)}"/><path d="{edges}" stroke="white"/>'
-        )
-        y += STRIP
-
-    lanes, left_out = figures.lanes(prediction, duration)
-    labelled = row if isinstance(row, LabelledRow) else None
-    named = [("true", [(0, *window, 1.0) for window in labelled.relevant_windows])] if labelled else []
-    named += [("" if i else "predicted", lane) for i, lane in enumerate(lanes)]
-    named += [(f"{left_out} more windows, not drawn", [])] if left_out else []
-    for name, lane in named:
-        out.append(f'<text x="0" y="{y + 13}">{name}</text>')
-        for rank, start, end, score in lane:  # rank 0: a true window
-            colour, about = (figures.PREDICTED, f", rank {rank}, score {score:.3f}") if rank else (figures.TRUE, "")
-            bars.append(
-                f'<rect x="{x(start):.1f}" y="{y}" width="{max(x(end) - x(start), 1):.1f}" height="{LANE - 5}" '
-                f'fill="{colour}" opacity="{1 if rank < 2 else 0.55}" data-end="{end:g}">'
-                f"<title>{start:g} to {end:g} s{about}</title></rect>"
-            )
-        y += LANE
-
-    bottom = y + 8 + PLOT  # of the curves
-    if labelled:
-        path = f"M{LEFT:.1f},{bottom}"
-        for clip, value in enumerate(annotations.clip_saliency(labelled), start=1):
-            path += f"V{bottom - PLOT * value:.1f}H{min(x(CLIP_SECONDS * clip), right):.1f}"
-        out.append(f'<path d="{path}V{bottom}Z" fill="{figures.TRUE}" opacity="0.25"/>')
-    for value in (0, 0.5, 1):
-        level = bottom - PLOT * value
-        out.append(f'<text x="{LEFT - 26}" y="{level + 4:.1f}">{value:g}</text>')
-        out.append(f'<line x1="{LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" stroke="#ddd"/>')
-    seconds, values, name = figures.predicted_curve(prediction, duration)
-    if len(values):
-        points = " ".join(f"{x(s):.1f},{bottom - PLOT * v:.1f}" for s, v in zip(seconds, values, strict=True))
-        out.append(f'<polyline points="{points}" fill="none" stroke="{figures.PROBABILITY}" stroke-width="2"/>')
-
-    step = next((step for step in TICKS if duration / step <= width / 80), TICKS[-1])
-    for second in range(0, int(duration) + 1, step):
-        out.append(f'<text x="{x(second):.1f}" y="{bottom + 16}" text-anchor="middle">{_clock(second, step)}</text>')
-    legend = f"line: {name}" + ("; shaded: true saliency (annotators' mean / 4)" if labelled else "")
-    out.append(f'<text x="0" y="{bottom + 34}">{legend}</text>')
-    # What `player.js` reads: the area that can be clicked, and the line that follows the video.
-    area = f'x="{LEFT}" y="0" width="{width}" height="{bottom}"'
-    out.append(f'<rect class="axis" data-duration="{duration:g}" {area} fill="transparent"/>')
-    out.append(
-        f'<line class="cursor" data-left="{LEFT}" data-width="{width}" data-duration="{duration:g}" y2="{bottom}" '
-        'stroke="black" visibility="hidden" pointer-events="none"/>'
-    )
-    return (
-        f'<svg class="timed" viewBox="0 0 {right + 20} {bottom + 42}" font-size="12" font-family="sans-serif" '
-        'style="background:white;width:100%;cursor:pointer;display:block">' + "".join(out + bars) + "</svg>"
-    )
+    lanes, left_out = figures.lanes(prediction, row.duration)
+    seconds, values, name = figures.predicted_curve(prediction, row.duration)
+    return PAGES.sketch(
+        row, LEFT, width, lanes=lanes, left_out=left_out, colours=figures,
+        frames=0 if frames is None else len(frames), strip="" if frames is None else _strip(frames),
+        truth=annotations.clip_saliency(row).tolist() if isinstance(row, LabelledRow) else [], clip=CLIP_SECONDS,
+        curve=list(zip(seconds, values, strict=True)), name=name,
+        step=next((step for step in TICKS if row.duration / step <= width / 80), TICKS[-1]),
+    )  # fmt: skip
 
 
 def _strip(frames: np.ndarray) -> str:
@@ -396,10 +293,3 @@ def _strip(frames: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(small, axis=1)).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _clock(second: int, step: int) -> str:
-    """A label of the time axis: seconds, or hours and minutes where labels are minutes (`step` seconds) apart."""
-    if step < 60:
-        return f"{second} s"
-    return f"{second // 60} min" if second < 3600 else f"{second // 3600} h {second % 3600 // 60:02d}"

@@ -36,8 +36,7 @@ def by_frame(rows: Sequence[Row], predictions: Sequence[dict]) -> dict[str, np.n
     """Every frame of every query: its `probability`, predicted `digit`, true `label`, and the seconds to the nearest
     end of a moment (`distance`), [queries * f] each.
 
-    Raises PredictionError where the qids do not match or predictions have no frame probabilities, AnnotationError for
-    rows without labels.
+    Raises PredictionError for other qids or lacking probabilities, AnnotationError for rows without labels.
     """
     records, with_labels = matched(predictions, labelled(rows))
     lacking = [record["qid"] for record in records if not record.get("probability")]
@@ -85,16 +84,24 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
     and each distance's share of all errors; without frame probabilities the figure says so. Raises as `by_frame` does.
     """
     out, panels = figures.new_figure(4.6, 2, 4)
-    below = panels[4:]
+    calibrated, recalled, rate, share = panels[4:]
     _by_query(panels[:4], labelled(rows), np.array([query["iou"] for query in evaluate.per_query(predictions, rows)]))
     if all(record.get("probability") for record in predictions):
         frames = by_frame(rows, predictions)
-        _calibration_and_recall(below[0], below[1], frames)
-        _errors_by_distance(below[2], below[3], frames)
+        mean, true, _, error = calibration(frames["probability"], frames["label"])
+        calibrated.plot([0, 1], [0, 1], color=figures.GREY, linestyle=":")
+        calibrated.plot(mean, true, marker="o", markersize=3, color=figures.PROBABILITY)
+        calibrated.set(title="Calibration", xlabel="frame probability", ylabel="share true", xlim=(0, 1), ylim=(0, 1))
+        calibrated.text(0.05, 0.9, f"error {error:.3f}", fontsize="small")
+        precision, recall, average = precision_recall(frames["probability"], frames["label"])
+        recalled.plot(recall, precision, color=figures.PROBABILITY)
+        recalled.set(title="Frames", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        recalled.text(0.05, 0.06, f"average precision {average:.3f}", fontsize="small")
+        _errors_by_distance(rate, share, frames)
     else:
-        for axes in below:
+        for axes in panels[4:]:
             axes.set_axis_off()
-        below[1].text(0, 0.5, "These predictions have no frame probabilities.")
+        recalled.text(0, 0.5, "These predictions have no frame probabilities.")
     return out
 
 
@@ -102,8 +109,7 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
 def reach(metrics: Mapping[int, Mapping[str, dict]], reached: dict | None = None) -> Figure:
     """Best reachable R1@0.5, R1@0.7 and mAP over the number of frames.
 
-    metrics: frames -> name of the answers -> metrics, as `evaluate` scores `reachable`. `reached`: metrics of a model,
-    drawn as a line.
+    metrics: frames -> name of the answers -> metrics, as `evaluate` scores `reachable`. `reached`: a model's, a line.
     """
     out, panels = figures.new_figure(2.3, 1, 3, share="y")
     for axes, (key, title) in zip(panels, figures.METRICS.items(), strict=False):
@@ -147,18 +153,6 @@ def _recall(axes: Axes, iou: np.ndarray, group: np.ndarray, names: Sequence[str]
     axes.set_xticks(range(len(names)), [f"{name}\n({queries})" for name, queries in zip(names, count, strict=True)])
     axes.tick_params(axis="x", labelsize="x-small")
     figures.label_shares(axes, title, xlabel, ylim=(0, 1))
-
-
-def _calibration_and_recall(left: Axes, right: Axes, frames: Mapping[str, np.ndarray]) -> None:
-    mean, true, _, error = calibration(frames["probability"], frames["label"])
-    left.plot([0, 1], [0, 1], color=figures.GREY, linestyle=":")
-    left.plot(mean, true, marker="o", markersize=3, color=figures.PROBABILITY)
-    left.set(title="Calibration", xlabel="frame probability", ylabel="share true", xlim=(0, 1), ylim=(0, 1))
-    left.text(0.05, 0.9, f"error {error:.3f}", fontsize="small")
-    precision, recall, average = precision_recall(frames["probability"], frames["label"])
-    right.plot(recall, precision, color=figures.PROBABILITY)
-    right.set(title="Frames", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    right.text(0.05, 0.06, f"average precision {average:.3f}", fontsize="small")
 
 
 def _errors_by_distance(rate: Axes, share: Axes, frames: Mapping[str, np.ndarray]) -> None:

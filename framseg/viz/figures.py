@@ -5,7 +5,6 @@ stays open. All share one style: seaborn's colour-blind palette, and what must b
 (filled or line, hatched or plain), so that a print in grey can be read. `save` writes PNG and PDF.
 """
 
-import io
 import itertools
 import math
 import re
@@ -18,11 +17,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import yaml
+from IPython.core.pylabtools import print_figure
+from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from framseg import annotations
@@ -36,15 +37,7 @@ TRUE, PREDICTED, PROBABILITY, OTHER = GREEN, RED, BLUE, GREY
 STYLE = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("paper", font_scale=0.95),
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so pictures look the same everywhere
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PINK]),
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "pdf.fonttype": 42,  # text stays text
+    **mpl.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False),
 }
 WIDTH = 7.2  # inches: the width of a page's text
 DPI = 160
@@ -54,6 +47,9 @@ LOSS_COLOURS = dict(zip(LOSSES, (BLUE, ORANGE, GREEN, PINK), strict=True))
 
 CORRECT, MISSED = 0.7, 0.5  # IoU of the first window: correct from here on, missed below
 WRONG, CONFIDENT = 0.3, 0.8  # over-confident: an IoU below the first with a `confidence` of at least the second
+# The words of `figures.yaml`, with these numbers in them.
+_TEXT = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+_WORDS = yaml.safe_load(_TEXT.format(CORRECT=CORRECT, WRONG=WRONG, CONFIDENT=CONFIDENT))
 
 styled = mpl.rc_context(STYLE)  # decorator: matplotlib's settings are as in STYLE while the function runs
 
@@ -67,9 +63,7 @@ class Picture(Figure):
         super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
-        out = io.BytesIO()
-        self.savefig(out, format="png", dpi=DPI)
-        return out.getvalue()
+        return print_figure(self, "png", bbox_inches=None, dpi=DPI)
 
 
 def new_figure(
@@ -105,17 +99,12 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
 # The data
 
 _WORD = re.compile(r"[^\W\d_]+")
-# Words of English that say nothing of what a query is about.
-_FUNCTION_WORDS = frozenset(
-    "a an the and or but of in on at to into onto from with without for by as about is are was be been being has have "
-    "had do does her his him he she it its they them their there this that while who which up down out off over some "
-    "one s".split()
-)
+_FUNCTION_WORDS = frozenset(_WORDS["function words"].split())
 _READABLE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
 
 
 @styled
-def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
+def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_seconds: bool = False) -> Figure:
     """Nine panels that compare splits (name -> rows) in what their videos, queries, moments and annotators are like.
 
     The last one shows the class balance of `frames` frames per video next to the paper's. Splits without labels are
@@ -142,7 +131,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         distance = annotations.annotator_distance(rows)
         distances.plot(distance.measured, marker="o", markersize=3, color=colours[name])
         distances.plot(distance.chance, linestyle=":", color=colours[name])
-        covered = np.mean([annotations.frame_labels(row, frames) for row in rows], axis=0)
+        covered = np.mean([annotations.frame_labels(row, frames, whole_seconds) for row in rows], axis=0)
         positions.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
     for limit in (10, 30):  # between short, middle and long
         lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
@@ -154,10 +143,19 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int) -> Figure:
         count = np.bincount([min(len(row.query.split()), 30) for row in split], minlength=31)
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
     label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
-    _commonest_words(common, [row.query for rows in splits.values() for row in rows])
-    classes = {name: annotations.class_balance(rows, frames) for name, rows in labelled.items()}
-    _class_balance(balance, classes, colours)
+    used = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
+    commonest = Counter(word for query in used for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
+    common.barh([word for word, _ in commonest], [count / len(used) for _, count in commonest], color=GREY)
+    common.set(title="Commonest words", xlabel="share of all queries")
+    classes = {name: annotations.class_balance(rows, frames, whole_seconds) for name, rows in labelled.items()}
+    bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in classes.items()]
+    bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
+    for place, (name, background, ratio, colour, hatch) in enumerate(bars):
+        balance.barh(name, background, color=colour, edgecolor=GREY, hatch=hatch)
+        balance.text(0.02, place, f"{background:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
     balance.set(title=f"Background, {frames} frames", xlabel="share of frames", xlim=(0, 1))
+    for axes in (common, balance):
+        axes.invert_yaxis()
     for axes in (positions, common, balance):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     handles = [Patch(color=colours[name], label=f"{name} ({len(rows):,} queries)") for name, rows in splits.items()]
@@ -177,29 +175,11 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
     label_shares(axes, *labels)
 
 
-def _commonest_words(axes: Axes, queries: Sequence[str]) -> None:
-    sets = [set(_WORD.findall(query.lower())) for query in queries]
-    common = Counter(word for words in sets for word in sorted(words - _FUNCTION_WORDS)).most_common(8)
-    axes.barh([word for word, _ in common], [count / len(queries) for _, count in common], color=GREY)
-    axes.invert_yaxis()
-    axes.set(title="Commonest words", xlabel="share of all queries")
-
-
-def _class_balance(axes: Axes, balance: Mapping[str, annotations.ClassBalance], colours: Mapping[str, str]) -> None:
-    bars = [(name, split.background_share, split.ratio, colours[name], "") for name, split in balance.items()]
-    bars += [("paper", paper_results.BACKGROUND_SHARE, paper_results.CLASS_RATIO, "white", "//")]
-    for place, (name, share, ratio, colour, hatch) in enumerate(bars):
-        axes.barh(name, share, color=colour, edgecolor=GREY, hatch=hatch)
-        axes.text(0.02, place, f"{share:.2%}\n{ratio:.4f} : 1", va="center", fontsize="small", bbox=_READABLE)
-    axes.invert_yaxis()
-
-
 @styled
 def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None) -> Figure:
     """All frames of a video in rows of 13, each with its time in seconds.
 
-    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` (0 and 1, [f]) the digit stands next to the time, and frames
-    with a 1 have a border.
+    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` [f] the digit stands next to the time, a 1 has a border.
     """
     rows, columns = math.ceil(len(frames) / 13), min(13, len(frames))
     figure, panels = new_figure(rows * (0.78 * WIDTH / columns + 0.25), rows, columns)
@@ -236,11 +216,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
 
 @styled
 def variations(
-    frames: np.ndarray,
-    times: Sequence[float],
-    distance: float,
-    choice: Sequence[int] | None = None,
-    columns: int = 8,
+    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int] | None = None, columns: int = 8
 ) -> Figure:
     """The paper's Figure 4: the frame v_i of `columns` positions and its neighbours, `distance` seconds apart.
 
@@ -272,9 +248,9 @@ def _show_frame(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
 
 # The prompt
 
-_TEXT = ("#f2f2f2", "#e2e2e2")  # in turn, so that neighbours can be told apart
+_PLAIN = ("#f2f2f2", "#e2e2e2")  # in turn, so that neighbours can be told apart
 _IMAGE = "image (its vectors go here)"
-_KINDS = {"text": _TEXT[0], "control token": SKY, _IMAGE: ORANGE, "answer 1": GREEN, "answer 0": "#b9b9b9"}
+_KINDS = {"text": _PLAIN[0], "control token": SKY, _IMAGE: ORANGE, "answer 1": GREEN, "answer 0": "#b9b9b9"}
 
 
 @styled
@@ -291,7 +267,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         elif spelling == "<image>":
             colour = _KINDS[_IMAGE]
         else:
-            colour = _KINDS.get(f"answer {spelling}" if answer else "", _TEXT[place % 2])
+            colour = _KINDS.get(f"answer {spelling}" if answer else "", _PLAIN[place % 2])
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
@@ -315,12 +291,7 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
 
 # Training
 
-EPOCH_METRICS = {  # marker and colour of a metric by epoch
-    "MR-full-R1@0.5": ("o", BLUE),
-    "MR-full-R1@0.7": ("s", ORANGE),
-    "MR-full-mAP": ("^", GREEN),
-    "HL-min-VeryGood-Hit1": ("D", PINK),
-}
+EPOCH_METRICS: dict[str, list[str]] = _WORDS["metrics by epoch"]
 
 
 def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
@@ -424,17 +395,15 @@ def _metric_curves(axes: Axes, records: Sequence[dict], keys: Iterable[str]) -> 
 class Live:
     """The `progress` figure in a notebook's output, drawn anew with each call; `train.launch` calls it."""
 
-    def __init__(self) -> None:
-        self.handle = None
+    handle: DisplayHandle | None = None
 
     def __call__(self, steps: Sequence[dict], validations: Sequence[dict]) -> None:
         """Draw the lines that both logs hold by now."""
-        from IPython.display import display
-
+        figure = progress(steps, validations)
         if self.handle is None:
-            self.handle = display(progress(steps, validations), display_id=True)
+            self.handle = display(figure, display_id=True)
         else:
-            self.handle.update(progress(steps, validations))
+            self.handle.update(figure)
 
 
 def _require(lines: Sequence[dict], what: str) -> None:
@@ -482,14 +451,11 @@ def intervals(systems: Mapping[str, dict]) -> Figure:
 
 # One query
 
-Window = tuple[int, float, float, float]  # rank from 1, start and end in seconds, score
-
 
 def predicted_curve(prediction: dict, duration: float) -> tuple[np.ndarray, np.ndarray, str]:
     """The curve of a prediction: seconds [n], values 0..1 [n], its name.
 
-    The frame probabilities where the prediction has them, else its clip scores, stretched to 0..1 if they leave it;
-    empty where it has neither.
+    Frame probabilities where the prediction has them, else clip scores, stretched to 0..1 if they leave it, else empty.
     """
     if prediction.get("probability"):
         values = np.asarray(prediction["probability"], dtype=np.float64)
@@ -516,13 +482,13 @@ def confidence(prediction: dict, duration: float) -> float:
     return float(inside.mean()) if len(inside) else float(score)
 
 
-def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[Window]], int]:
+def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[tuple]], int]:
     """Predicted windows as (rank from 1, start, end, score), in as few lanes as keep overlapping windows apart.
 
     Windows that only fill the list (the whole video at score 0) are dropped. Returns at most `most` lanes and the
     number of windows for which they have no room.
     """
-    out: list[list[Window]] = []
+    out: list[list[tuple]] = []
     left_out = 0
     for rank, (start, end, score) in enumerate(prediction.get(WINDOWS, []), 1):
         if rank > 1 and score == 0 and start <= 0 and end >= duration:
@@ -646,25 +612,7 @@ def _curves_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> 
 
 # The queries of the qualitative figures
 
-RULES = {
-    "good highlight, weak moment": f"highlight hit and IoU below {WRONG}: the curve closest to the true saliency",
-    "perfect moment, over-inclusive highlight": "IoU of at least 0.9: the curve that exceeds the true saliency most "
-    "inside the true windows",
-    "failure": "IoU 0 and no highlight hit: the curve least like the true saliency",
-    "over-confident": f"IoU below {WRONG} and confidence (mean frame probability in the first window) of at least "
-    f"{CONFIDENT}: the highest",
-    "excellent": "highlight hit and IoU of at least 0.9: the curve closest to the true saliency",
-    "improvement": f"IoU of at least {CORRECT}: the one that grew most since the earlier predictions",
-}
-# The same in columns of numbers: which queries qualify, and the column whose largest value is taken.
-_RULES = {
-    "good highlight, weak moment": (f"hit and iou < {WRONG}", "likeness"),
-    "perfect moment, over-inclusive highlight": ("iou >= 0.9", "excess"),
-    "failure": ("iou == 0 and not hit", "unlikeness"),
-    "over-confident": (f"iou < {WRONG} and confidence >= {CONFIDENT}", "confidence"),
-    "excellent": ("hit and iou >= 0.9", "likeness"),
-    "improvement": (f"iou >= {CORRECT} and gain > 0", "gain"),
-}
+RULES = {name: rule["words"] for name, rule in _WORDS["rules"].items()}
 
 
 def choose(
@@ -688,10 +636,10 @@ def choose(
     columns = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
     measures = pd.DataFrame(lines, columns=columns)
     chosen: dict[str, int] = {}
-    for name, (condition, column) in _RULES.items():
-        qualified = measures[~measures["qid"].isin(chosen.values())].query(condition)
+    for name, rule in _WORDS["rules"].items():
+        qualified = measures[~measures["qid"].isin(chosen.values())].query(rule["condition"])
         if len(qualified):
-            chosen[name] = int(qualified["qid"].iloc[qualified[column].argmax()])  # the first of equals
+            chosen[name] = int(qualified["qid"].iloc[qualified[rule["largest"]].argmax()])  # the first of equals
     return chosen
 
 

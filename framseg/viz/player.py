@@ -112,8 +112,7 @@ def _copied(
 def _timed(packets: Iterable[av.Packet]) -> Iterator[tuple[av.Packet, int, int, Fraction]]:
     """Packets with presentation time, decoding time, and seconds per unit of both.
 
-    MP4 needs decoding times. Matroska has none for the first packets after a jump; they are counted back from the
-    stream's next packet.
+    MP4 needs decoding times. Matroska's first packets after a jump have none: counted back from the stream's next one.
     """
     waiting: dict[int, list[tuple[av.Packet, int]]] = defaultdict(list)  # by stream
     for packet in packets:

@@ -18,18 +18,7 @@ REPORTED = "reported, real QVHighlights"
 # Policies for windows and saliency: the authors' submission, the runs of ones, the better ones.
 READINGS = ("thresholds", "overlap"), ("mask", "overlap"), (moments.BEST_WINDOWS, moments.BEST_SALIENCY)
 PARTS = {"vision_encoder": "vision encoder", "vision_tokenizer": "resampler", "lang_model": "language model"}
-# Keys by section of the profile: those of the published training, and those of what is around it.
-TABLE_II = {
-    "training": "epochs processes micro_batch accumulation learning_rate warmup_steps planned_steps floor weight_decay "
-    "betas eps gradient_clip zero_stage offload_optimizer gradient_checkpointing compile",
-    "model": "dtype attention",
-    "adapter": "rank alpha dropout init rslora targets",
-}
-TABLE_III = {
-    "frames": "count neighbours neighbour_distance",
-    "losses": "pos_weight tversky_alpha tversky_beta eps schedule warmup_epochs start end",
-    "inference": "beams batch windows saliency",
-}
+TABLE_II, TABLE_III = paper_results.TABLE_II, paper_results.TABLE_III  # keys by section of the profile
 
 
 def shown(frame: pd.DataFrame, caption: str = "", floats: str = "{:.2f}") -> Styler:
@@ -103,9 +92,8 @@ def settings(profile: config.Profile, keys: Mapping[str, str]) -> pd.DataFrame:
 
 def work(*samples: tuple[config.Profile, int]) -> pd.DataFrame:
     """TFLOP per training sample, for profiles and the positions that their samples take."""
-    parts = {
-        f"{profile.name}, {length} positions": asdict(cost.operations(profile, length)) for profile, length in samples
-    }
+    names = [f"{profile.name}, {length} positions" for profile, length in samples]
+    parts = {name: asdict(cost.operations(*sample)) for name, sample in zip(names, samples, strict=True)}
     return pd.DataFrame(parts).rename(index=lambda part: part.replace("_", " ")) / cost.TERA
 
 

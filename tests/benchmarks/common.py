@@ -3,6 +3,9 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
 
 from framseg.run import cost
 
@@ -13,6 +16,17 @@ def about(*packages: str, **more) -> dict:
     """Device and versions, the head of every record; `packages` by default those that the model runs on."""
     named = packages or ("torch", "transformers", "peft", "deepspeed")
     return {"device": cost.device_name(), "versions": {name: version(name) for name in named}, **more}
+
+
+def peak_gib() -> float:
+    """Most memory that torch took of the GPU since its count was reset; without a GPU, that this process ever had."""
+    gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return round((gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)
+
+
+def memory_of(gpu: str, total: int) -> str:
+    """The setting of torch's allocator with which a GPU of `total` bytes has no more than one of cost.GPUS."""
+    return f"per_process_memory_fraction:{min(1.0, cost.GPUS[gpu][0] / total):.4f}"
 
 
 def write(name: str, record: dict, folder: Path | None = None) -> Path:

@@ -1,10 +1,11 @@
 """How fast are answers? Our beam search and the library's `generate`, side by side, and how the cost grows.
 
 python tests/benchmarks/decoding.py                                  (the demo's base on this machine)
-python tests/benchmarks/decoding.py --profile h100 --random --batch 16   (full size, random weights, on a GPU)
+python tests/benchmarks/decoding.py --profile released --random --videos 48 --batch 1 6 16   (full size, on a GPU)
 
 Writes records/decoding_<profile>.json. Every measurement is the median of --repeats rounds in which both sides take
 turns; both get the same weights, prompts and beams, and the record says for how many queries their masks are the same.
+Of several --batch sizes, each is measured; the first one is also what the record gives as the profile's.
 """
 
 import argparse
@@ -128,18 +129,51 @@ def seconds_a_query(profile, model, videos, each, repeats) -> float:
     return statistics.median(timed(work.ours)[0] for _ in range(repeats)) / (videos * each)
 
 
+def compared(profile: config.Profile, model: blip3.Blip3, videos: int, repeats: int) -> dict:
+    """Both sides in turns, a query per video, with what memory each needs at most."""
+    work = Work(profile, model, videos, each=1)
+    work.ours(), work.librarys()  # warm-up
+    sides: dict[str, list] = {"ours": [], "generate": []}
+    peaks = {}
+    for _ in range(repeats):
+        for name, side in (("ours", work.ours), ("generate", work.librarys)):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            sides[name].append(timed(side))
+            peaks[name] = common.peak_gib()
+    median = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in sides.items()}
+    dtype = getattr(torch, profile.model.dtype)
+    positions = work.ids.shape[1] + profile.frames.count * profile.model.resampler.latents
+    reached = cost.operations(profile, positions).inference * len(work.ids) / median["ours"]
+    alone = profile.model_copy(update={"training": profile.training.model_copy(update={"epochs": 0})})
+    return {
+        "queries": len(work.ids),
+        "batch": profile.inference.batch,
+        "seconds": {name: [round(seconds, 4) for seconds, _ in runs] for name, runs in sides.items()},
+        "same masks": sum(map(torch.equal, sides["ours"][0][1], sides["generate"][0][1])),
+        "queries per second": {name: round(len(work.ids) / seconds, 3) for name, seconds in median.items()},
+        "ratio": round(median["generate"] / median["ours"], 2),
+        "share of the matrix rate": round(reached / cost.matrix_rate(model.device, dtype, clock=clock), 4),
+        "peak GiB": peaks,
+        "counted GiB": round(cost.gpu_bytes(alone) / 2**30, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="demo")
     parser.add_argument("--random", action="store_true", help="random weights: a speed does not depend on them")
     parser.add_argument("--videos", type=int, default=32)
-    parser.add_argument("--batch", type=int, help="queries a batch; as in the profile without it")
+    parser.add_argument("--batch", type=int, nargs="+", help="queries a batch; as in the profile without it")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; one is disturbed least by other work")
     parser.add_argument("--no-growth", action="store_true", help="leave out the tables of how the cost grows")
     parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
-    overrides = {"inference.batch": options.batch} if options.batch else {}
+    profile = config.load(options.profile)
+    sizes = options.batch or [profile.inference.batch]
+    overrides = {"inference.batch": sizes[0]}
     profile = config.load(options.profile, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
@@ -152,33 +186,21 @@ def main() -> None:
     else:
         model = load_base(profile).to(device)
 
-    work = Work(profile, model, options.videos, each=1)
-    work.ours(), work.librarys()  # warm-up
-    sides = {"ours": [], "generate": []}
-    for _ in range(options.repeats):
-        for name, side in (("ours", work.ours), ("generate", work.librarys)):
-            seconds, masks = timed(side)
-            sides[name].append((seconds, masks))
-    same = sum(torch.equal(*pair) for pair in zip(sides["ours"][0][1], sides["generate"][0][1], strict=True))
-    median = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in sides.items()}
-    positions = work.ids.shape[1] + profile.frames.count * profile.model.resampler.latents
+    runs = [
+        compared(config.load(profile.name, {"inference.batch": size}), model, options.videos, options.repeats)
+        for size in sizes
+    ]
     record = common.about(
         profile=profile.name,
         weights="random" if options.random else profile.model.weights,
         dtype=profile.model.dtype,
-        queries=len(work.ids),
-        batch=profile.inference.batch,
         beams=profile.inference.beams,
         frames=profile.frames.count,
         threads=torch.get_num_threads(),
-        seconds={name: [round(seconds, 4) for seconds, _ in runs] for name, runs in sides.items()},
+        **runs[0],
     )
-    record["same masks"] = same
-    record["queries per second"] = {name: round(len(work.ids) / seconds, 3) for name, seconds in median.items()}
-    record["ratio"] = round(median["generate"] / median["ours"], 2)
-    rate = cost.matrix_rate(device, getattr(torch, profile.model.dtype), clock=clock)
-    reached = cost.operations(profile, positions).inference * len(work.ids) / median["ours"]
-    record["share of the matrix rate"] = round(reached / rate, 4)
+    if len(runs) > 1:
+        record["by batch"] = {run["batch"]: run for run in runs}
     if not options.no_growth:
         few, each = max(1, options.videos // 4), options.repeats
         change = {
@@ -198,7 +220,8 @@ def main() -> None:
         record["milliseconds per query by"]["queries per video"] = {
             number: round(1e3 * seconds_a_query(profile, model, few, number, each), 2) for number in (1, 2, 4, 8)
         }
-    print(record["queries per second"], record["ratio"], f"{same} of {len(work.ids)} masks the same")
+    for run in runs:
+        print(run["batch"], run["queries per second"], f"{run['same masks']} of {run['queries']} masks the same")
     common.write(f"decoding_{profile.name}", record, options.out)
 
 

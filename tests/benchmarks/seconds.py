@@ -17,13 +17,18 @@ import common
 from framseg import config
 
 
+def by_notebook(printed: str) -> dict[str, int]:
+    """Seconds by notebook, from what a run printed."""
+    seconds = re.findall(r"\[\d/5\] (\w+):.*?\n +(\d+) s$", printed, re.DOTALL | re.MULTILINE)
+    return {name: int(count) for name, count in seconds}
+
+
 def notebooks(folder: Path) -> dict[str, int]:
     """Seconds by notebook of a whole demo run that writes into `folder`."""
     command = [config.REPOSITORY / "run_all.sh", "demo", "--run-dir", folder]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    seconds = re.findall(r"\[\d/5\] (\w+):.*?\n +(\d+) s$", done.stdout, re.DOTALL | re.MULTILINE)
-    return {name: int(count) for name, count in seconds}
+    return by_notebook(done.stdout)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/tables.py           writes every table between the markers with its name, in all README files,
                                             and records/growth.png
+python tests/benchmarks/tables.py needs     prints a table, here the one of what each profile needs, and writes nothing
 python tests/benchmarks/tables.py --check   exits with 1 if a README file shows other values
 """
 
@@ -10,14 +11,14 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import common
 from matplotlib.figure import Figure
 
 from framseg import config
 from framseg.evaluate import METRICS
-from framseg.run import cost
+from framseg.run import cost, preflight
 from framseg.viz import figures
 
 FOLDERS = ("", "framseg", "framseg/demo", "notebooks", "tests/benchmarks")
@@ -198,6 +199,48 @@ def features() -> str:
     return textwrap.fill(text, 120)
 
 
+def needs() -> str:
+    """What each profile needs: counted by cost.py and preflight.py, of the demo measured."""
+    demo, seconds = record("training_demo")["memory GiB"], sum(record("seconds")["demo, seconds"].values())
+    hours = f"{seconds / 3600:.2f} in all, measured"
+    rows = [["`demo`", "none, two CPU cores", "–", f"{demo:.1f} GiB, measured", "–", hours, "–"]]
+    for name in ("paper", "h100", "24gb", "released", "released_train"):
+        profile = config.load(name)
+        gpu, training, decoding = cost.hours(profile)
+        disk = {what: size / 1e9 for what, size in preflight.disk_bytes(profile).items() if size}
+        parts = ", ".join(f"{what} {size:.0f}" for what, size in disk.items())
+        more = " + the frames' archive" if profile.data.source == "frames" else ""
+        rows.append(
+            [
+                f"`{name}`",
+                f"{profile.training.processes} x {gpu}",
+                f"{cost.gpu_bytes(profile) / 2**30:.1f} GiB",
+                f"{cost.host_bytes(profile) / 2**30:.0f} GiB",
+                f"{sum(disk.values()):.0f} GB{more} ({parts})",
+                f"{training:.1f}" if training else "–",
+                f"{decoding:.1f}",
+            ]
+        )
+    head = ("profile", "GPUs", "memory of each", "host memory", "disk", "hours of training", "hours of decoding")
+    return table(head, rows)
+
+
+def needs_counted() -> str:
+    """How the table of what each profile needs was counted, and what it assumes."""
+    rates = " and ".join(f"{speed / cost.TERA:.0f} on one {name}" for name, (_, speed) in cost.GPUS.items())
+    extraction = next(value for key, value in record("frame_store").items() if key.startswith("extraction"))
+    hours = sum(cost.VIDEOS.values()) / extraction["workers: 1"]["videos/s"] / 3600
+    text = (
+        f"Nothing of this was measured at full size. Hours are counted operations, divided by a share of what the GPU "
+        f"can do by its data sheet (TFLOP/s in bfloat16: {rates}). The share is assumed to be the one that the "
+        f"authors' logs show on an H100: {cost.TRAINING_SHARE:.1%} in training, {cost.DECODING_SHARE:.1%} in decoding. "
+        f"The size of the frames' archive is not known here; chapter 01 tells it before it fetches. "
+        f"Videos are decoded once, in {hours:.0f} hours of one CPU core at the measured speed. Host memory counts "
+        f"{cost.PROCESS / 2**30:.0f} GiB per process, which is assumed, too."
+    )
+    return textwrap.fill(text, 120)
+
+
 def store() -> str:
     """What the frame store takes."""
     content = record("frame_store")
@@ -232,16 +275,59 @@ def store() -> str:
 
 def performance() -> str:
     """A line per measurement: what, how fast, next to what, share of what the device's matrix products reach."""
-    rows = []
-    for name, model in (("demo", "demo model"), ("h100", "full size, random weights")):
-        for what, columns in (("training", _training), ("decoding", _decoding)):
-            missing = [UNMEASURED, "–", "–", f"needs a GPU (profile `{name}`)"]
-            cells = columns(record(f"{what}_{name}")) if measured(f"{what}_{name}") else missing
-            rows.append([f"{what}, {model}", *cells])
+    rows = [
+        ["training, demo model", *_training(record("training_demo"))],
+        ["decoding, demo model", *_decoding(record("decoding_demo"))],
+    ]
     scoring = record("evaluator")
     speed = f"{scoring['median']:.2f} s for {scoring['queries']:,} queries"
     rows.append(["scoring val", speed, "every metric as the dataset's own evaluator", "–", scoring["device"]])
     return table(("what", "measured", "compared with", "share of the matrix rate", "device"), rows)
+
+
+def full_size(names: Sequence[str] = ("h100", "24gb", "paper"), batches: Sequence[int] = (1, 6, 16)) -> str:
+    """Speed and memory at full size with random weights on a GPU: training by profile, decoding by batch."""
+    rows = []
+    for name in names:
+        cells = [UNMEASURED, "–", "–", f"{cost.gpu_bytes(config.load(name)) / 2**30:.1f} GiB", UNMEASURED, "–"]
+        if measured(f"training_{name}"):
+            run = record(f"training_{name}")
+            limit = f", memory of {run['memory of']}" if run["memory of"] else ""
+            taken = [f"{run['counted GiB']:.1f} GiB", f"{run['memory GiB']:.1f} GiB"]
+            speed, compared, share, place = _training(run)
+            cells = [speed, compared, share, *taken, f"{place}{limit}"]
+        rows.append([f"training, `{name}`", *cells])
+    runs = record("decoding_released")["by batch"] if measured("decoding_released") else {}
+    for size in batches:
+        counted = cost.gpu_bytes(config.load("released", {"inference.batch": size})) / 2**30
+        cells = [UNMEASURED, "–", "–", f"{counted:.1f} GiB", UNMEASURED, "–"]
+        if run := runs.get(str(size)):
+            speed, compared, share, place = _decoding(record("decoding_released") | run)
+            cells = [
+                speed,
+                compared,
+                share,
+                f"{run['counted GiB']:.1f} GiB",
+                f"{run['peak GiB']['ours']:.1f} GiB",
+                place,
+            ]
+        rows.append([f"decoding, `released`, batch {size}", *cells])
+    head = ("what", "measured", "compared with", "share of the matrix rate", "memory, counted", "measured", "device")
+    return table(head, rows)
+
+
+def full_size_cpu() -> str:
+    """What the profile `released` takes at full size on a CPU, with random weights."""
+    names = ("01_data", "02_prompt_tokenizer", "03_training", "04_evaluation_codalab", "05_figures")
+    if not measured("released_cpu"):
+        rows = [[f"`{name}`", UNMEASURED] for name in names]
+        return table(("what", "measured"), [*rows, ["a query", UNMEASURED], ["memory of all processes", UNMEASURED]])
+    run = record("released_cpu")
+    rows = [[f"`{name}`", f"{run['seconds by chapter'][name]} s"] for name in names]
+    queries = ", ".join(f"{seconds:.0f} s ({split})" for split, seconds in run["seconds per query"].items())
+    taken = f"{run['run']['peak GiB']:.1f} GiB, for {run['bytes of weights'] / 1e9:.1f} GB of weights in {run['dtype']}"
+    rows += [["a query", queries], ["memory of all processes", taken]]
+    return table(("what", "measured"), rows) + f"\n\nDevice: {device(run)}, {run['threads']} threads."
 
 
 def _training(run: dict) -> list[str]:
@@ -365,8 +451,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "val": val,
     "operations": operations,
     "features": features,
+    "needs": needs,
+    "needs-counted": needs_counted,
     "store": store,
     "performance": performance,
+    "full-size": full_size,
+    "full-size-cpu": full_size_cpu,
     "memory": memory,
     "growth": growth,
     "browser": browser,
@@ -382,8 +472,12 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=TABLES, help="print this table alone")
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
+    if options.name:
+        print(TABLES[options.name]())
+        return
     texts = {path: path.read_text(encoding="utf-8") for path in READMES}
     if absent := TABLES.keys() - {place[2] for text in texts.values() for place in MARKED.finditer(text)}:
         sys.exit(f"no README file has a place for: {', '.join(sorted(absent))}")

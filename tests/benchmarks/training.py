@@ -2,6 +2,7 @@
 
 python tests/benchmarks/training.py                                        (the demo on this machine)
 python tests/benchmarks/training.py --profile h100 --random                (full size, random weights, on a GPU)
+python tests/benchmarks/training.py --profile 24gb --random --gpu "RTX 4090"   (with no more memory than that one has)
 python tests/benchmarks/training.py --profile h100 --random --against paper --steps 50
 
 Writes records/training_<profile>.json: samples per second over the steps after the warm-up, memory, and the share of
@@ -11,6 +12,7 @@ what matrix products reach on the device. The data are the demo's videos, stored
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -66,6 +68,8 @@ def random_weights(profile: config.Profile) -> None:
         aside = folder.with_name("weights.part")
         model.cpu().save_published(aside)
         aside.rename(folder)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the training is another process and needs it
 
 
 def trained(profile: config.Profile, options: argparse.Namespace) -> list[dict]:
@@ -85,11 +89,19 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of the profiles"
     )
+    parser.add_argument("--gpu", choices=cost.GPUS, help="take no more memory of the GPU than this one has")
     parser.add_argument("--folder", type=Path, help="working folder, kept; without it a temporary one")
     parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
     if options.steps <= WARM_UP:
         parser.error(f"--steps must be more than the {WARM_UP} steps of warm-up")
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu limits the memory of a GPU, and there is none here")
+    if options.gpu:
+        total = torch.cuda.get_device_properties(0).total_memory
+        os.environ["PYTORCH_ALLOC_CONF"] = common.memory_of(
+            options.gpu, total
+        )  # read by the processes that are started
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = (options.folder or Path(temporary)).resolve()
         profile = prepared(options.profile, options)
@@ -118,6 +130,8 @@ def main() -> None:
         record["samples per second"] = {
             "median": round(speed, 3), "min": round(min(speeds), 3), "max": round(max(speeds), 3)
         }  # fmt: skip
+        record["memory of"] = options.gpu
+        record["counted GiB"] = round(cost.gpu_bytes(profile) / 2**30, 2)
         record["memory GiB"] = round(max(step["memory_gib"] for step in steps), 2)
         record["TFLOP per sample"] = round(work / cost.TERA, 4)
         record["share of the matrix rate"] = round(speed * work / rate, 4)
