@@ -81,8 +81,8 @@ def test_the_checkpoint_of_a_profile_that_trains_nothing_names_its_weights(made,
     assert {path.name for path in folder.iterdir()} == {"profile.yaml", "tokenizer.json", "README.md"}
     assert f"Nothing was trained here: the model is {tmp_path / 'base'}: what" in (folder / "README.md").read_text()
     assert checkpoint.require_complete(folder) == checkpoint.local_folder(folder) == folder
-    loaded, own, _ = checkpoint.loaded(folder)
-    assert own == nothing and loaded.origin == f"the model is {tmp_path / 'base'}: what it was trained on is not known"
+    loaded, own = checkpoint.load_trained(folder)
+    assert own == nothing
     base = checkpoint.load_base(profile).state_dict()
     assert all(torch.equal(value, base[name]) for name, value in loaded.state_dict().items())
     with pytest.raises(CheckpointError, match="nothing was trained, so there is nothing to share but the name"):
