@@ -109,8 +109,8 @@ def loaded(
     place, given = device(where), released.names(checkpoint)
     precision.chosen(dtype, place, "float32")  # what cannot be had is refused before anything is fetched
     folders = tuple(map(local_folder, given))
-    changed = max((file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")), default=0)
-    key = (folders, changed, place, dtype)
+    files = (path for folder in folders for path in (folder, *folder.rglob("*")))
+    key = (folders, max(path.stat().st_mtime_ns for path in files), place, dtype)
     if key not in _last:
         _last.clear()  # at once: memory may not hold two of them
         _last[key] = _load(", ".join(map(str, given)), folders, place, dtype)

@@ -14,7 +14,6 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,10 +99,9 @@ def _contents(path: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             reasons = [f"{path}: {reason}" for entry in entries if (reason := _entry_reason(entry))]
-            times = Counter(entry.orig_filename for entry in entries)
             for name in (VAL_NAME, TEST_NAME):
-                if times[name] != 1:
-                    reasons.append(f"{path}: holds {times[name]} files named {name}, expected 1")
+                if (times := [entry.orig_filename for entry in entries].count(name)) != 1:
+                    reasons.append(f"{path}: holds {times} files named {name}, expected 1")
             if reasons:
                 raise SubmissionError(shortlist(reasons, "\n"))
             return {entry.orig_filename: _bounded(archive, entry) for entry in entries}

@@ -205,7 +205,7 @@ def split(
     tokenizer: Tokenizer,
     profile: config.Profile,
     rows: Sequence[Row],
-    path: Path | str,
+    path: Path,
     progress: bool = True,
 ) -> list[dict]:
     """Decode `rows`, write the records (see `records`) to `path` as JSON lines and return them, in the rows' order.
@@ -214,7 +214,6 @@ def split(
     if weights, settings and prompt are the same; videos that failed are tried again. Where torch.distributed is
     initialised, its processes share the work by videos, and the first one writes `path`.
     """
-    path = Path(path)
     rank, world = launcher.place()
     source = made_by(model, tokenizer, profile)
     parts, own = _parts(path), path.with_name(f"{path.name}.part{rank}")

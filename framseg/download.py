@@ -5,8 +5,8 @@ framseg download [FOLDER] --from HAVE            fetch nothing: link what the fo
 framseg download --reference [FOLDER]            fetch annotations and the authors' predictions (data/reference), 15 MB
 
 However a run ends (a cut connection, Ctrl-C, a full disk), the same command continues where it stopped. The annotation
-files must have the SHA-256 below. The others have none: the videos' archive must have the length that the server names
-and the checksum inside the gzip file; the predictions must belong to the annotations, query by query.
+files must have the SHA-256 of download.yaml. The others have none: the videos' archive must have the length that the
+server names and the checksum inside the gzip file; the predictions must belong to the annotations, query by query.
 """
 
 import argparse
@@ -27,23 +27,16 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pebble
+import yaml
 from tqdm.auto import tqdm
 
 from framseg import FramsegError, annotations, command_line, config, predictions
 from framseg.jsonl import checksum, shortlist, whole_file, write_lines
 from framseg.run.paths import hold
 
-RAW = "https://raw.githubusercontent.com/"
-ANNOTATIONS = f"{RAW}jayleicn/moment_detr/b7e553ac3b0c898ee6b85e03ee507c064eab89ca/data/"
-RELEASED = f"{RAW}bagasjiwanta/llm-frame-segmentation/5e69f3707286acb25d0338d74d2c7044a72b6e3f/run/val_and_test_all/"
-SHA256 = {
-    "highlight_train_release.jsonl": "fd28404187468f57cf99242be2963127dc9b4aef26c7de3cb9469569801f2625",
-    "highlight_val_release.jsonl": "f668a1eaea156ec5315e14718999cea043a8cf948d3cafbd8e8d655318c3cd02",
-    "highlight_test_release.jsonl": "0462f0cb582b54913671ba5ebfc325931ffa6d422c60cb72520749fc6d5d05a3",
-    "highlight_test_with_gt.jsonl": "bd50ec6bb5dd3f72571126ba5fdc7418efdd9219a9487984e483a02e2ce5d493",
-}
-ARCHIVE = "https://nlp.cs.unc.edu/data/jielei/qvh/qvhilights_videos.tar.gz"
-ARCHIVE_BYTES = 143_734_787_897  # as others report it
+SOURCES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ANNOTATIONS, RELEASED, ARCHIVE, SHA256 = (SOURCES[name] for name in ("annotations", "released", "archive", "sha256"))
+ARCHIVE_BYTES = SOURCES["archive_bytes"]
 VIDEOS = "videos"
 REFERENCE = config.WORKSPACE / "data" / "reference"
 ABSENT = "not_in_archive.txt"  # vids that the archive does not hold: it is not fetched again for them

@@ -16,8 +16,7 @@ from framseg.predictions import SALIENCY, WINDOWS, PredictionError, all_have, ma
 
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))  # IoU
 LENGTHS = {"full": (0, np.inf), "long": (30, 150), "middle": (10, 30), "short": (0, 10)}  # (more than, up to] s
-# What tables and figures show: official name and short title.
-METRICS = {
+METRICS = {  # what tables and figures show: official name and short title
     "MR-full-R1@0.5": "R1@0.5",
     "MR-full-R1@0.7": "R1@0.7",
     "MR-full-mAP": "mAP",
@@ -32,7 +31,6 @@ def evaluate(predictions: Iterable[dict], annotations: Iterable[Row | dict], int
 
     Keys: `brief`; `HL-min-Fair/Good/VeryGood` with HL-mAP and HL-Hit1; `full`, `long`, `middle`, `short` with MR-mAP
     and MR-R1 by IoU threshold. Entries are left out if no prediction has the windows or saliency that they need.
-
     Raises PredictionError for malformed records and for doubled, missing and unknown qids, all named; with
     `intersection` queries that only one side has are ignored instead. Raises AnnotationError for rows without labels.
     """
@@ -81,9 +79,7 @@ def trivial(rows: Sequence[Row], train_rows: Sequence[Row], seed: int, frames: i
     `best constant window`: the window [a, b] * duration, a and b multiples of 1 / frames, with the best R1@0.7 on
     the train rows; saliency is the train rows' mean by relative position.
     `random masks`: a random train query's mask, rotated by a random number of frames, which keeps the share of ones;
-    probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero.
-
-    Raises AnnotationError if train rows have no labels.
+    probabilities are uniform in 0.5..1 for a one and 0..0.5 for a zero. AnnotationError if train rows have no labels.
     """
     random, train = np.random.default_rng(seed), labelled(train_rows)
     masks = np.stack([annotations.frame_labels(row, frames) for row in train])

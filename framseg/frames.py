@@ -73,10 +73,8 @@ class Video:
     second at which each is first shown, `offset` the first of them, `length` the second at which the last frame ends,
     `fps` the average frame rate and `constant` whether all frames keep to it. `reader` is "decord" for what the data
     sets consist of, H.264 in mp4 with a plain list of times, and "PyAV" for everything else. `container` tells whether
-    the file is whole. `alive` is called after every step of a decoder.
-
-    Raises VideoError for a file that is missing, is no video, is damaged or whose frames have no known times, and for
-    one that ends in the middle of its data, unless `allow_partial`.
+    the file is whole. `alive` is called after every step of a decoder. VideoError for a file that is missing, no video,
+    damaged or without known times, and for one that ends in the middle of its data, unless `allow_partial`.
     """
 
     def __init__(self, path: Path | str, allow_partial: bool = False, alive: Callable[[], object] = lambda: None):
@@ -259,9 +257,6 @@ class Store:
     neighbour_distance: float
     quality: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-
     def path(self, vid: str) -> Path:
         """The video's file. Raises VideoError for a name that would leave the folder."""
         if not vid or any(character in vid for character in "/\\\0"):
@@ -364,7 +359,7 @@ class Report:
 
 def extract(
     videos: dict[str, float],
-    folder: Path | str,
+    folder: Path,
     store: Store,
     *,
     time_limit: float,
@@ -381,7 +376,6 @@ def extract(
     if the store cannot be written or holds frames made with other settings.
     """
     begin = time.monotonic()
-    folder = Path(folder)
     stored = {vid: about for vid in videos if (about := stored_already(store, vid))}
     waiting = {vid: duration for vid, duration in videos.items() if vid not in stored}
     report = Report(skipped=len(stored))

@@ -149,14 +149,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        try:
+            yield unfinished
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)  # fails, too, in a folder that may not be written to
     except OSError as error:
         if str(error.filename) != str(unfinished):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> str:

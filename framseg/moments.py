@@ -32,8 +32,7 @@ class Ranking(NamedTuple):
     end: tuple[float, float, float]
 
 
-# Fitted on the authors' val predictions by tests/benchmarks/ranked_policy.py.
-RANKING = Ranking(
+RANKING = Ranking(  # fitted on the authors' val predictions by tests/benchmarks/ranked_policy.py
     runs=(0.293, -0.283, 1.155, 1.289, 0.672, 1.986), start=(0.676, -0.968, -0.736), end=(-1.809, -0.381, 2.159)
 )
 KERNEL = 0.8  # frames, width of the method `gaussian`; fitted there too

@@ -58,7 +58,6 @@ def read_released(path: str | Path) -> list[dict]:
 
     JSON: a list of objects with qid, duration (s), score (frame probabilities [f]), preds (the mask, f digits) and
     pred_relevant_windows. CSV: columns qid, duration, windows (start/end/score, several joined by |), p0, p1, ...
-
     The windows are put best first and filled up to ten, and clip saliency follows from the probabilities (`overlap`),
     as the authors submitted them. Records from the JSON also have mask and valid. Raises PredictionError.
     """

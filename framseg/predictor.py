@@ -91,7 +91,7 @@ def predict(
     allow_partial: answer about the part that is there of a file that is cut off, instead of refusing it.
     device: "auto" (the GPU if there is one), "cpu", "cuda" or "mps" (Apple's; never tried). dtype: "float32",
     "float16", "bfloat16", "auto" (the checkpoint's own, see `run.precision.chosen`), or "int8", which halves the
-    language model's layers once more (`pip install 'framseg[int8]'`).
+    language model's layers once more (needs torchao).
 
     Seconds, of the answer as of the frames that the model sees, are those of a player: second 0 is the start of the
     file, also where the picture starts later than the sound; until then the first frame counts.

@@ -33,6 +33,7 @@ REDRAW = 3.0  # seconds between two calls of `on_progress`
 LOGGED = ("step", "epoch", "learning_rate", "samples_per_second", "memory_gib")  # of a step, and its losses:
 LOSSES = ("loss", *losses.NAMES)  # None if not finite
 PATIENCE = 120  # seconds that an interrupted training has to write its state
+Watcher = Callable[[list[dict], list[dict]], None]  # gets the records of the step log and of the validation log
 
 
 class TrainError(FramsegError, RuntimeError):
@@ -85,9 +86,7 @@ def readable(profile: config.Profile) -> tuple[list[annotations.Row], str]:
     return [row for row in rows if row.vid not in lost], lacking
 
 
-def launch(
-    profile: config.Profile, run: Run, on_progress: Callable[[list[dict], list[dict]], None] | None = None
-) -> None:
+def launch(profile: config.Profile, run: Run, on_progress: Watcher | None = None) -> None:
     """Train `profile` into `run` through the DeepSpeed launcher; goes on from a state if there is one.
 
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
@@ -144,9 +143,7 @@ def launch(
         raise TrainError(f"training failed: {job.failure()}")
 
 
-def _watch(
-    job: launcher.Job, run: Run, total: int, on_progress: Callable[[list[dict], list[dict]], None] | None
-) -> None:
+def _watch(job: launcher.Job, run: Run, total: int, on_progress: Watcher | None) -> None:
     first, validated = (len(read_log(log)) for log in (run.step_log, run.validation_log))
     drawn, shown = 0.0, (0, 0)
     hide = on_progress is None and not sys.stderr.isatty()  # as under papermill
@@ -176,10 +173,8 @@ def epoch_line(record: dict, steps: list[dict]) -> str:
     """A line for a record of the validation log, with the last of the steps before it."""
     brief = record["metrics"]["brief"]
     before = f" (step {len(steps)}: {step_line(steps[-1])})" if steps else ""
-    return (
-        f"epoch {record['epoch']}: R1@0.5 {brief['MR-full-R1@0.5']}, R1@0.7 {brief['MR-full-R1@0.7']}, "
-        f"mAP {brief['MR-full-mAP']}, HIT@1 {brief['HL-min-VeryGood-Hit1']}{before}"
-    )
+    scores = (f"{title} {brief[name]}" for name, title in evaluate.METRICS.items() if title != "HL mAP")
+    return f"epoch {record['epoch']}: {', '.join(scores)}{before}"
 
 
 def read_log(path: Path) -> list[dict]:

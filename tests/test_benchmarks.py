@@ -155,6 +155,17 @@ def test_a_tokenizer_that_is_not_there_is_said_before_weights_are_drawn(tmp_path
     assert done.stderr.endswith("--tokenizer nowhere.json: there is no such file or folder\n")
 
 
+def test_number_formats_on_a_trained_model(trained, tmp_path):
+    pytest.importorskip("torchao", reason="int8 weights need torchao")
+    start("precision.py", "--checkpoint", str(trained[1].checkpoint), "--queries", "3", "--out", str(tmp_path))
+    made = json.loads((tmp_path / "precision.json").read_text())
+    committed = json.loads((FOLDER / "records" / "precision.json").read_text())
+    assert made["queries"] == 3 and made["ways"].keys() == committed["ways"].keys()
+    for name, way in made["ways"].items():
+        logit = way["difference"]["logit"]
+        assert (logit["largest"] > 0) == (name != "float32") and logit["mean"] < 0.1
+
+
 @pytest.mark.slow
 def test_training_of_one_profile_against_another(tmp_path):
     """The full-size command with the demo's model: recomputing layers, as `paper` does, changes no loss."""

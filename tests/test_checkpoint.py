@@ -62,7 +62,7 @@ def test_the_card_says_what_was_trained_and_measured(made, tmp_path):
 
 
 def test_a_base_model_that_is_not_here_is_said(tmp_path):
-    with pytest.raises(CheckpointError, match="base model's folder is not here; set model.weights"):
+    with pytest.raises(CheckpointError, match="there is no such folder; set model.weights"):
         checkpoint.load_base(tiny(model__weights=str(tmp_path / "gone")))
 
 

@@ -260,7 +260,7 @@ def test_a_disk_that_is_too_small_is_said_first(machine, monkeypatch, tmp_path):
     listed = "frames about 4.2, weights about 8.1, states about 6.8"
     first, ways = preflight.missing(profile, True, tmp_path / "run")[0].split(": make room, or choose ")
     assert first == f"disk: {tmp_path} has 15.0 GiB free, 19.1 are needed ({listed})"
-    assert ways == "another disk by data.folder (frames, features), HF_HOME (weights), --run-dir (states)"
+    assert ways == "another disk by data.folder (frames, features), HF_HOME (weights, archive), --run-dir (states)"
     for trains, free in ((True, 20), (False, 13)):
         machine(2, 79, free=free)
         assert not [

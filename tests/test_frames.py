@@ -681,13 +681,14 @@ def test_crashing_decoder_is_reported_and_the_others_go_on(corpus, tmp_path):
 
 INTERRUPTED = """
 import sys
+from pathlib import Path
 from framseg.run import container
 from framseg.frames import Store, extract
 
 if __name__ == "__main__":
-    store = Store(sys.argv[2], 32, 5, 1, 0.1, 95)
+    store = Store(Path(sys.argv[2]), 32, 5, 1, 0.1, 95)
     try:
-        extract({"c": 5.0, "x": 5.0}, sys.argv[1], store, time_limit=60, duration_tolerance=1, workers=1)
+        extract({"c": 5.0, "x": 5.0}, Path(sys.argv[1]), store, time_limit=60, duration_tolerance=1, workers=1)
     except KeyboardInterrupt:
         print("interrupted")
 """

@@ -130,7 +130,7 @@ def test_pushed_and_fetched_by_name(server, checkpoint, tmp_path):
     assert done.stdout.strip() == "tiny" and "evil.py" not in server.fetched
 
     missing = python(server, tmp_path, "-c", load, "somebody/else")
-    assert "somebody/else: neither a checkpoint's folder nor to be had from the Hugging Face hub" in missing.stderr
+    assert "somebody/else: neither a folder here nor to be had from the Hugging Face hub" in missing.stderr
 
 
 @pytest.mark.parametrize("name", ["somebody/nothing", "a bad name!", "somebody/moments"])

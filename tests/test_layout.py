@@ -33,7 +33,7 @@ backbones
 backbones.blip3
 dataset download
 run.cost
-run.released
+run.released run.precision
 checkpoint
 hub
 run.launcher

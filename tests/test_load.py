@@ -110,9 +110,10 @@ def test_memory_and_handles_stay_flat_over_many_videos(small_set, tmp_path):
 
 READER = """
 import hashlib, json, sys
+from pathlib import Path
 from framseg.frames import Store, VideoError
 
-store, vids = Store(sys.argv[1], 32, 5, 1, 0.1, 95), json.loads(sys.argv[2])
+store, vids = Store(Path(sys.argv[1]), 32, 5, 1, 0.1, 95), json.loads(sys.argv[2])
 seen, waiting = {vid: [] for vid in vids}, vids
 print("ready", flush=True)
 while waiting:  # only missing ones, so that each is read while it is being written

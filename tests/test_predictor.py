@@ -83,11 +83,32 @@ def test_predict_refuses_with_a_reason(checkpoint, tmp_path):
         framseg.predict(short, "  ", checkpoint=checkpoint)
     with pytest.raises(frames.VideoError, match="no such video"):
         framseg.predict(tmp_path / "none.mp4", "a dog", checkpoint=checkpoint)
-    with pytest.raises(CheckpointError, match="no trained checkpoint"):
+    with pytest.raises(CheckpointError, match="none: there is no such folder"):
         framseg.predict(short, "a dog", checkpoint=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no trained checkpoint"):
+        framseg.predict(short, "a dog", checkpoint=tmp_path / "empty")
     with pytest.raises(frames.VideoError, match="damaged|cannot be opened"):
         (tmp_path / "cut.mp4").write_bytes(short.read_bytes()[:-900])
         framseg.predict(tmp_path / "cut.mp4", "a dog", checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"video": "none.mp4"}, "none.mp4: no such video file"),
+        ({"query": ["a dog", " "]}, "the query is empty"),
+        ({"windows": "best"}, "no windows policy named 'best'"),
+        ({"saliency": "best"}, "no saliency"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"dtype": "int4"}, "dtype 'int4'"),
+    ],
+)
+def test_what_is_mistyped_is_refused_before_anything_is_fetched_or_loaded(change, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.released, "fetch", lambda *_: pytest.fail("it was fetched"))
+    given = {"video": make_video(tmp_path / "own.mp4", 2), "query": "a dog", "checkpoint": "paper"} | change
+    with pytest.raises((ValueError, framseg.FramsegError), match=reason):
+        framseg.predict(**given)
 
 
 def hanging(path, then):
@@ -278,7 +299,7 @@ def test_the_command_prints_a_table_or_records(checkpoint, tmp_path, capsys, mon
     [
         ("none.mp4", "a dog", "checkpoint", "no such video"),
         ("own.mp4", " ", "checkpoint", "empty"),
-        ("own.mp4", "a dog", "none", "no trained checkpoint here"),
+        ("own.mp4", "a dog", "none", "there is no such folder"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(checkpoint, tmp_path, video, query, folder, reason):

@@ -28,7 +28,9 @@ from framseg.demo import synthetic
 
 PROJECT = tomllib.loads((config.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(text) for text in PROJECT["dependencies"]]
-TESTING = [Requirement(text) for text in PROJECT["optional-dependencies"]["test"]]
+TESTING, OPTIONAL = (
+    [Requirement(text) for text in PROJECT["optional-dependencies"][name]] for name in ("test", "int8")
+)
 PART_OF = {"pydantic_core": "pydantic"}  # pydantic asks for one version of it, and has some types there alone
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
@@ -162,7 +164,7 @@ def test_every_pin_lies_in_its_range():
     *_, pip = content["dependencies"]
     pins = dict(text.split("==") for text in pip["pip"] if "==" in text)
     pins = {canonicalize_name(name): version for name, version in pins.items()}
-    ranges = {canonicalize_name(requirement.name): requirement.specifier for requirement in NEEDED + TESTING}
+    ranges = {canonicalize_name(requirement.name): requirement.specifier for requirement in NEEDED + OPTIONAL + TESTING}
     assert pins.keys() == ranges.keys()
     assert all(specifier for specifier in ranges.values())
     assert not {name: pin for name, pin in pins.items() if pin not in ranges[name]}
@@ -196,7 +198,7 @@ def test_everything_that_is_imported_is_named():
     modules = [path.read_text(encoding="utf-8") for path in (config.REPOSITORY / "framseg").rglob("*.py")]
     tests = [path.read_text(encoding="utf-8") for path in (config.REPOSITORY / "tests").rglob("*.py")]
     distributions = packages_distributions()
-    for sources, requirements in ((cells + modules, NEEDED), (tests, NEEDED + TESTING)):
+    for sources, requirements in ((cells + modules, NEEDED + OPTIONAL), (tests, NEEDED + TESTING)):
         named = {canonicalize_name(requirement.name) for requirement in requirements}
         imported = set().union(*map(third_party, sources))
         assert "torch" in imported

@@ -50,10 +50,9 @@ class ResamplerLayer(nn.ModuleList):
     """Attention and a feed-forward network; a list, as the published names are ``layers.0.0`` and ``layers.0.1``."""
 
     def __init__(self, width: int, heads: int, head_dim: int):
-        super().__init__([ResamplerAttention(width, heads, head_dim)])
-        inner = 4 * width
+        attention, inner = ResamplerAttention(width, heads, head_dim), 4 * width
         up, down = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
-        self.append(nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down))
+        super().__init__([attention, nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down)])
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
         """patches [N, P, width], latents [N, latents, width] -> new latents."""
@@ -273,8 +272,7 @@ class Blip3(nn.Module):
         expected = model.state_dict()
         if section.language.tie_embeddings:
             del expected["lang_model.lm_head.weight"]
-        missing = set(expected)
-        problems = []
+        missing, problems = set(expected), list[str]()
         for file in files:
             try:
                 with safe_open(file, "pt") as opened:

@@ -44,8 +44,7 @@ def prepare(profile: config.Profile) -> None:
 
 def labels_file(profile: config.Profile, split: str) -> Path | None:
     """The authors' own labels of a split (train, val or test), None if they have not been fetched."""
-    names = profile.data.frames
-    return _cached(names[split], LABELS[split]) if split in names else None
+    return _cached(profile.data.frames[split], LABELS[split]) if split in profile.data.frames else None
 
 
 def _cached(name: str, file: str) -> Path | None:
@@ -63,12 +62,10 @@ def to_fetch(profile: config.Profile) -> float:
     for name in names:
         with suppress(Exception):  # of whatever kind: the call that fetches asks again
             if not _cached(name, ARCHIVE):
-                parts = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset")).rglob(
-                    "*.part"
-                )
+                folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
                 address = hf_hub_url(name, ARCHIVE, repo_type="dataset")
                 size += get_hf_file_metadata(address, timeout=preflight.HUB_PATIENCE).size or 0
-                size -= sum(part.stat().st_size for part in parts)
+                size -= sum(part.stat().st_size for part in folder.rglob("*.part"))
     return size
 
 
@@ -133,8 +130,7 @@ def _read(
     }
     left, awaited = dict.fromkeys(waiting, len(members)), {vid + ending for vid in waiting for ending in members}
     aside, jobs = store.folder / ASIDE, deque[tuple[str, Future[bytes]]]()
-    for vid in waiting:
-        failed.pop(vid, None)
+    bad: dict[str, str] = {}  # final only when the archive is known to be whole
 
     def take(member: tarfile.TarInfo, source: IO[bytes] | None) -> None:
         picture = PurePosixPath(member.name).name
@@ -151,8 +147,8 @@ def _read(
         try:
             content = job.result()
         except Exception:  # Pillow raises a dozen kinds
-            failed.setdefault(vid, f"{name}: {picture} in {ARCHIVE} is damaged, or no JPEG picture of a usual size")
-        if vid in failed:
+            bad.setdefault(vid, f"{name}: {picture} in {ARCHIVE} is damaged, or no JPEG picture of a usual size")
+        if vid in bad:
             unfinished.unlink(missing_ok=True)
             return
         with zipfile.ZipFile(unfinished, "a") as file:
@@ -178,7 +174,10 @@ def _read(
         lacking = f"it has no picture of the {len(videos)} videos that are asked for"
         raise download.DownloadError(f"{archive}: is of another set: {lacking}; check data.frames")
     for picture in sorted(awaited):
-        failed.setdefault(picture.rsplit("_", 2)[0], f"{name}: {picture} is not in {ARCHIVE}")
+        bad.setdefault(picture.rsplit("_", 2)[0], f"{name}: {picture} is not in {ARCHIVE}")
+    for vid in waiting:
+        failed.pop(vid, None)
+    failed.update(bad)
     size = download.words(archive.stat().st_size)
     print(f"{name}: what is needed is in {store.folder}; delete {archive.resolve()} to free its {size}")
 
@@ -187,6 +186,6 @@ def _resized(content: bytes, store: frames.Store) -> bytes:
     """A published picture as the store keeps it. Raises whatever Pillow does, and ValueError for one too large."""
     with Image.open(io.BytesIO(content), formats=["JPEG"]) as picture:
         if picture.width * picture.height > LARGEST:
-            raise ValueError("too large")
+            raise ValueError
         size = store.image_size, store.image_size
         return frames.jpeg(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), store.quality)

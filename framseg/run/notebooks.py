@@ -172,8 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_chapters(chapters: list[stamps.Chapter], profile: config.Profile, run: Run, option: str | None) -> int:
     """Execute the chapters that have changed, or all of them if an `option` asks for it; returns the exit code."""
     os.environ.setdefault(*WAITING_THREADS)
-    # Kernels import this framseg, wherever they are started.
-    os.environ["PYTHONPATH"] = config.import_path()
+    os.environ["PYTHONPATH"] = config.import_path()  # kernels import this framseg, wherever they are started
     began, skipped, reason = time.monotonic(), 0, None
     for number, chapter in enumerate(chapters, start=1):
         start, name = time.monotonic(), chapter.notebook.stem

@@ -30,8 +30,7 @@ class Run:
         self.skipped_log = self.train / "skipped.jsonl"  # one line per step that was not finite, with its qids
         self.trained_with = self.train / FILE  # what the training in this folder began with
         self.trained_on = self.train / "rows.sha256"  # of the training annotations
-        # step_000123/: the last two states that training can go on from
-        self.resume = self.train / "resume"
+        self.resume = self.train / "resume"  # step_000123/: the last two states that training can go on from
         self.checkpoint = self.root / "checkpoint"  # what framseg.predict reads
         self.predictions = self.root / "predictions"
         self.metrics = self.root / "metrics"

@@ -24,7 +24,7 @@ def chosen(dtype: str | None, place: torch.device, usual: str) -> str:
     if dtype not in (None, *DTYPES):
         raise FramsegError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if dtype == INT8 and not find_spec("torchao"):
-        raise FramsegError("dtype int8 needs the package torchao: pip install 'framseg[int8]'")
+        raise FramsegError("dtype int8 needs the package torchao: pip install torchao")
     if dtype in ("auto", INT8) and usual == "bfloat16" and place.type != "cpu":
         has = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return usual if has else "float16"
@@ -44,7 +44,7 @@ def memory(profile: config.Profile, place: torch.device, int8: bool = False) -> 
 
 
 def told(name: str, profile: config.Profile, place: torch.device, int8: bool = False) -> str:
-    """A line on what is loaded, where and in which format, for a model of 1 GB or more and where there is too little."""
+    """A line on what is loaded, where and in which format; of less than 1 GB only if there is too little memory."""
     needed = memory(profile, place, int8)
     free = dict.fromkeys(needed, psutil.virtual_memory().available)
     if place.type == "cuda":

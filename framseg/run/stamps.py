@@ -63,12 +63,12 @@ class Chapter:
         data, folder = self.profile.data, config.data_folder(self.profile)
         files = [folder / name for name in (data.train, data.val, data.test, data.test_labels)]
         annotations = [checksum(path) for path in files if path.is_file()]
-        videos = folder / data.videos
-        if data.source == "frames" and len(annotations) == len(files):
+        videos = _listing(folder / data.videos)
+        if data.source == "frames":
             from framseg import dataset  # loads torch
 
-            videos = dataset.store(self.profile).folder
-        return _hash([annotations, _listing(videos), os.environ.get("FRAMSEG_SHARED")])
+            videos = _listing(dataset.store(self.profile).folder, "*.zip")
+        return _hash([annotations, videos, os.environ.get("FRAMSEG_SHARED")])
 
     def begin(self) -> None:
         """From here on the chapter is unfinished, until `finish`."""
@@ -99,9 +99,9 @@ def read(copy: Path) -> dict:
     return entries if whole and all(isinstance(name, str) for name in entries["wrote"]) else {}
 
 
-def _listing(path: Path | None) -> list[tuple[str, int, int]]:
+def _listing(path: Path | None, pattern: str = "*") -> list[tuple[str, int, int]]:
     """Name, size and time of a file, or of each in a folder: of files that are too large to be read through."""
-    files = path.iterdir() if path and path.is_dir() else [path] if path and path.is_file() else []
+    files = path.glob(pattern) if path and path.is_dir() else [path] if path and path.is_file() else []
     return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 

@@ -33,10 +33,11 @@ RECORD = Path(__file__).parent / "records" / "browser.json"
 VIDEOS, MOVES = 20, 30
 
 CELL = """
+from pathlib import Path
 from framseg import frames
 from framseg.viz import browser
 print("re" + "ady")
-store = frames.Store({folder!r} + "/store", 384, 25, 0, 0.1, 90)
+store = frames.Store(Path({folder!r}) / "store", 384, 25, 0, 0.1, 90)
 """
 MOVE = """button => new Promise(done => {
     const player = button.closest(".framseg").querySelector(".framseg-player > div"), began = performance.now();

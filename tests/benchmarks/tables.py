@@ -14,11 +14,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import common
+import torch
 from matplotlib.figure import Figure
 
 from framseg import config
 from framseg.evaluate import METRICS
-from framseg.run import cost, preflight
+from framseg.run import cost, precision, preflight
 from framseg.viz import figures
 
 FOLDERS = ("", "framseg", "framseg/demo", "notebooks", "tests/benchmarks")
@@ -344,6 +345,36 @@ def _decoding(run: dict) -> list[str]:
     return [f"{speed['ours']:.2f} queries/s", compared, f"{run['share of the matrix rate']:.1%}", run["device"]]
 
 
+def formats() -> str:
+    """What number formats change in the answers of the trained demo model."""
+    run = record("precision")
+    rows = []
+    for name, way in run["ways"].items():
+        logit, probability = way["difference"]["logit"], way["difference"]["probability"]
+        cells = [f"{x:.{digits}f}" for digits, part in ((3, logit), (4, probability)) for x in part.values()]
+        cells = cells if name != "float32" else ["–"] * 4
+        equal = f"{way['equal masks']} of {run['queries']}"
+        rows.append([name, *cells, equal, *percentages(way["scores"], METRICS)])
+    far = (f"{what}, {how} difference" for what in ("logit", "probability") for how in ("largest", "mean"))
+    return f"{table(('weights', *far, 'equal masks', *METRICS.values()), rows)}\n\nDevice: {device(run)}."
+
+
+def answering() -> str:
+    """Memory that an answer of the paper's model takes, counted, by number format."""
+    profile, rows = config.load("paper"), []
+    for name, dtype, int8 in (
+        ("float32", "float32", False),
+        ("bfloat16 or float16", "bfloat16", False),
+        ("int8, computed in bfloat16 or float16", "bfloat16", True),
+    ):
+        own = profile.model_copy(update={"model": profile.model.model_copy(update={"dtype": dtype})})
+        gpu, main = precision.memory(own, torch.device("cuda"), int8).values()
+        [cpu] = precision.memory(own, torch.device("cpu"), int8).values()
+        rows.append([name, *(f"{size / 2**30:.1f} GiB" for size in (gpu, main, cpu))])
+    head = ("weights", "on the GPU", "in main memory, while they are loaded", "without a GPU, in main memory")
+    return table(head, rows)
+
+
 def memory() -> str:
     """What a training sample keeps on the GPU at full size."""
     rows = [
@@ -457,6 +488,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "performance": performance,
     "full-size": full_size,
     "full-size-cpu": full_size_cpu,
+    "formats": formats,
+    "answering": answering,
     "memory": memory,
     "growth": growth,
     "browser": browser,
