@@ -23,7 +23,8 @@ RESAMPLER, ADAPTER = "resampler.safetensors", "adapter/adapter_model.safetensors
 ADAPTER_SETTINGS = "adapter/adapter_config.json"
 # Nothing else of a repository is fetched: no code, no pickles.
 HUB_FILES = [PROFILE, prompt.FILE, METRICS_FILE, CARD, RESAMPLER, "adapter/adapter_*"]
-_last: dict[tuple, tuple[Blip3, config.Profile, Tokenizer]] = {}  # what `loaded` gave last, by what was asked for
+Loaded = tuple[Blip3, config.Profile, Tokenizer]
+_last: dict[tuple, Loaded] = {}  # what `loaded` gave last, by what was asked for
 
 
 def load_base(profile: config.Profile) -> Blip3:
@@ -97,9 +98,7 @@ def load_trained(folder: Path | str, profile: config.Profile | None = None) -> t
     return released.merged(load_base(profile), folder, resampler, *adapter), profile
 
 
-def loaded(
-    checkpoint: Path | str | Sequence[Path | str], where: str = "auto", dtype: str | None = None
-) -> tuple[Blip3, config.Profile, Tokenizer]:
+def loaded(checkpoint: Path | str | Sequence[Path | str], where: str = "auto", dtype: str | None = None) -> Loaded:
     """Model, profile and tokenizer of a checkpoint (see `framseg.predict`), in eval mode.
 
     The model is on `backbones.device(where)` and in `precision.chosen(dtype)`, by default the profile's; the memory
@@ -120,9 +119,7 @@ def loaded(
     return model, profile, tokenizer
 
 
-def _load(
-    name: str, folders: tuple[Path, ...], place: torch.device, dtype: str | None
-) -> tuple[Blip3, config.Profile, Tokenizer]:
+def _load(name: str, folders: tuple[Path, ...], place: torch.device, dtype: str | None) -> Loaded:
     foreign, int8 = len(folders) > 1 or released.published(folders[0]), dtype == precision.INT8
     profile = config.load(released.PROFILE if foreign else folders[0] / PROFILE)
     section = {"dtype": precision.chosen(dtype, place, profile.model.dtype)}

@@ -64,7 +64,5 @@ def make_int8(layers: nn.Module) -> None:
     """
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_  # an option: not always installed
 
-    def divides(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and module.in_features % GROUP == 0
-
-    quantize_(layers, Int8WeightOnlyConfig(granularity=PerGroup(GROUP)), divides)
+    way = Int8WeightOnlyConfig(granularity=PerGroup(GROUP))
+    quantize_(layers, way, lambda layer, _: isinstance(layer, nn.Linear) and layer.in_features % GROUP == 0)
