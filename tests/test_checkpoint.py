@@ -1,12 +1,13 @@
 """The folder of a trained checkpoint: what is written and read, the model card, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from small import SCORES, tiny
 
-from framseg import checkpoint, config, prompt
+from framseg import checkpoint, config, hub, prompt
 from framseg.backbones import CheckpointError, blip3
 
 
@@ -68,3 +69,24 @@ def test_a_base_model_that_is_not_here_is_said(tmp_path):
 def test_an_incomplete_checkpoint_says_what_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="resampler.safetensors.*notebook 03"):
         checkpoint.load_trained(tmp_path)
+
+
+def test_the_checkpoint_of_a_profile_that_trains_nothing_names_its_weights(made, tmp_path):
+    model, _, profile, tokenizer = made
+    nothing = profile.model_copy(update={"training": profile.training.model_copy(update={"epochs": 0})})
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(CheckpointError, match="profile.yaml, resampler.safetensors, .* missing"):
+        checkpoint.require_complete(folder)
+    checkpoint.save_trained(folder, None, {}, nothing, tokenizer, {})
+    assert {path.name for path in folder.iterdir()} == {"profile.yaml", "tokenizer.json", "README.md"}
+    assert f"Nothing was trained here: the model is {tmp_path / 'base'}: what" in (folder / "README.md").read_text()
+    assert checkpoint.require_complete(folder) == checkpoint.local_folder(folder) == folder
+    loaded, own = checkpoint.load_trained(folder)
+    assert own == nothing
+    base = checkpoint.load_base(profile).state_dict()
+    assert all(torch.equal(value, base[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(CheckpointError, match="nothing was trained, so there is nothing to share but the name"):
+        hub.push(folder, "somebody/moments")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'base'}"):
+        checkpoint.load_trained(folder)

@@ -284,3 +284,46 @@ def test_what_is_on_the_disk_already_needs_no_room(machine, trained):
     assert features == len({row.vid for row in dataset.rows(profile, "train")}) * 24 * 3 * 9 * 64 * 4
     other = small_profile(profile.data.folder, frames__jpeg_quality=50)
     assert dict((what, size > 0) for what, _, size in preflight._writes(other, False, run)) == {"frames": True}
+
+
+@pytest.mark.parametrize("gpus, gib", [(0, 0), (1, 8), (1, 12), (1, 79), (2, 24)])
+def test_what_is_not_trained_needs_a_gpu_for_its_answers_alone(machine, monkeypatch, capsys, gpus, gib):
+    machine(gpus, gib)
+    monkeypatch.setattr(cost, "matrix_rate", lambda *_, **__: 0.5 * cost.TERA)
+    released = config.load("released")
+    said = preflight.decodes(released)
+    assert not capsys.readouterr().out.count("decoding on the CPU")
+    if cost.gpu_bytes(released) <= gib * 2**30:
+        assert not said
+    else:
+        size = f"{cost.gpu_bytes(released) / 2**30:.0f} GiB, this machine has {gib}"
+        assert said[0].startswith(f"GPU: decoding needs about {size}: set ")
+        assert said[0].endswith("set training.device=cpu, where an answer takes 94 s or more")
+        if gib == 12:
+            batch = int(re.search(r"inference.batch=(\d+)", said[0])[1])
+            sizes = [cost.gpu_bytes(config.load("released", {"inference.batch": b})) for b in (batch, batch + 1)]
+            assert 1 <= batch and sizes[0] <= 12 * 2**30 < sizes[1]
+        else:
+            assert "inference.batch" not in said[0]
+    slow = config.load("released", {"training.device": "cpu"})
+    assert preflight.decodes(slow) == []
+    assert "decoding on the CPU, where an answer takes 94 s or more\n" in capsys.readouterr().out
+
+
+def test_the_size_of_weights_that_will_be_fetched_is_told(monkeypatch, tmp_path):
+    files = {"a.safetensors": 7 * 10**9, "b.safetensors": 10**9, "code.py": 5}
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+    monkeypatch.setattr(preflight.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(preflight.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings))
+    assert preflight.to_fetch("somebody/weights") == 8 * 10**9
+    part = tmp_path / "models--somebody--weights/blobs/x.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 1000)
+    assert preflight.to_fetch("somebody/weights") == 8 * 10**9 - 1000
+    assert preflight.to_fetch("framseg/demo/base") == 0 and preflight.to_fetch("weights") is None
+    siblings[:] = siblings[2:]
+    assert preflight.to_fetch("somebody/weights") is None  # no checkpoint
+    kept = tmp_path / "models--somebody--weights/snapshots/1/a.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert preflight.to_fetch("somebody/weights") == 0

@@ -18,9 +18,9 @@ from conftest import SHORT, small_profile, start
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
-from framseg import annotations, codalab, config, evaluate, moments, train
+from framseg import annotations, codalab, config, dataset, decode, evaluate, moments, predict, train
 from framseg.predictions import read_predictions, read_released
-from framseg.run import cost, notebooks
+from framseg.run import cost, notebooks, stamps
 from framseg.run.paths import Run
 from framseg.viz import figures, paper_results, parity, tables
 
@@ -505,10 +505,68 @@ def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path,
 # a model that is not trained here
 
 
-def test_chapters_of_a_model_that_was_not_trained_here(untrained, trained, merged, small_set):
-    launch = output(untrained, 3, "launch")
-    assert f"the model is {merged}: what it was trained on is not known" in launch
-    assert (
-        sum(output(untrained, 3, cell).count("Nothing is trained") for cell in ("weights", "curves", "validation")) == 3
-    )
+def test_all_chapters_of_a_model_that_was_not_trained_here(untrained, trained, merged, small_set):
+    """It answers as the training whose weights it was given does; what only a training has is left out, and said."""
+    known = f"the model is {merged}: what it was trained on is not known"
+    assert known in output(untrained, 3, "launch") and known in output(untrained, 4, "setup")
+    for cell in ("plan", "settings", "curves", "validation"):
+        assert output(untrained, 3, cell).count("Nothing is trained (training.epochs: 0)") == 1
     assert not list(untrained.root.rglob("*.safetensors")) and not untrained.train.exists()
+    profile, run = trained
+    rows = {"val": dataset.rows(profile, "val"), "test": dataset.rows(profile, "test_labels")}
+    for split, labelled in rows.items():
+        expected = decode.whole(profile, run, split)
+        answers = read_predictions(untrained.predicted(split))
+        for one, other in zip(answers, expected, strict=True):
+            assert one["mask"] == other["mask"] and one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        metrics = json.loads((untrained.metrics / f"{split}.json").read_text())
+        assert metrics == evaluate.evaluate(expected, labelled)
+    written = json.loads((untrained.metrics / "comparison.json").read_text())
+    assert list(written)[:2] == ["weights, not trained here", "query ignored (shuffled)"]
+    table = output(untrained, 4, "reported")
+    assert "small set0 val" not in table and "demo val" not in table and "43.74" in table  # Table IV: the paper's alone
+    assert "val_epoch_01.jsonl is not there" in output(untrained, 5, "choose")
+    assert known in "".join(predict(small_set / profile.data.videos / f"{rows['val'][0].vid}.mp4", "a ball",
+                                    checkpoint=untrained.checkpoint).notes)  # fmt: skip
+
+
+def test_a_second_run_skips_all_and_other_weights_run_again(untrained, merged, small_set):
+    given = SHORT | {"data.folder": small_set, "training.epochs": 0, "model.weights": merged}
+    again = start(untrained.root, **given)
+    assert again.returncode == 0 and again.stdout.count("unchanged, skipped") == 5
+    file = next(merged.glob("*.safetensors"))
+    os.utime(file)
+    chapter = stamps.Chapter(NOTEBOOKS[3], config.load(untrained.profile), untrained)
+    assert chapter.changed() == "the model's files changed"
+    refused = start(untrained.root, "--from", "04", **given | {"model.weights": merged.parent})
+    assert refused.returncode == 2 and f"model.weights: {merged} there, {merged.parent} now" in refused.stderr
+    assert "chapter 03 in" in refused.stderr and "--from 03" in refused.stderr
+
+
+def test_the_same_answers_are_read_in_three_ways(chain, small_set):
+    profile = config.load(chain.profile)
+    shown = output(chain, 4, "reported")
+    for split, labels in (("val", profile.data.val), ("test", profile.data.test_labels)):
+        answers, rows = read_predictions(chain.predicted(split)), annotations.read(small_set / labels)
+        table = tables.readings(split, answers, rows)
+        assert table.index[0] == "the paper (reported, real QVHighlights)" and len(table) == 4
+        assert table.loc["the paper (reported, real QVHighlights)", "HIT@1"] == {"val": 58.52, "test": 56.74}[split]
+        own = evaluate.evaluate(answers, rows)["brief"]  # the profile demo reads in the better way
+        assert table.loc["windows ranked, saliency gaussian", "mAP"] == own["MR-full-mAP"]
+        assert table.loc["windows ranked, saliency gaussian", "HIT@1"] == own["HL-min-VeryGood-Hit1"]
+        runs = [moments.windows(answer["mask"], answer["probability"], answer["duration"]) for answer in answers]
+        masks = [answer | {"pred_relevant_windows": spans} for answer, spans in zip(answers, runs, strict=True)]
+        mean = evaluate.evaluate(masks, rows)["brief"]["MR-full-mAP"]
+        assert table.loc["windows mask, saliency overlap", "mAP"] == mean
+        assert {f"{value:.2f}" for value in table["mAP"]} <= numbers(shown)
+
+
+def test_chapter_5_without_videos_and_without_an_early_epoch(untrained, small_set, tmp_path):
+    """As with published frames: there are pictures alone."""
+    data = tmp_path / "frames alone"
+    shutil.copytree(small_set, data, ignore=shutil.ignore_patterns("*.mp4"))
+    changed = config.load(untrained.profile).model_copy(update={"data": small_profile(data).data})
+    config.save(changed, tmp_path / "profile.yaml")
+    shown = run_alone(untrained, 5, tmp_path, profile=tmp_path / "profile.yaml")
+    assert "is not there, so there is nothing to ask about" in text_of(shown, "predict")
+    assert "not there, so nothing is compared" in text_of(shown, "choose")

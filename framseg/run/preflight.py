@@ -83,11 +83,10 @@ def gpus(profile: config.Profile) -> list[str]:
 
 
 def decodes(profile: config.Profile) -> list[str]:
-    """A sentence if no GPU here can decode for a profile that trains nothing; prints how slow a CPU is that is to."""
+    """A sentence if no GPU here is large enough for a profile that trains nothing; prints how slow a CPU is instead."""
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     has, batch, query = min(sizes, default=0), profile.inference.batch, cost.query_bytes(profile)
-    rest = cost.fixed_bytes(profile)[0] + GIB  # the weights, and an estimate for what is not counted
-    fits = int((has - rest) // query)
+    fits = batch + int((has - cost.gpu_bytes(profile)) // query)
     on_cpu = profile.training.device == "cpu" or not (sizes or profile.model.dtype == "bfloat16")
     if batch <= fits and not on_cpu:
         return []
@@ -98,8 +97,8 @@ def decodes(profile: config.Profile) -> list[str]:
         print(f"decoding on the CPU, {slow}")
         return []
     ways = [*([f"set inference.batch={fits}"] if fits > 0 else []), f"set training.device=cpu, {slow}"]
-    needs = f"about {(rest + batch * query) / GIB:.0f} GiB"
-    return [f"GPU: decoding needs {needs}, this machine has {has / GIB:.0f}: {', or '.join(ways)}"]
+    needs = f"decoding needs about {cost.gpu_bytes(profile) / GIB:.0f} GiB, this machine has {has / GIB:.0f}"
+    return [f"GPU: {needs}: {', or '.join(ways)}"]
 
 
 def _smaller(profile: config.Profile, count: int, has: float) -> str:
