@@ -24,13 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from framseg import FramsegError, config, dataset, download, frames
+from framseg import FramsegError, annotations, config, dataset, download, frames, predictions
 from framseg.download import DownloadError
-from framseg.run import archive, preflight, stamps
+from framseg.run import archive, preflight, released, stamps
 from framseg.run.paths import Run
 
 NAMES = config.load("released").data.frames
 BOTH, TEST = NAMES["val"], NAMES["test"]
+PHI = config.load("paper").model.tokenizers[1]
 ONE_COPY = """
 import sys
 from framseg import config, dataset
@@ -611,3 +612,51 @@ def test_chapter_01_with_the_profile_released(hub, folder, tmp_path, splits):
     fetched = len(hub.fetched)
     again, _ = run_released(hub, folder, tmp_path, "--only", "01", **{"data.splits": list(splits)})
     assert again.returncode == 0 and len(hub.fetched) == fetched, again.stderr[-4000:]
+
+
+def labels_of(folder: Path, split: str) -> bytes:
+    """The authors' JSON of a split, with the labels that its annotations give, but for the first digit of all."""
+    out = []
+    for row in annotations.labelled(dataset.rows(profile_of(folder), split)):
+        digits = annotations.frame_labels(row, 25).tolist()
+        digits[0] ^= not out
+        turns = [{"from": "human", "value": row.query}, {"from": "gpt", "value": "".join(map(str, digits))}]
+        times = annotations.frame_times(row.duration, 25, whole_seconds=True).tolist()
+        targets = annotations.soft_targets(row, 25).tolist()
+        out.append({"id": row.qid, "vid": row.vid, "duration": row.duration, "conversations": turns})
+        out[-1] |= {"video_timestamps": times, "saliency_scores": targets}
+    return json.dumps(out).encode()
+
+
+@pytest.mark.slow
+def test_all_five_chapters_with_everything_from_the_hub(hub, folder, tmp_path, small_set):
+    base = config.local_path("framseg/demo/base")
+    hub.files[released.MERGED] = {"model.safetensors": (base / "model.safetensors").read_bytes()}
+    hub.files[PHI] = {"tokenizer.json": (base / "tokenizer.json").read_bytes()}
+    hub.files[BOTH] |= {f"p2/{split}_v1.json": labels_of(folder, split) for split in ("train", "val")}
+    largest = max(len(content) for files in hub.files.values() for content in files.values())
+    hub.cut = largest // 3  # every connection is cut: large files come in three parts or more
+    settings = {"model.weights": released.MERGED, "model.tokenizer": list(config.load("paper").model.tokenizers)}
+    done, run = run_released(hub, folder, tmp_path, **settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert any(begin for _, begin in hub.fetched)
+
+    def shown(chapter: int) -> str:
+        [path] = run.notebooks.glob(f"0{chapter}_*.ipynb")
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return "".join(map(str, (output for cell in cells for output in cell.get("outputs", ()))))
+
+    assert "the authors' labels next to ours" in shown(1) and "not compared with" not in shown(1)
+    assert "trained on QVHighlights, real videos" in shown(3) and "nothing is trained" in shown(3)
+    assert "read in three ways" in shown(4) and run.submission.is_file() and "scores as above: True" in shown(4)
+    assert "so there is nothing to ask about" in shown(5) and run.report.is_file()
+    for split, count in {"val": 3, "test": 2}.items():
+        answers = predictions.read_predictions(run.predicted(split))
+        assert len({answer["vid"] for answer in answers}) == count and not any("error" in a for a in answers)
+
+    fetched = len(hub.fetched)
+    hub.shutdown()  # everything is there: a second run needs nobody, and has nothing to do
+    hub.server_close()
+    again, _ = run_released(hub, folder, tmp_path, **settings)
+    assert again.returncode == 0 and again.stdout.count("unchanged, skipped") == 5, again.stdout + again.stderr[-4000:]
+    assert len(hub.fetched) == fetched
