@@ -246,8 +246,7 @@ def _clip_reasons(ids: object, duration: float) -> Iterator[str]:
 
 def _agreement_reasons(windows: list, ids: list[int]) -> Iterator[str]:
     """Clips wholly inside a window must be listed, clips outside all windows must not; a window may cut a clip."""
-    touched: set[int] = set()
-    inside: set[int] = set()
+    touched, inside = set[int](), set[int]()
     for start, end in windows:
         touched.update(range(math.floor(start / CLIP_SECONDS), math.ceil(end / CLIP_SECONDS)))
         inside.update(range(math.ceil(start / CLIP_SECONDS), math.floor(end / CLIP_SECONDS)))

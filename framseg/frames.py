@@ -161,14 +161,11 @@ class Video:
 
     def _pictures(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The wanted numbers' pictures, uint8 [H, W, 3], by PyAV."""
-        numbers: dict[int, list[int]] = {}  # by place; an edit list may show a frame more than once
-        for number in sorted(wanted):
-            numbers.setdefault(int(self._places[number]), []).append(number)
-        place = -1
+        numbers, place = np.array(sorted(wanted)), -1
+        places = self._places[numbers]
         for place, frame in enumerate(self.container.decoded()):
-            if place in numbers:
-                picture = upright(frame)
-                yield from ((number, picture) for number in numbers[place])
+            for number in numbers[places == place].tolist():  # an edit list may show a frame more than once
+                yield number, upright(frame)
         if place < self._places.max():
             raise VideoError(
                 f"{self.path}: damaged: {place + 1} frames can be decoded, and its list of times has {self.count}; "
@@ -365,7 +362,6 @@ def extract(
     time_limit: float,
     duration_tolerance: float,
     workers: int | None = None,
-    progress: bool = True,
 ) -> Report:
     """Decode the videos `folder`/{vid}.mp4 into the store, each in a worker process, and report what failed.
 
@@ -394,10 +390,8 @@ def extract(
                 for vid, duration in waiting.items():
                     arguments = vid, duration, folder, store, duration_tolerance, Path(aside)
                     vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
-                bar_off = not (progress and vids)
-                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
-                    vid = vids[task]
-                    path = folder / f"{vid}.mp4"
+                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=not vids):
+                    path = folder / f"{(vid := vids[task])}.mp4"
                     try:
                         stored[vid] = task.result()
                         report.done += 1

@@ -5,7 +5,6 @@ Frame i of f stands for the seconds [i * t/f, (i+1) * t/f] of a video of t secon
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -79,11 +78,8 @@ def windows(
     if policy == "ranked":
         best = moved(best_run(mask, probability), probability)
         return ranked(best, run_probability(mask, probability, duration), duration)
-    if policy == "thresholds":
-        runs = [run for cut in CUTS for run in _runs(probability >= cut)]
-    else:
-        runs = _mask_runs(mask, frames)
-    out = []
+    above = [run for cut in CUTS for run in _runs(probability >= cut)]
+    runs, out = _mask_runs(mask, frames) if policy == "mask" else above, []
     for first, after in sorted(set(runs)):
         exact = first * duration / frames, after * duration / frames
         start, end = (math.floor(x if rounding == "floor" else x + 0.5) for x in exact)
@@ -129,7 +125,6 @@ def run_features(mask: Mask, probability: np.ndarray, duration: float = USUAL_SE
     )
 
 
-@lru_cache(maxsize=8)
 def run_edges(frames: int) -> tuple[np.ndarray, np.ndarray]:
     """First frame and the one after the last of every run of frames, int64 [frames * (frames + 1) / 2] each."""
     first, last = np.triu_indices(frames)

@@ -96,18 +96,16 @@ def _local(name: str | Path) -> Path | None:
 
 
 def _fetch(repository: str) -> Path:
-    try:
+    from framseg.run.released import hub_errors  # loads the model's code
+
+    missing = f"tokenizer {repository!r} is neither a local file or folder nor available from the Hugging Face hub"
+    with hub_errors(missing, f"; set model.tokenizer to the path of its {FILE}", PromptError):
         file = try_to_load_from_cache(repository, FILE)
-        if isinstance(file, str):
-            return Path(file)
-        # Ask for the file's size first: without a network the download itself would try for half a minute.
-        get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
-        return Path(hf_hub_download(repository, FILE))
-    except Exception as error:  # errors of the HTTP library and of the hub have no common class
-        raise PromptError(
-            f"tokenizer {repository!r} is neither a local file or folder nor available from the Hugging Face hub "
-            f"({' '.join(str(error).split())}); set model.tokenizer to the path of its {FILE}"
-        ) from None
+        if not isinstance(file, str):
+            # Ask for the file's size first: without a network the download itself would try for half a minute.
+            get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
+            file = hf_hub_download(repository, FILE)
+    return Path(file)
 
 
 def _without_prefix(spec: dict) -> dict:

@@ -95,7 +95,7 @@ def small_store(folder: Path, **changes) -> Store:
 
 
 def run(videos: dict, folder: Path, store: Store, **changes) -> frames.Report:
-    settings = {"time_limit": 30.0, "duration_tolerance": 1.0, "workers": 1, "progress": False} | changes
+    settings = {"time_limit": 30.0, "duration_tolerance": 1.0, "workers": 1} | changes
     return extract(videos, folder, store, **settings)
 
 

@@ -312,24 +312,25 @@ def _inside(data: bytes, *names: bytes) -> bytes:
     return data
 
 
-def _index(path: Path) -> tuple[int, int]:
-    """Where the content of an mp4's index begins and ends, in bytes; 0, 0 if it has none.
+def _index(path: Path) -> bytes:
+    """The content of an mp4's index, empty if it has none.
 
     VideoError if the file ends inside it, as FFmpeg would take what is there.
     """
-    place, end = 0, path.stat().st_size
+    place, size, end = 0, 8, path.stat().st_size
     with path.open("rb") as file:
-        while len(head := file.read(16)) >= 8:
-            size, name = int.from_bytes(head[:4]), head[4:8]
-            if name == b"moov":
-                if place + max(size, 8) > end:
+        while size >= 8 and place + 8 <= end:
+            file.seek(place)
+            head = file.read(16)
+            size = int.from_bytes(head[:4])
+            if head[4:8] == b"moov":
+                if place + size > end:
                     raise VideoError(f"{path}: cannot be opened: cut off inside its index (moov); get the file again")
-                return place + 8, place + max(size, 8)
+                file.seek(place + 8)
+                return file.read(max(size - 8, 0))
             size = int.from_bytes(head[8:]) if size == 1 else size
-            if size < 8:
-                break
-            place = file.seek(place + size)
-    return 0, 0
+            place += size
+    return b""
 
 
 def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
@@ -337,11 +338,7 @@ def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
 
     FFmpeg follows a single one, also behind an empty one.
     """
-    begin, end = _index(path)
-    with path.open("rb") as file:
-        file.seek(begin)
-        movie = file.read(end - begin)
-    for name, track in _boxes(movie):
+    for name, track in _boxes(movie := _index(path)):
         about, media = _inside(track, b"tkhd"), _inside(track, b"mdia", b"mdhd")
         if name != b"trak" or not about or struct.unpack_from(">I", about, 20 if about[0] else 12)[0] != number:
             continue
