@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from framseg import annotations, config, frames, prompt
+from framseg.annotations import Row
 from framseg.backbones import fingerprint
 from framseg.jsonl import whole_file
 
@@ -27,7 +28,7 @@ def annotation_file(profile: config.Profile, split: str) -> Path:
     return config.data_folder(profile) / getattr(profile.data, split)
 
 
-def rows(profile: config.Profile, split: str) -> list[annotations.Row]:
+def rows(profile: config.Profile, split: str) -> list[Row]:
     """Checked rows of a split: train, val, test (without labels) or test_labels."""
     return annotations.read(annotation_file(profile, split))
 
@@ -114,11 +115,7 @@ class Samples(Dataset):
     """
 
     def __init__(
-        self,
-        profile: config.Profile,
-        tokenizer: Tokenizer,
-        rows: Iterable[annotations.Row],
-        features: Features | None = None,
+        self, profile: config.Profile, tokenizer: Tokenizer, rows: Iterable[Row], features: Features | None = None
     ):
         self.profile, self.tokenizer, self.features = profile, tokenizer, features
         self.rows = annotations.labelled(rows)
@@ -127,9 +124,6 @@ class Samples(Dataset):
         # Prompts differ in their queries alone, so these lengths compare samples.
         encodings = tokenizer.encode_batch([row.query for row in self.rows], add_special_tokens=False)
         self.lengths = [len(encoding.ids) for encoding in encodings]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
         epoch, number = index
