@@ -43,15 +43,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow(Row):
-    """A row with its labels.
+    """A row with its labels."""
 
-    relevant_windows: (start, end) in seconds, ordered, without overlap. relevant_clip_ids: the 2-second clips that the
-    windows touch. saliency_scores: for each of these clips the scores 0..4 of three annotators.
-    """
-
-    relevant_windows: tuple[tuple[float, float], ...]
-    relevant_clip_ids: tuple[int, ...]
-    saliency_scores: tuple[tuple[int, int, int], ...]
+    relevant_windows: tuple[tuple[float, float], ...]  # (start, end) in seconds, ordered, without overlap
+    relevant_clip_ids: tuple[int, ...]  # the 2-second clips that the windows touch
+    saliency_scores: tuple[tuple[int, int, int], ...]  # for each of these clips the scores 0..4 of three annotators
 
 
 class ClassBalance(NamedTuple):
@@ -146,10 +142,7 @@ def class_balance(rows: Iterable[LabelledRow], frames: int, whole_seconds: bool 
 
 
 def annotator_distance(rows: Iterable[Row]) -> AnnotatorDistance:
-    """How far two annotators of the same clip are apart, over all relevant clips of the rows that have labels.
-
-    Raises AnnotationError if no row has a relevant clip.
-    """
+    """How far two annotators of a clip are apart, over all relevant clips of labelled rows; AnnotationError if none."""
     votes = np.array([votes for row in rows if isinstance(row, LabelledRow) for votes in row.saliency_scores])
     if not len(votes):
         raise AnnotationError("no row has a relevant clip, so no annotators can be compared")
@@ -246,8 +239,7 @@ def _clip_reasons(ids: object, duration: float) -> Iterator[str]:
 
 def _agreement_reasons(windows: list, ids: list[int]) -> Iterator[str]:
     """Clips wholly inside a window must be listed, clips outside all windows must not; a window may cut a clip."""
-    touched: set[int] = set()
-    inside: set[int] = set()
+    touched, inside = set[int](), set[int]()
     for start, end in windows:
         touched.update(range(math.floor(start / CLIP_SECONDS), math.ceil(end / CLIP_SECONDS)))
         inside.update(range(math.ceil(start / CLIP_SECONDS), math.floor(end / CLIP_SECONDS)))

@@ -251,13 +251,10 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        positions = self.frames.count * (self.model.resampler.latents + 1)  # each frame's vectors and its answer digit
-        if positions >= self.model.language.context:
-            raise ValueError(
-                f"frames.count: {self.frames.count} frames of {self.model.resampler.latents} vectors need more "
-                f"than the model's context of {self.model.language.context} positions"
-            )
-        frames, data = self.frames, self.data
+        frames, data, latents, language = self.frames, self.data, self.model.resampler.latents, self.model.language
+        if frames.count * (latents + 1) >= language.context:  # each frame's vectors and its answer digit
+            needed = f"{frames.count} frames of {latents} vectors need more than the model's context"
+            raise ValueError(f"frames.count: {needed} of {language.context} positions")
         if data.source == "frames" and (frames.count, frames.neighbours) not in ((25, 0), (25, 1)):
             raise ValueError("frames: pictures are published of 25 frames (count) with 1 neighbour or none")
         if data.source == "frames" and not {"train", "val", "test"} <= data.frames.keys():
@@ -268,7 +265,6 @@ class Profile(Section):
             raise ValueError("training.warmup_steps must be smaller than training.planned_steps")
         if self.model.attention == "flash_attention_2" and self.training.device == "cpu":
             raise ValueError("model.attention: flash_attention_2 needs a GPU; set sdpa, or training.device to auto")
-        language = self.model.language
         if self.adapter.rank > min(language.hidden_size, language.intermediate_size):
             raise ValueError(f"adapter.rank: {self.adapter.rank} is more than the language model's layers have")
         return self
@@ -368,14 +364,12 @@ def _explain(path: Path, item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        section: type[BaseModel] = Profile
-        for part in item["loc"][:-1]:
-            inner = section.model_fields[str(part)].annotation
-            assert isinstance(inner, type) and issubclass(inner, BaseModel)  # only sections refuse keys
-            section = inner
+        section: Any = Profile
+        for part in item["loc"][:-1]:  # only sections refuse keys
+            section = section.model_fields[part].annotation
         near = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0)
         message = f"no such key, the nearest is {near[0]!r}"
-    return f"{path.name}: {where}: {message}" if where else f"{path.name}: {message}"
+    return ": ".join(filter(None, (path.name, where, message)))
 
 
 def local_path(name: str | Path) -> Path | None:

@@ -1,5 +1,6 @@
 """A profile's data: its rows, its frame store, and the samples that training reads."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from framseg import annotations, config, frames, prompt
+from framseg.annotations import Row
 from framseg.backbones import fingerprint
 from framseg.jsonl import whole_file
 
@@ -26,7 +28,7 @@ def annotation_file(profile: config.Profile, split: str) -> Path:
     return config.data_folder(profile) / getattr(profile.data, split)
 
 
-def rows(profile: config.Profile, split: str) -> list[annotations.Row]:
+def rows(profile: config.Profile, split: str) -> list[Row]:
     """Checked rows of a split: train, val, test (without labels) or test_labels."""
     return annotations.read(annotation_file(profile, split))
 
@@ -46,7 +48,7 @@ def store(profile: config.Profile) -> frames.Store:
     return frames.Store(config.data_folder(profile) / name, size, *sampling, section.jpeg_quality)
 
 
-def extract(profile: config.Profile, splits: tuple[str, ...] = (), progress: bool = True) -> frames.Report:
+def extract(profile: config.Profile, splits: tuple[str, ...] = ()) -> frames.Report:
     """Store the frames of the splits, by default `data.splits`, by `frames.extract` or `run.archive.extract`."""
     splits = splits or profile.data.splits
     if profile.data.source == "frames":
@@ -55,9 +57,7 @@ def extract(profile: config.Profile, splits: tuple[str, ...] = (), progress: boo
         return archive.extract(profile, splits)
     durations = {row.vid: row.duration for split in splits for row in rows(profile, split)}
     limit, tolerance = profile.frames.time_limit, profile.data.duration_tolerance
-    return frames.extract(
-        durations, videos(profile), store(profile), time_limit=limit, duration_tolerance=tolerance, progress=progress
-    )
+    return frames.extract(durations, videos(profile), store(profile), time_limit=limit, duration_tolerance=tolerance)
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,7 @@ class Samples(Dataset):
     """
 
     def __init__(
-        self,
-        profile: config.Profile,
-        tokenizer: Tokenizer,
-        rows: Iterable[annotations.Row],
-        features: Features | None = None,
+        self, profile: config.Profile, tokenizer: Tokenizer, rows: Iterable[Row], features: Features | None = None
     ):
         self.profile, self.tokenizer, self.features = profile, tokenizer, features
         self.rows = annotations.labelled(rows)
@@ -126,9 +122,6 @@ class Samples(Dataset):
         encodings = tokenizer.encode_batch([row.query for row in self.rows], add_special_tokens=False)
         self.lengths = [len(encoding.ids) for encoding in encodings]
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitem__(self, index: tuple[int, int]) -> dict:
         epoch, number = index
         row, section, tokens = self.rows[number], self.profile.frames, self.profile.model.tokens
@@ -137,9 +130,7 @@ class Samples(Dataset):
         mask = "".join(map(str, annotations.frame_labels(row, section.count, section.whole_seconds)))
         ids = prompt.prompt_ids(self.tokenizer, tokens, row.query, section.count) + prompt.answer_ids(tokens, mask)
         sample = {"qid": row.qid, "ids": ids, "soft_targets": annotations.soft_targets(row, section.count)}
-        if self.features is None:
-            return sample | {"frames": self.store.read(row.vid, choice)}
-        return sample | {"features": self.features.read(row.vid, choice)}
+        return sample | {"frames": (self.features or self.store).read(row.vid, choice)}
 
     def collate(self, samples: list[dict]) -> dict[str, Tensor | list[int]]:
         """Batch of B samples, padded on the left.
@@ -159,9 +150,10 @@ class Samples(Dataset):
             "answer_ids": ids[:, -count:],
             "soft_targets": torch.from_numpy(np.stack([sample["soft_targets"] for sample in samples])).float(),
         }
-        if self.features is None:
-            return batch | {"pixel_values": pixels(np.stack([sample["frames"] for sample in samples]))}
-        return batch | {"vision_features": torch.stack([sample["features"] for sample in samples])}
+        images = [sample["frames"] for sample in samples]
+        if self.features:
+            return batch | {"vision_features": torch.stack(images)}
+        return batch | {"pixel_values": pixels(np.stack(images))}
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -200,24 +192,19 @@ class MicroBatches:
         self.epoch_size = samples_per_epoch(profile, len(self.lengths))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step, skip = divmod(self.first, self.shape[0])
-        while True:
-            epochs, numbers = self._step(step)
-            for micro_batch in range(skip, self.shape[0]):
-                place = micro_batch, self.rank
-                yield list(zip(epochs[place].tolist(), numbers[place].tolist(), strict=True))
-            step, skip = step + 1, 0
+        for number in itertools.count(self.first):
+            step, micro_batch = divmod(number, self.shape[0])
+            epochs, numbers = (part[micro_batch, self.rank].tolist() for part in self._step(step))
+            yield list(zip(epochs, numbers, strict=True))
 
     def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and row of every sample of an optimizer step, each [accumulation, processes, micro_batch]."""
         size = int(np.prod(self.shape))
         epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.epoch_size)
-        numbers = np.concatenate(
-            [
-                np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))[places[epochs == epoch]]
-                for epoch in np.unique(epochs).tolist()
-            ]
-        )
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+            numbers[epochs == epoch] = order[places[epochs == epoch]]
         # A micro-batch has the loss weights of the epoch it begins in, so none of its samples may change to another.
         begun = np.repeat(epochs.reshape(self.shape[0], -1)[:, 0], size // self.shape[0])
         order = np.lexsort((self.lengths[numbers], begun))

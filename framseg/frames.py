@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -106,14 +105,13 @@ class Video:
 
     def _trusted(self) -> decord.VideoReader | None:
         """decord's reader of the file, if its list of times is the container's."""
-        try:
+        times = self.container.times
+        with suppress(*DECODER_ERRORS):
             reader = self._by_decord()
             listed = np.array(reader.get_frame_timestamp(list(range(len(reader)))), float)[:, 0]
-        except DECODER_ERRORS:
-            return None
-        times = self.container.times
-        same = len(listed) == len(times) and np.ptp(listed - times) < 0.5 / self.container.fps
-        return reader if same else None
+            if len(listed) == len(times) and np.ptp(listed - times) < 0.5 / self.container.fps:
+                return reader
+        return None
 
     def _by_decord(self) -> decord.VideoReader:
         return decord.VideoReader(os.path.abspath(self.path), num_threads=1, fault_tol=NO_REPEATED_FRAMES)
@@ -143,32 +141,24 @@ class Video:
         """
         shape = (*numbers.shape, image_size, image_size, 3)
         out = np.empty(shape, np.uint8) if file is None else np.memmap(file, np.uint8, "w+", shape=shape)
-        flat, wanted = out.reshape(-1, image_size, image_size, 3), set(numbers.ravel().tolist())
-
-        def keep(pictures: Iterator[tuple[int, np.ndarray]]) -> None:
-            for number, picture in pictures:
-                resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.BICUBIC)
-                flat[numbers.ravel() == number] = np.asarray(resized)
-
-        if self.reader == "decord":
-            try:
-                keep(self._pictures_by_decord(wanted))
-                return out
-            except DECODER_ERRORS:
-                self.reader = "PyAV"  # which tells what is damaged, if anything is
-        keep(self._pictures(wanted))
+        flat = out.reshape(-1, image_size, image_size, 3)
+        for number, picture in self._pictures(set(numbers.ravel().tolist())):
+            resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.BICUBIC)
+            flat[numbers.ravel() == number] = np.asarray(resized)
         return out
 
     def _pictures(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """The wanted numbers' pictures, uint8 [H, W, 3], by PyAV."""
-        numbers: dict[int, list[int]] = {}  # by place; an edit list may show a frame more than once
-        for number in sorted(wanted):
-            numbers.setdefault(int(self._places[number]), []).append(number)
-        place = -1
+        """The wanted numbers' pictures, uint8 [H, W, 3]; some come twice if decord gives up on the way."""
+        if self.reader == "decord":
+            with suppress(*DECODER_ERRORS):
+                yield from self._pictures_by_decord(wanted)
+                return
+            self.reader = "PyAV"  # which tells what is damaged, if anything is
+        numbers, place = np.array(sorted(wanted)), -1
+        places = self._places[numbers]
         for place, frame in enumerate(self.container.decoded()):
-            if place in numbers:
-                picture = upright(frame)
-                yield from ((number, picture) for number in numbers[place])
+            for number in numbers[places == place].tolist():  # an edit list may show a frame more than once
+                yield number, upright(frame)
         if place < self._places.max():
             raise VideoError(
                 f"{self.path}: damaged: {place + 1} frames can be decoded, and its list of times has {self.count}; "
@@ -202,21 +192,19 @@ def read_apart(
     time_limit: float,
     file: BinaryIO,
     allow_partial: bool = False,
-    tell: Callable[[str], object] = warnings.warn,
-) -> tuple[np.ndarray, float]:
-    """Frames of your own video, evenly spread: uint8 [n, image_size, image_size, 3] RGB, and its length in seconds.
+) -> tuple[np.ndarray, float, list[str]]:
+    """Frames of your own video, evenly spread, uint8 [n, image_size, image_size, 3] RGB; its length in seconds; and
+    what the user should know: that the picture starts late, that the end is missing, or that nobody can know this.
 
     n is the length divided by `interval` seconds, rounded, but at least `min_count`. The array is kept in the open
     `file`. A process of its own decodes, because a decoder that hangs or crashes in native code would take the caller
     (a notebook's kernel) with it. `time_limit` is the longest time in seconds without a new frame: a long video may
-    take as long as it needs. A file that is cut off is refused, or with `allow_partial` read as far as it goes. `tell`
-    is called with each sentence that the user should know: that the picture starts late, that the end is missing, or
-    that nobody can know whether it is. Raises VideoError for a video that cannot be decoded or a disk without room.
+    take as long as it needs. A file that is cut off is refused, or with `allow_partial` read as far as it goes. Raises
+    VideoError for a video that cannot be decoded or a disk without room.
     """
     from framseg.config import import_path  # here, because the process that decodes has no use for the profiles
 
-    request = {"path": str(path), "min_count": min_count, "interval": interval, "image_size": image_size}
-    request |= {"time_limit": time_limit, "file": file.fileno(), "allow_partial": allow_partial}
+    request = [str(path), min_count, interval, image_size, time_limit, file.fileno(), allow_partial]
     # multiprocessing would run the caller's script again where that has no `if __name__ == "__main__"`.
     command = [sys.executable, "-P", "-m", "framseg.frames", json.dumps(request)]
     environment = os.environ | {"PYTHONPATH": import_path()}
@@ -230,9 +218,8 @@ def read_apart(
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise VideoError(answer["error"])
-    for sentence in answer["notes"]:
-        tell(sentence)
-    return np.memmap(file, np.uint8, "r", shape=(answer["count"], image_size, image_size, 3)), answer["length"]
+    images = np.memmap(file, np.uint8, "r", shape=(answer["count"], image_size, image_size, 3))
+    return images, answer["length"], answer["notes"]
 
 
 def jpeg(picture: Image.Image, quality: int) -> bytes:
@@ -244,18 +231,15 @@ def jpeg(picture: Image.Image, quality: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Folder with one file per video: a zip of JPEG pictures (4:4:4) and a JSON member that says what made them.
-
-    `count` frames f, each with `neighbours` variations on either side, `neighbour_distance` seconds from each other;
-    square pictures of `image_size` pixels, JPEG `quality` 1..100. StoreError for a file made with other settings.
-    """
+    """Folder with one file per video: a zip of JPEG pictures (4:4:4) and a JSON member that says what made them."""
 
     folder: Path
-    image_size: int
-    count: int
-    neighbours: int
-    neighbour_distance: float
-    quality: int
+    # Settings; StoreError for a file made with others.
+    image_size: int  # pixels of a square picture's side
+    count: int  # frames f
+    neighbours: int  # variations on either side of each frame
+    neighbour_distance: float  # seconds between two variations
+    quality: int  # of the JPEG pictures, 1..100
 
     def path(self, vid: str) -> Path:
         """The video's file. Raises VideoError for a name that would leave the folder."""
@@ -342,42 +326,31 @@ class Store:
 
 @dataclass
 class Report:
-    """Result of `extract`: videos stored now and earlier, those that failed with the reason, seconds taken.
+    """Result of `extract`; the dictionaries are by vid."""
 
-    readers: what read each stored video, "decord", "PyAV" or "published". late: seconds by which a picture starts after
-    its file, if more than 0.1.
-    """
-
-    done: int = 0
-    skipped: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    readers: dict[str, str] = field(default_factory=dict)
-    late: dict[str, float] = field(default_factory=dict)
+    done: int  # videos stored now
+    skipped: int  # videos that were stored already
+    failed: dict[str, str]  # why a video is not stored
+    seconds: float  # taken
+    readers: dict[str, str]  # what read each stored video: "decord", "PyAV" or "published"
+    late: dict[str, float] = field(default_factory=dict)  # seconds a picture starts after its file, if more than LATE
 
 
 def extract(
-    videos: dict[str, float],
-    folder: Path,
-    store: Store,
-    *,
-    time_limit: float,
-    duration_tolerance: float,
-    workers: int | None = None,
-    progress: bool = True,
+    videos: dict[str, float], folder: Path, store: Store, *, time_limit: float, duration_tolerance: float
 ) -> Report:
-    """Decode the videos `folder`/{vid}.mp4 into the store, each in a worker process, and report what failed.
+    """Decode the videos `folder`/{vid}.mp4 into the store, in a worker process per CPU, and report what failed.
 
     `videos` maps vid to the annotated duration in seconds, from which the frames' times are taken. A video fails if it
     is missing or damaged, takes more than `time_limit` seconds, crashes the decoder, or is longer or shorter than
     annotated by more than `duration_tolerance` seconds; `failures.jsonl` in the store's folder lists vid and reason.
-    Stored videos are skipped. `workers` processes, by default one per CPU. Raises StoreError, and keeps what is stored,
-    if the store cannot be written or holds frames made with other settings.
+    Stored videos are skipped. Raises StoreError, and keeps what is stored, if the store cannot be written or holds
+    frames made with other settings.
     """
     begin = time.monotonic()
     stored = {vid: about for vid in videos if (about := stored_already(store, vid))}
     waiting = {vid: duration for vid, duration in videos.items() if vid not in stored}
-    report = Report(skipped=len(stored))
+    skipped, failed = len(stored), dict[str, str]()
     failures = {vid: reason for vid, reason in store.failures().items() if vid not in videos}
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A fresh interpreter per worker: a fork would copy the locks of torch's threads in whatever state they are.
@@ -386,47 +359,41 @@ def extract(
         store.folder.mkdir(parents=True, exist_ok=True)
         # Workers that are ended in the middle of a file leave it in this folder, which goes away.
         with tempfile.TemporaryDirectory(prefix=".extracting-", dir=store.folder) as aside:
-            count = min(workers or cpus, max(len(waiting), 1))
+            count = min(cpus, max(len(waiting), 1))
             pool = pebble.ProcessPool(count, context=context, initializer=_silence_decoders)
             try:
                 vids: dict[Future[dict], str] = {}
                 for vid, duration in waiting.items():
                     arguments = vid, duration, folder, store, duration_tolerance, Path(aside)
                     vids[pool.schedule(_store_video, arguments, timeout=time_limit)] = vid
-                bar_off = not (progress and vids)
-                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=bar_off):
+                for task in tqdm(as_completed(vids), "extracting frames", len(vids), unit="video", disable=not vids):
                     vid = vids[task]
                     path = folder / f"{vid}.mp4"
                     try:
                         stored[vid] = task.result()
-                        report.done += 1
                     except VideoError as error:
-                        report.failed[vid] = str(error)
+                        failed[vid] = str(error)
                     except TimeoutError:
-                        report.failed[vid] = f"{path}: decoding took more than {time_limit:g} s and was ended"
+                        failed[vid] = f"{path}: decoding took more than {time_limit:g} s and was ended"
                     except pebble.ProcessExpired as error:
-                        report.failed[vid] = f"{path}: the decoder crashed (exit code {error.exitcode})"
+                        failed[vid] = f"{path}: the decoder crashed (exit code {error.exitcode})"
             finally:
                 pool.stop()
                 pool.join()
-                rows = sorted((failures | report.failed).items())
+                rows = sorted((failures | failed).items())
                 write_lines(store.folder / FAILURES, ({"vid": vid, "reason": reason} for vid, reason in rows))
     except OSError as error:
         raise StoreError(
             f"{store.folder}: the frame store cannot be written ({error.strerror or error}); make room or choose "
-            f"another folder and extract again: {report.done} videos were stored now and are kept"
+            f"another folder and extract again: {len(stored) - skipped} videos were stored now and are kept"
         ) from error
-    report.seconds = time.monotonic() - begin
-    report.readers = {vid: about["reader"] for vid, about in stored.items()}
-    report.late = {vid: about["offset"] for vid, about in stored.items() if about["offset"] > LATE}
-    return report
+    readers = {vid: about["reader"] for vid, about in stored.items()}
+    late = {vid: about["offset"] for vid, about in stored.items() if about["offset"] > LATE}
+    return Report(len(stored) - skipped, skipped, failed, time.monotonic() - begin, readers, late)
 
 
 def _store_video(vid: str, duration: float, folder: Path, store: Store, duration_tolerance: float, aside: Path) -> dict:
-    """In a worker process: store a video, written in `aside` first; returns what the file says of it.
-
-    Raises VideoError if the video cannot be decoded.
-    """
+    """In a worker process: store a video, written in `aside` first; returns what the file says of it. VideoError."""
     store.path(vid)
     video = Video(folder / f"{vid}.mp4")
     if abs(video.length - duration) > duration_tolerance:
@@ -445,10 +412,7 @@ def _store_video(vid: str, duration: float, folder: Path, store: Store, duration
 
 
 def stored_already(store: Store, vid: str) -> dict | None:
-    """What made the video's file; None for one that is missing, damaged or older than its clock, to be made anew.
-
-    Raises StoreError for other settings.
-    """
+    """What made the video's file; None if missing, damaged or older than its clock. StoreError for other settings."""
     try:
         about = store.about(vid)
     except StoreError:
@@ -483,24 +447,23 @@ def _decode_request() -> None:
     """The process that `read_apart` starts: reads its JSON request, prints count and length (s) or an error as JSON."""
     if len(sys.argv) != 2:
         sys.exit("error: this is started by framseg.predict; see framseg predict --help")
-    request = json.loads(sys.argv[1])
+    path, min_count, interval, image_size, time_limit, descriptor, allow_partial = json.loads(sys.argv[1])
     _silence_decoders()
     # When the timer runs out, its signal ends the process in native code too.
-    alive = partial(signal.setitimer, signal.ITIMER_REAL, request["time_limit"])
+    alive = partial(signal.setitimer, signal.ITIMER_REAL, time_limit)
     alive()
     try:
-        video = Video(request["path"], request["allow_partial"], alive)
-        notes = _notes(video, request["allow_partial"])
-        count = max(request["min_count"], round(video.length / request["interval"]))
-        needed, disk = count * request["image_size"] ** 2 * 3, os.fstatvfs(request["file"])
+        video = Video(path, allow_partial, alive)
+        answer: dict[str, object] = {"length": video.length, "notes": _notes(video, allow_partial)}
+        answer["count"] = count = max(min_count, round(video.length / interval))
+        needed, disk = count * image_size**2 * 3, os.fstatvfs(descriptor)
         if needed > disk.f_bavail * disk.f_frsize:  # a damaged header may claim a length of months
             raise VideoError(
                 f"{video.path}: is {video.length:.2f} s long by its timestamps, and its frames take {needed / 1e9:.1f} "
                 f"GB of temporary files; make room or set TMPDIR to a folder that has it"
             )
-        with os.fdopen(request["file"], "r+b") as file:
-            video.frames(video.numbers(video.length, count)[:, 0], request["image_size"], file)
-        answer: dict[str, object] = {"count": count, "length": video.length, "notes": notes}
+        with os.fdopen(descriptor, "r+b") as file:
+            video.frames(video.numbers(video.length, count)[:, 0], image_size, file)
     except VideoError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

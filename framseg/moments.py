@@ -5,7 +5,6 @@ Frame i of f stands for the seconds [i * t/f, (i+1) * t/f] of a video of t secon
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -50,11 +49,7 @@ def counted(mask: Mask, frames: int) -> str:
 
 
 def windows(
-    mask: Mask,
-    probability: Sequence[float] | np.ndarray,
-    duration: float,
-    policy: Policy = "mask",
-    rounding: Rounding = "floor",
+    mask: Mask, probability: ArrayLike, duration: float, policy: Policy = "mask", rounding: Rounding = "floor"
 ) -> list[list[float]]:
     """Moments [[start, end, score], ...] in seconds, best score first, earlier first on ties.
 
@@ -73,17 +68,15 @@ def windows(
 
     Raises ValueError for probabilities of another shape or out of 0..1, a duration <= 0, an unknown name.
     """
-    probability, frames = _checked(probability, duration), len(probability)
+    probability = _checked(probability, duration)
+    frames = len(probability)
     _known("windows policy", policy, Policy)
     _known("rounding", rounding, Rounding)
     if policy == "ranked":
         best = moved(best_run(mask, probability), probability)
         return ranked(best, run_probability(mask, probability, duration), duration)
-    if policy == "thresholds":
-        runs = [run for cut in CUTS for run in _runs(probability >= cut)]
-    else:
-        runs = _mask_runs(mask, frames)
-    out = []
+    above = [run for cut in CUTS for run in _runs(probability >= cut)]
+    runs, out = _mask_runs(mask, frames) if policy == "mask" else above, []
     for first, after in sorted(set(runs)):
         exact = first * duration / frames, after * duration / frames
         start, end = (math.floor(x if rounding == "floor" else x + 0.5) for x in exact)
@@ -129,7 +122,6 @@ def run_features(mask: Mask, probability: np.ndarray, duration: float = USUAL_SE
     )
 
 
-@lru_cache(maxsize=8)
 def run_edges(frames: int) -> tuple[np.ndarray, np.ndarray]:
     """First frame and the one after the last of every run of frames, int64 [frames * (frames + 1) / 2] each."""
     first, last = np.triu_indices(frames)
@@ -171,12 +163,14 @@ def ranked(best: tuple[float, float], likely: np.ndarray, duration: float) -> li
     best: (start, end) in frames. likely: float64 [f * (f + 1) / 2], from `run_probability`. A list finds a true window
     by the share of the IoU thresholds .5 to .95 that its best window reaches, taken as linear in the IoU. Each further
     window is the run that adds most to the expected share, which is its score, so near-duplicates stay out and the
-    scores fall. Ends are multiples of the dataset's 2-second clips.
+    scores fall. Ends are the nearest edges of the dataset's 2-second clips, the exact seconds where these coincide.
     """
     frames = (math.isqrt(8 * len(likely) + 1) - 1) // 2
     top = np.argsort(-likely, kind="stable")[:LIKELY]
     first, after = (x[top] for x in run_edges(frames))
-    options = _on_clips(np.vstack((best, np.stack((first, after), axis=1))), duration, frames)
+    exact = np.minimum(np.vstack((best, np.stack((first, after), axis=1))) * duration / frames, duration)
+    on_clips = np.minimum(np.floor(exact / CLIP_SECONDS + 0.5) * CLIP_SECONDS, duration)
+    options = np.where(on_clips[:, :1] < on_clips[:, 1:], on_clips, exact)
     share = ((iou(options[:, None], options[1:]) - 0.45) / 0.5).clip(0, 1)
     weight, so_far, listed, gains = likely[top], share[0], [0], [float(share[0] @ likely[top])]
     while len(listed) < LISTED:
@@ -206,7 +200,7 @@ def iou(windows: ArrayLike, others: ArrayLike, union: Literal["hull", "lengths"]
     return np.divide(shared, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
-def saliency(probability: Sequence[float] | np.ndarray, duration: float, method: Method = "overlap") -> np.ndarray:
+def saliency(probability: ArrayLike, duration: float, method: Method = "overlap") -> np.ndarray:
     """Saliency of the video's 2-second clips, float64 [int(duration / 2)], 0..1.
 
     probability: [f], of foreground. `overlap`: mean of the frames' probabilities weighted by the seconds each shares
@@ -241,7 +235,7 @@ def _known(what: str, name: str, names: object) -> None:
         raise ValueError(f"no {what} named {name!r}: there are {', '.join(get_args(names))}")
 
 
-def _checked(probability: Sequence[float] | np.ndarray, duration: float) -> np.ndarray:
+def _checked(probability: ArrayLike, duration: float) -> np.ndarray:
     probability = np.asarray(probability, dtype=np.float64)
     if probability.ndim != 1 or not len(probability):
         raise ValueError(f"frame probabilities must be one list [f], not of shape {list(probability.shape)}")
@@ -255,13 +249,6 @@ def _checked(probability: Sequence[float] | np.ndarray, duration: float) -> np.n
 
 def _mask_runs(mask: Mask, frames: int) -> list[tuple[int, int]]:
     return _runs(np.array([digit == "1" for digit in counted(mask, frames)]))
-
-
-def _on_clips(frame_windows: np.ndarray, duration: float, frames: int) -> np.ndarray:
-    """Windows [n, 2] from frames to seconds at the nearest edges of clips; the exact seconds if they coincide."""
-    exact = np.minimum(frame_windows * duration / frames, duration)
-    rounded = np.minimum(np.floor(exact / CLIP_SECONDS + 0.5) * CLIP_SECONDS, duration)
-    return np.where(rounded[:, :1] < rounded[:, 1:], rounded, exact)
 
 
 def _runs(ones: np.ndarray) -> list[tuple[int, int]]:

@@ -119,9 +119,9 @@ def predict(
     inference = profile.inference.model_copy(update={"windows": windows, "saliency": saliency})
     section, size = profile.frames, profile.model.vision.image_size
     with tempfile.TemporaryFile() as file:  # all frames first: decord decodes ahead of a slow reader without limit
-        notes = [model.origin] if model.origin else []
         interval, limit = USUAL_SECONDS / count, section.time_limit
-        images, length = read_apart(video, count, interval, size, limit, file, allow_partial, notes.append)
+        images, length, notes = read_apart(video, count, interval, size, limit, file, allow_partial)
+        notes = [model.origin, *notes] if model.origin else notes
         total = len(images)
         begins = [*range(0, total - count, max(1, count // 2)), total - count]
         weight = np.minimum(np.arange(count) + 1, count - np.arange(count))

@@ -58,7 +58,7 @@ def load(name: str | Path) -> Tokenizer:
     Relative paths are looked up as `config.local_path` says. The tokenizer encodes the spelling of a special token as
     ordinary text. Raises PromptError if the file is missing or damaged or the hub cannot be reached within 10 s.
     """
-    path = _local(name) or _fetch(str(name))
+    path = _file(name)
     try:
         # A published Phi-3 file puts a space before every part of the text; the authors' ids have none.
         tokenizer = Tokenizer.from_str(json.dumps(_without_prefix(json.loads(path.read_text(encoding="utf-8")))))
@@ -84,30 +84,25 @@ def fitting(profile: config.Profile, *places: str | Path) -> Tokenizer:
     raise PromptError(f"no tokenizer fits: {'; '.join(reasons)}")
 
 
-def _local(name: str | Path) -> Path | None:
+def _file(name: str | Path) -> Path:
     if path := config.local_path(name):
         file = path / FILE if path.is_dir() else path
         if not file.is_file():
             raise PromptError(f"{path}: no {FILE} in this folder")
         return file
-    if Path(name).suffix == ".json" or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    repository = str(name)
+    if repository.endswith(".json") or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise PromptError(f"{name}: no such tokenizer file or folder, nor a repository's name (owner/name)")
-    return None
+    from framseg.run.released import hub_errors  # loads the model's code
 
-
-def _fetch(repository: str) -> Path:
-    try:
-        file = try_to_load_from_cache(repository, FILE)
-        if isinstance(file, str):
-            return Path(file)
-        # Ask for the file's size first: without a network the download itself would try for half a minute.
-        get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
-        return Path(hf_hub_download(repository, FILE))
-    except Exception as error:  # errors of the HTTP library and of the hub have no common class
-        raise PromptError(
-            f"tokenizer {repository!r} is neither a local file or folder nor available from the Hugging Face hub "
-            f"({' '.join(str(error).split())}); set model.tokenizer to the path of its {FILE}"
-        ) from None
+    missing = f"tokenizer {repository!r} is neither a local file or folder nor available from the Hugging Face hub"
+    with hub_errors(missing, f"; set model.tokenizer to the path of its {FILE}", PromptError):
+        cached = try_to_load_from_cache(repository, FILE)
+        if not isinstance(cached, str):
+            # Ask for the file's size first: without a network the download itself would try for half a minute.
+            get_hf_file_metadata(hf_hub_url(repository, FILE), timeout=5)
+            cached = hf_hub_download(repository, FILE)
+    return Path(cached)
 
 
 def _without_prefix(spec: dict) -> dict:
@@ -155,8 +150,7 @@ def refuse_long(tokenizer: Tokenizer, model: config.Model, frames: int, queries:
     """Raise PromptError with every qid whose prompt and answer do not fit the model's context. queries: qid -> text."""
     room = model.language.context - frames * (model.resampler.latents - 1) - frames - 1
     lengths = {qid: len(prompt_ids(tokenizer, model.tokens, query, frames)) for qid, query in queries.items()}
-    long = [f"qid {qid}: {length - room} tokens too many" for qid, length in lengths.items() if length > room]
-    if long:
+    if long := [f"qid {qid}: {length - room} tokens too many" for qid, length in lengths.items() if length > room]:
         raise PromptError(
             f"queries too long for the model's context of {model.language.context} positions ({'; '.join(long)}): "
             f"shorten them or use fewer frames than {frames}"
@@ -195,15 +189,18 @@ def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = E
     tokens = model.tokens
     control = {spelling: getattr(tokens, name) for name, spelling in SPELLING.items()}
     for spelling, expected in {**control, "0": tokens.zero, "1": tokens.one}.items():
-        actual = tokenizer.token_to_id(spelling)
-        if actual != expected:
+        if (actual := tokenizer.token_to_id(spelling)) != expected:
             raise PromptError(f"the tokenizer gives {spelling!r} the id {actual}, the profile's is {expected}")
     control |= {spelling: _id(tokenizer, spelling) for spelling in ("<|system|>", "<|user|>")}
     for spelling in control:
         if set(_encode(tokenizer, f"a {spelling} b")) & set(control.values()):
             raise PromptError(f"the tokenizer takes {spelling!r} in a query for the control token itself")
 
-    masks = _masks(frames)
+    lengths = range(1, EXHAUSTIVE_LENGTH + 1)
+    masks = ["".join(digits) for length in lengths for digits in itertools.product("01", repeat=length)]
+    masks += ["0" * frames, "1" * frames, ("01" * frames)[:frames], ("10" * frames)[:frames]]
+    draw = random.Random(0)
+    masks += [f"{draw.getrandbits(frames):0{frames}b}" for _ in range(RANDOM_MASKS)]
     for mask, encoding in zip(masks, tokenizer.encode_batch(masks, add_special_tokens=False), strict=True):
         if encoding.ids != answer_ids(tokens, mask)[:-1]:
             raise PromptError(
@@ -217,13 +214,12 @@ def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = E
     ends = np.cumsum(sizes)  # exclusive
     first_answer = int(ends[-1]) - 1  # <|assistant|>: its logits give the first digit
     total = int(ends[-1]) + frames + 1
-    window = model.language.sliding_window
     if total > model.language.context:
         raise PromptError(
             f"prompt and answer take {total} positions, the model's context is {model.language.context}: "
             f"use fewer frames than {frames} or a shorter query"
         )
-    earliest = 0 if window is None else first_answer - window + 1
+    earliest = first_answer - (model.language.sliding_window or total) + 1
     last, begin = ends[images] - 1, (ends - sizes)[images]  # each frame's last and first position
     return Report(
         frames=frames,
@@ -240,20 +236,11 @@ def check(tokenizer: Tokenizer, model: config.Model, frames: int, query: str = E
     )
 
 
-def _masks(frames: int) -> list[str]:
-    lengths = range(1, EXHAUSTIVE_LENGTH + 1)
-    short = ["".join(digits) for length in lengths for digits in itertools.product("01", repeat=length)]
-    regular = ["0" * frames, "1" * frames, ("01" * frames)[:frames], ("10" * frames)[:frames]]
-    draw = random.Random(0)
-    return short + regular + [f"{draw.getrandbits(frames):0{frames}b}" for _ in range(RANDOM_MASKS)]
-
-
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _id(tokenizer: Tokenizer, spelling: str) -> int:
-    token = tokenizer.token_to_id(spelling)
-    if token is None:
+    if (token := tokenizer.token_to_id(spelling)) is None:
         raise PromptError(f"the tokenizer has no token {spelling!r}, which Phi-3's tokenizer has")
     return token

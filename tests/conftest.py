@@ -73,7 +73,7 @@ def small_set(tmp_path_factory) -> Path:
         annotations.write(folder / getattr(data, "test_labels" if split == "test" else split), rows)
         if split == "test":
             annotations.write(folder / data.test, [synthetic.unlabelled(row) for row in rows])
-    report = dataset.extract(small_profile(folder), progress=False)
+    report = dataset.extract(small_profile(folder))
     assert not report.failed
     return folder
 

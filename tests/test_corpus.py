@@ -26,9 +26,8 @@ def corpus(tmp_path_factory) -> tuple[Path, dict[str, Shown]]:
 
 def apart(path: Path, allow_partial: bool = False) -> tuple[np.ndarray, float, list[str]]:
     """Twelve frames, the length and what is told, by the reader that `predict` uses."""
-    told: list[str] = []
     with tempfile.TemporaryFile() as file:
-        images, length = frames.read_apart(path, 12, 1000, 96, 60, file, allow_partial, told.append)
+        images, length, told = frames.read_apart(path, 12, 1000, 96, 60, file, allow_partial)
         return np.array(images), length, told
 
 

@@ -146,7 +146,7 @@ def test_a_missing_video_is_reported_and_the_others_are_extracted(small_set, tmp
     annotations.write(tmp_path / profile.data.val, rows)
     kept = rows[0].vid
     (tmp_path / "videos" / f"{kept}.mp4").symlink_to(small_set / "videos" / f"{kept}.mp4")
-    report = dataset.extract(profile, ("val",), progress=False)
+    report = dataset.extract(profile, ("val",))
     lost = {row.vid for row in rows} - {kept}
     assert report.done == 1 and set(report.failed) == lost
     assert all(f"{vid}.mp4" in reason for vid, reason in report.failed.items())
@@ -170,7 +170,7 @@ def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path
     (videos / f"{text}.mp4").write_text("no video\n" * 500)
     os.mkfifo(videos / f"{hangs}.mp4")
 
-    report = dataset.extract(profile, ("train", "val"), progress=False)
+    report = dataset.extract(profile, ("train", "val"))
     assert report.failed.keys() == {cut, hangs, text} and report.done == 6
     assert "took more than 5 s" in report.failed[hangs]
 

@@ -12,6 +12,7 @@ import time
 import zipfile
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import av
 import decord
@@ -94,9 +95,10 @@ def small_store(folder: Path, **changes) -> Store:
     return Store(folder, **settings)
 
 
-def run(videos: dict, folder: Path, store: Store, **changes) -> frames.Report:
-    settings = {"time_limit": 30.0, "duration_tolerance": 1.0, "workers": 1, "progress": False} | changes
-    return extract(videos, folder, store, **settings)
+def run(videos: dict, folder: Path, store: Store, workers: int = 1, **changes) -> frames.Report:
+    settings = {"time_limit": 30.0, "duration_tolerance": 1.0} | changes
+    with mock.patch("os.sched_getaffinity", lambda _: range(workers)):
+        return extract(videos, folder, store, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +265,7 @@ def test_frames_are_evenly_spread(corpus):
 
 def test_read_apart_gives_the_frames_and_refuses_more_than_the_disk_holds(corpus, tmp_path):
     with (tmp_path / "all").open("w+b") as file:
-        decoded, length = read_apart(corpus / "a.mp4", 4, 2.0, 32, 30, file)
+        decoded, length, _ = read_apart(corpus / "a.mp4", 4, 2.0, 32, 30, file)
         assert length == 10 and [shown(image) for image in decoded] == [8, 24, 40, 56, 72]
         with pytest.raises(VideoError, match="is 10.00 s long by its timestamps, .* 503316.5 GB of temporary files"):
             read_apart(corpus / "a.mp4", 4, 1e-6, 4096, 30, file)
@@ -619,7 +621,7 @@ from framseg import frames
 for path in sys.argv[1:]:
     try:
         with open(path + ".out", "w+b") as file:
-            frames.read_apart(path, 5, 6.0, 32, 30.0, file, tell=print)
+            print(*frames.read_apart(path, 5, 6.0, 32, 30.0, file)[2])
         print(path, "is read")
     except frames.VideoError as error:
         print(error)
@@ -682,13 +684,14 @@ def test_crashing_decoder_is_reported_and_the_others_go_on(corpus, tmp_path):
 INTERRUPTED = """
 import sys
 from pathlib import Path
+from unittest import mock
 from framseg.run import container
 from framseg.frames import Store, extract
 
 if __name__ == "__main__":
     store = Store(Path(sys.argv[2]), 32, 5, 1, 0.1, 95)
     try:
-        extract({"c": 5.0, "x": 5.0}, Path(sys.argv[1]), store, time_limit=60, duration_tolerance=1, workers=1)
+        extract({"c": 5.0, "x": 5.0}, Path(sys.argv[1]), store, time_limit=60, duration_tolerance=1)
     except KeyboardInterrupt:
         print("interrupted")
 """

@@ -104,10 +104,11 @@ class Container:
         with opened(self.path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate else 0.0
+            self._name = container.format.name.split(",")[0]
             pts = self._list(container, stream)
             if not pts:
                 raise VideoError(f"{self.path}: damaged or cut off: it holds not one frame; get the file again")
-            known, self._name = [time for time in pts if time is not None], container.format.name
+            known = [time for time in pts if time is not None]
             if container.format.flags & NO_TIMES or self._name.endswith("_pipe") or self._name == "image2":
                 raise VideoError(
                     f"{self.path}: its frames carry no times; {anew(self.path, '-framerate 30')}, at its true rate"
@@ -115,14 +116,12 @@ class Container:
             base = float(stream.time_base or 0)
             first = min(known, default=0) * base
             self.begin = first if container.start_time is None else container.start_time / av.time_base
-            h264 = stream.codec_context.codec.canonical_name == "h264"
-            mp4 = self._name.startswith("mov,mp4")
             matrix, self._edits = UPRIGHT, list[Edit]()
-            if mp4:
+            if self._name == "mov":
                 with suppress(struct.error, IndexError, ZeroDivisionError):  # FFmpeg has made sense of a damaged header
                     matrix, self._edits = _track(self.path, stream.id)
-            self.plain = h264 and mp4 and matrix == UPRIGHT and not self._edits and not self.cut
-            self.plain &= self.fps > 0 and len(set(known)) == len(pts)
+            self.plain = (self._name, stream.codec_context.codec.canonical_name, matrix) == ("mov", "h264", UPRIGHT)
+            self.plain &= not self._edits and not self.cut and self.fps > 0 and len(set(known)) == len(pts)
             self.times = np.array(sorted(known), float) * base - self.begin
 
     def decoded(self) -> Iterator[av.VideoFrame]:
@@ -252,15 +251,14 @@ class Container:
                     self._numbers.append(packet.dts)
                     if time is not None and time > latest:
                         latest, self.last = time, seconds
-        name = container.format.name.split(",")[0]
-        tells, inside = self._bytes_tell(name)
+        tells, inside = self._bytes_tell()
         self.cut |= inside or any(broken.values()) or any(text in line for *_, line in log for text in BROKEN_OFF)
         claimed = container.duration / av.time_base if container.duration and tells else None
-        if name == "avi" and self.fps:  # FFmpeg corrects the duration by the file's size, but not the number of frames
+        if self._name == "avi" and self.fps:  # FFmpeg corrects the duration by the file's size, not the frames' number
             claimed = stream.frames / self.fps
         missing = (claimed or 0) - (max(ends.values()) - min(0, (container.start_time or 0) / av.time_base))
         slack = max(0.1, 2 / self.fps if self.fps else 0)  # by which an intact file's header may claim too much
-        if name == "mov":
+        if self._name == "mov":
             whole = ((stream.start_time or 0) + (stream.duration or 0)) * bases[stream.index]
             missing = max(missing, whole - ends[stream.index])
             if not stream.frames:  # fragments: the length is that of those that are there
@@ -269,13 +267,13 @@ class Container:
         self.claimed, self.missing = claimed, missing if missing > slack else 0.0
         return pts
 
-    def _bytes_tell(self, name: str) -> tuple[bool, bool]:
+    def _bytes_tell(self) -> tuple[bool, bool]:
         """Whether the header tells the length, and whether the bytes end inside a packet, where FFmpeg does not say."""
         size = self.path.stat().st_size
-        if name == "mpegts":
+        if self._name == "mpegts":
             return False, all(size % packet for packet in TS_PACKETS)
-        if name != "flv":
-            return name in TELL_LENGTH, False
+        if self._name != "flv":
+            return self._name in TELL_LENGTH, False
         with self.path.open("rb") as file:
             _, named, number = file.read(FLV_HEADER).partition(b"duration\0")
             file.seek(max(0, size - 4))  # the last four bytes are the size of the tag in front of them
@@ -296,13 +294,9 @@ def upright(frame: av.VideoFrame) -> np.ndarray:
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Name and content of each box of an mp4's header."""
-    at = 0
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at : at + 4])
-        if size < 8:
-            return
-        yield data[at + 4 : at + 8], data[at + 8 : at + size]
-        at += size
+    while len(data) >= 8 and (size := int.from_bytes(data[:4])) >= 8:
+        yield data[4:8], data[8:size]
+        data = data[size:]
 
 
 def _inside(data: bytes, *names: bytes) -> bytes:
@@ -312,36 +306,27 @@ def _inside(data: bytes, *names: bytes) -> bytes:
     return data
 
 
-def _index(path: Path) -> tuple[int, int]:
-    """Where the content of an mp4's index begins and ends, in bytes; 0, 0 if it has none.
-
-    VideoError if the file ends inside it, as FFmpeg would take what is there.
-    """
-    place, end = 0, path.stat().st_size
+def _index(path: Path) -> bytes:
+    """The content of an mp4's index, if any. VideoError if the file ends inside it: FFmpeg would take what is there."""
+    place, size, end = 0, 8, path.stat().st_size
     with path.open("rb") as file:
-        while len(head := file.read(16)) >= 8:
-            size, name = int.from_bytes(head[:4]), head[4:8]
-            if name == b"moov":
-                if place + max(size, 8) > end:
+        while size >= 8 and place + 8 <= end:
+            file.seek(place)
+            head = file.read(16)
+            size = int.from_bytes(head[:4])
+            if head[4:8] == b"moov":
+                if place + size > end:
                     raise VideoError(f"{path}: cannot be opened: cut off inside its index (moov); get the file again")
-                return place + 8, place + max(size, 8)
+                file.seek(place + 8)
+                return file.read(max(size - 8, 0))
             size = int.from_bytes(head[8:]) if size == 1 else size
-            if size < 8:
-                break
-            place = file.seek(place + size)
-    return 0, 0
+            place += size
+    return b""
 
 
 def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
-    """How an mp4 turns a track's pictures (a, b, c, d of its matrix), and its edits, if FFmpeg does not follow these.
-
-    FFmpeg follows a single one, also behind an empty one.
-    """
-    begin, end = _index(path)
-    with path.open("rb") as file:
-        file.seek(begin)
-        movie = file.read(end - begin)
-    for name, track in _boxes(movie):
+    """How an mp4 turns a track's pictures (a, b, c, d of its matrix), and its edits, unless FFmpeg follows these."""
+    for name, track in _boxes(movie := _index(path)):
         about, media = _inside(track, b"tkhd"), _inside(track, b"mdia", b"mdhd")
         if name != b"trak" or not about or struct.unpack_from(">I", about, 20 if about[0] else 12)[0] != number:
             continue
@@ -353,7 +338,7 @@ def _track(path: Path, number: int) -> tuple[tuple[int, ...], list[Edit]]:
             for length, begin, *_ in layout.iter_unpack(listed[8 : 8 + (len(listed) - 8) // layout.size * layout.size])
         ]
         a, b, _, c, d = struct.unpack_from(">5i", about, 52 if about[0] else 40)
-        followed = len(edits) < 2 or len(edits) == 2 and edits[0][1] is None
+        followed = len(edits) < 2 or len(edits) == 2 and edits[0][1] is None  # a single one, also behind an empty one
         return (a, b, c, d), [] if followed else edits
     return UPRIGHT, []
 
