@@ -50,16 +50,6 @@ class Decoded:
     scores: Tensor
     probabilities: Tensor
 
-    @property
-    def mask(self) -> Tensor:
-        """The winning beam, int8 [B, f]."""
-        return self.masks[:, 0]
-
-    @property
-    def probability(self) -> Tensor:
-        """Softmax over the two digits' logits along the winning beam, float32 [B, f]."""
-        return self.probabilities[:, 0]
-
 
 class _SharedLayer(DynamicLayer):
     """One layer's keys and values [B, heads, positions, width] of the prompt's last `kept` positions and of all beams.
@@ -293,8 +283,8 @@ def answers(
     prompts = [prompt.prompt_ids(tokenizer, tokens, query, count) for query in queries]
     ids, mask = (torch.from_numpy(array).to(model.device) for array in prompt.pad_left(prompts, tokens.pad))
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
-    masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
-    return masks, decoded.probability.cpu().double().numpy()
+    masks = ["".join(map(str, digits)) for digits in decoded.masks[:, 0].tolist()]
+    return masks, decoded.probabilities[:, 0].cpu().double().numpy()
 
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:

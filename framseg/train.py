@@ -306,7 +306,6 @@ class Trainer:
             generator=torch.Generator(),  # or starting it would draw from the generator that dropout resumes
         )
         batches = iter(loader)
-        self._learn()
         while self.step < self.total:
             self._step(batches)
             epoch = int(self.epoch(self.step))
@@ -314,7 +313,6 @@ class Trainer:
             epoch_ended = epoch > int(self.epoch(self.step - 1)) or self.step == self.total
             if epoch_ended:
                 self.validate(epoch if self.step < self.total else section.epochs)
-                self._learn()
             stop = not epoch_ended and self._asked_to_stop()
             if epoch_ended or stop or self.step % section.save_steps == 0:
                 resume.save(self.run.resume, self.step, self.model, self.start, self.engine.optimizer)
@@ -326,13 +324,10 @@ class Trainer:
         """Epochs passed before that micro-batch of a step, counted from 0."""
         return (step * self.profile.training.accumulation + micro_batch) * self.group / self.epoch_size
 
-    def _learn(self) -> None:
-        """Back to training mode, which decoding leaves; the frozen encoder stays in eval mode."""
-        self.model.train()
-        self.model.vision_encoder.eval()
-
     def _step(self, batches: Iterator[dict]) -> None:
         section, began = self.profile.training, time.monotonic()
+        self.model.train()  # decoding leaves this mode
+        self.model.vision_encoder.eval()  # frozen
         rate = losses.learning_rate(self.step, section)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
