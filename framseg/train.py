@@ -43,11 +43,9 @@ class TrainError(FramsegError, RuntimeError):
 def deepspeed_config(profile: config.Profile) -> dict:
     """The DeepSpeed configuration of a profile (method.md's "Training"; the learning rate is set at every step)."""
     section = profile.training
-    zero: dict = {"stage": section.zero_stage}
-    optimizer = {"lr": section.learning_rate, "betas": list(section.betas), "eps": section.eps}
-    if section.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    else:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if section.offload_optimizer else {}
+    optimizer = section.model_dump(mode="json", include={"betas", "eps", "weight_decay"})
+    if not offload:
         optimizer["torch_adam"] = True  # the same update, and nothing has to be compiled first
     return {
         "train_batch_size": section.micro_batch * section.accumulation * section.processes,
@@ -55,8 +53,8 @@ def deepspeed_config(profile: config.Profile) -> dict:
         "gradient_accumulation_steps": section.accumulation,
         "gradient_clipping": section.gradient_clip,
         "bf16": {"enabled": profile.model.dtype == "bfloat16"},
-        "zero_optimization": zero,
-        "optimizer": {"type": "AdamW", "params": optimizer | {"weight_decay": section.weight_decay}},
+        "zero_optimization": {"stage": section.zero_stage} | offload,
+        "optimizer": {"type": "AdamW", "params": optimizer | {"lr": section.learning_rate}},
         "steps_per_print": 2**31,  # our own log has every step
     }
 
@@ -266,7 +264,7 @@ class Trainer:
         """Decode val, each process its share, and log the metrics; epoch 0 is the untouched base."""
         began = time.monotonic()
         mine = decode.share(self.val, self.rank, self.world)
-        records = list(decode.records(self.model, self.tokenizer, self.profile, mine, progress=False))
+        records = list(decode.records(self.model, self.tokenizer, self.profile, mine))
         by_qid = {record["qid"]: record for share in launcher.gathered(records) for record in share}
         if self.rank == 0:
             predictions = [by_qid[row.qid] for row in self.val]

@@ -289,7 +289,7 @@ def setup(tmp_path):
 
 def run(setup, rows=ROWS, **changes):
     made = SimpleNamespace(**vars(setup) | changes)
-    return decode.split(made.model, made.tokenizer, made.profile, rows, made.path, progress=False)
+    return decode.split(made.model, made.tokenizer, made.profile, rows, made.path)
 
 
 def alone(setup, row):
