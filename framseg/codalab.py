@@ -14,7 +14,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from framseg import FramsegError, command_line
@@ -141,37 +141,33 @@ def _split_report(name: str, content: bytes, rows: list[Row]) -> dict:
     if long := [number for number, line in enumerate(lines, 1) if len(line) > LINE_BYTES]:
         raise SubmissionError(f"{name}:{long[0]}: is longer than the {LINE_BYTES} bytes that a query may have")
     predictions, rows = matched(checked(parsed(decoded_lines(lines, name)), f"{name}:"), rows)
-    reasons, notes = [], []
-    for record, row in zip(predictions, rows, strict=True):
-        wrong, odd = _against_row(record, row)
-        reasons += [f"{name}: qid {row.qid}: {reason}" for reason in wrong]
-        notes += [f"qid {row.qid}: {reason}" for reason in odd]
-    if reasons:
-        raise SubmissionError(shortlist(reasons, "\n"))
+    pairs = zip(predictions, rows, strict=True)
+    odd = [(fine, f"qid {row.qid}: {what}") for record, row in pairs for fine, what in _against_row(record, row)]
+    if wrong := [f"{name}: {what}" for fine, what in odd if not fine]:
+        raise SubmissionError(shortlist(wrong, "\n"))
     counts = {"queries": len(rows), "windows": sum(len(record[WINDOWS]) for record in predictions)}
     metrics = evaluate(predictions, rows) if all(isinstance(row, LabelledRow) for row in rows) else None
-    return {"file": name, **counts, "metrics": metrics, "notes": notes}
+    return {"file": name, **counts, "metrics": metrics, "notes": [what for _, what in odd]}
 
 
-def _against_row(record: dict, row: Row) -> tuple[list[str], list[str]]:
-    """What a submission must not have, and what the protocol tolerates."""
+def _against_row(record: dict, row: Row) -> Iterator[tuple[bool, str]]:
+    """What is odd about a record, each with whether the protocol tolerates it."""
     if reason := _lacking(record):
-        return [reason], []
-    wrong, odd = [], []
+        yield False, reason
+        return
     for field, right in (("vid", row.vid), ("query", row.query)):
         if record.get(field, right) != right:
-            wrong.append(f"{field} is {record[field]!r}, the annotation has {right!r}")
+            yield False, f"{field} is {record[field]!r}, the annotation has {right!r}"
     ends = [f"[{start:g}, {end:g}]" for start, end, _ in record[WINDOWS] if start < 0 or end > row.duration]
     if any(start > row.duration or end < 0 for start, end, _ in record[WINDOWS]):
-        wrong.append(f"windows lie outside the video's {row.duration} s: {', '.join(ends[:5])}")
+        yield False, f"windows lie outside the video's {row.duration} s: {', '.join(ends[:5])}"
     elif ends:
-        odd.append(f"windows go beyond the video's {row.duration} s: {', '.join(ends[:5])}")
+        yield True, f"windows go beyond the video's {row.duration} s: {', '.join(ends[:5])}"
     given, expected = len(record[SALIENCY]), clips(row.duration)
     if given != expected:
-        (wrong if abs(given - expected) > 1 else odd).append(f"{given} saliency scores for {expected} clips")
+        yield abs(given - expected) <= 1, f"{given} saliency scores for {expected} clips"
     if len(record[WINDOWS]) > LISTED:
-        odd.append(f"{len(record[WINDOWS])} windows, of which the first {LISTED} count")
-    return wrong, odd
+        yield True, f"{len(record[WINDOWS])} windows, of which the first {LISTED} count"
 
 
 @command_line()

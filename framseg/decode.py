@@ -50,16 +50,6 @@ class Decoded:
     scores: Tensor
     probabilities: Tensor
 
-    @property
-    def mask(self) -> Tensor:
-        """The winning beam, int8 [B, f]."""
-        return self.masks[:, 0]
-
-    @property
-    def probability(self) -> Tensor:
-        """Softmax over the two digits' logits along the winning beam, float32 [B, f]."""
-        return self.probabilities[:, 0]
-
 
 class _SharedLayer(DynamicLayer):
     """One layer's keys and values [B, heads, positions, width] of the prompt's last `kept` positions and of all beams.
@@ -155,9 +145,7 @@ def beam_search(
     return Decoded(masks, scores, probabilities)
 
 
-def records(
-    model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, rows: Sequence[Row], progress: bool = True
-) -> Iterator[dict]:
+def records(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, rows: Sequence[Row]) -> Iterator[dict]:
     """Prediction records of `rows`, as each is ready and in the order of the videos' names.
 
     The frames come from the profile's frame store, the middle variation of each. The records are `answer_record`s of
@@ -172,7 +160,8 @@ def records(
     reading = _read_ahead(store, list(dict.fromkeys(row.vid for row in rows)), inference.batch)
     tokens: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
-    with tqdm(desc="decoding", total=len(rows), unit="query", disable=not progress) as bar:
+    # Processes that work together show none: who started them does.
+    with tqdm(desc="decoding", total=len(rows), unit="query", disable=torch.distributed.is_initialized()) as bar:
         for begin in range(0, len(rows), inference.batch):
             batch = rows[begin : begin + inference.batch]
             vids = dict.fromkeys(row.vid for row in batch)
@@ -201,12 +190,7 @@ def records(
 
 
 def split(
-    model: blip3.Blip3,
-    tokenizer: Tokenizer,
-    profile: config.Profile,
-    rows: Sequence[Row],
-    path: Path,
-    progress: bool = True,
+    model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile, rows: Sequence[Row], path: Path
 ) -> list[dict]:
     """Decode `rows`, write the records (see `records`) to `path` as JSON lines and return them, in the rows' order.
 
@@ -223,7 +207,7 @@ def split(
     write_lines(own, [source, *_finished([own], source, rows).values()])
     new = []
     with own.open("a", encoding="utf-8") as file:
-        for record in records(model, tokenizer, profile, mine, progress):
+        for record in records(model, tokenizer, profile, mine):
             print(json.dumps(record), file=file, flush=True)
             new.append(record)
     done |= {record["qid"]: record for processed in launcher.gathered(new) for record in processed}
@@ -293,8 +277,8 @@ def answers(
     prompts = [prompt.prompt_ids(tokenizer, tokens, query, count) for query in queries]
     ids, mask = (torch.from_numpy(array).to(model.device) for array in prompt.pad_left(prompts, tokens.pad))
     decoded = beam_search(model, vision_tokens, ids, mask, count, profile.inference.beams)
-    masks = ["".join(map(str, digits)) for digits in decoded.mask.tolist()]
-    return masks, decoded.probability.cpu().double().numpy()
+    masks = ["".join(map(str, digits)) for digits in decoded.masks[:, 0].tolist()]
+    return masks, decoded.probabilities[:, 0].cpu().double().numpy()
 
 
 def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | VideoError]]:
@@ -346,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with launcher.started("framseg.decode", purpose, arguments, ("val", "test")) as (profile, run, options):
         model, _, tokenizer = loaded(run.checkpoint)
         rows = dataset.rows(profile, options.split)
-        split(model, tokenizer, profile, rows, run.predicted(options.split), progress=False)
+        split(model, tokenizer, profile, rows, run.predicted(options.split))
 
 
 if __name__ == "__main__":

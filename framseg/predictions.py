@@ -211,7 +211,5 @@ def _list_reasons(name: str, values: object, item: str, kind: str, *bounds: floa
 
 def _odd(values: Sequence | np.ndarray, least: float = -float_info.max, most: float = float_info.max) -> int | None:
     """The place of the first value that is not a number from `least` to `most`; None if all are."""
-    for place, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, NUMBERS) or not least <= value <= most:
-            return place
-    return None
+    fine = (not isinstance(value, bool) and isinstance(value, NUMBERS) and least <= value <= most for value in values)
+    return next((place for place, number in enumerate(fine) if not number), None)

@@ -43,11 +43,9 @@ class TrainError(FramsegError, RuntimeError):
 def deepspeed_config(profile: config.Profile) -> dict:
     """The DeepSpeed configuration of a profile (method.md's "Training"; the learning rate is set at every step)."""
     section = profile.training
-    zero: dict = {"stage": section.zero_stage}
-    optimizer = {"lr": section.learning_rate, "betas": list(section.betas), "eps": section.eps}
-    if section.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    else:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if section.offload_optimizer else {}
+    optimizer = section.model_dump(mode="json", include={"betas", "eps", "weight_decay"})
+    if not offload:
         optimizer["torch_adam"] = True  # the same update, and nothing has to be compiled first
     return {
         "train_batch_size": section.micro_batch * section.accumulation * section.processes,
@@ -55,8 +53,8 @@ def deepspeed_config(profile: config.Profile) -> dict:
         "gradient_accumulation_steps": section.accumulation,
         "gradient_clipping": section.gradient_clip,
         "bf16": {"enabled": profile.model.dtype == "bfloat16"},
-        "zero_optimization": zero,
-        "optimizer": {"type": "AdamW", "params": optimizer | {"weight_decay": section.weight_decay}},
+        "zero_optimization": {"stage": section.zero_stage} | offload,
+        "optimizer": {"type": "AdamW", "params": optimizer | {"lr": section.learning_rate}},
         "steps_per_print": 2**31,  # our own log has every step
     }
 
@@ -266,7 +264,7 @@ class Trainer:
         """Decode val, each process its share, and log the metrics; epoch 0 is the untouched base."""
         began = time.monotonic()
         mine = decode.share(self.val, self.rank, self.world)
-        records = list(decode.records(self.model, self.tokenizer, self.profile, mine, progress=False))
+        records = list(decode.records(self.model, self.tokenizer, self.profile, mine))
         by_qid = {record["qid"]: record for share in launcher.gathered(records) for record in share}
         if self.rank == 0:
             predictions = [by_qid[row.qid] for row in self.val]
@@ -306,7 +304,6 @@ class Trainer:
             generator=torch.Generator(),  # or starting it would draw from the generator that dropout resumes
         )
         batches = iter(loader)
-        self._learn()
         while self.step < self.total:
             self._step(batches)
             epoch = int(self.epoch(self.step))
@@ -314,7 +311,6 @@ class Trainer:
             epoch_ended = epoch > int(self.epoch(self.step - 1)) or self.step == self.total
             if epoch_ended:
                 self.validate(epoch if self.step < self.total else section.epochs)
-                self._learn()
             stop = not epoch_ended and self._asked_to_stop()
             if epoch_ended or stop or self.step % section.save_steps == 0:
                 resume.save(self.run.resume, self.step, self.model, self.start, self.engine.optimizer)
@@ -326,13 +322,10 @@ class Trainer:
         """Epochs passed before that micro-batch of a step, counted from 0."""
         return (step * self.profile.training.accumulation + micro_batch) * self.group / self.epoch_size
 
-    def _learn(self) -> None:
-        """Back to training mode, which decoding leaves; the frozen encoder stays in eval mode."""
-        self.model.train()
-        self.model.vision_encoder.eval()
-
     def _step(self, batches: Iterator[dict]) -> None:
         section, began = self.profile.training, time.monotonic()
+        self.model.train()  # decoding leaves this mode
+        self.model.vision_encoder.eval()  # frozen
         rate = losses.learning_rate(self.step, section)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate

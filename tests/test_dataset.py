@@ -175,7 +175,7 @@ def test_bad_videos_are_reported_counted_as_failed_and_named(small_set, tmp_path
     assert "took more than 5 s" in report.failed[hangs]
 
     model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
-    records = decode.split(model, tokenizer, profile, rows, tmp_path / "val.jsonl", progress=False)
+    records = decode.split(model, tokenizer, profile, rows, tmp_path / "val.jsonl")
     assert [record["qid"] for record in records] == [row.qid for row in rows]
     for record in records:
         assert record.get("error") == report.failed.get(record["vid"])

@@ -60,8 +60,9 @@ def test_what_a_query_names_is_on_screen_in_its_windows_only():
 
 def test_making_the_set_again_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "VIDEOS", {"train": 2, "val": 1, "test": 1})
-    data = config.load("demo").data
-    synthetic.make(data, tmp_path)
+    profile = config.load("demo", {"data.folder": tmp_path})
+    data = profile.data
+    synthetic.prepare(profile)
     files = sorted((tmp_path / data.videos).glob("*.mp4"))
     assert len(files) == 4
     assert not isinstance(annotations.read(tmp_path / data.test)[0], annotations.LabelledRow)
@@ -69,7 +70,7 @@ def test_making_the_set_again_keeps_what_is_there(tmp_path, monkeypatch):
     kept, lost = files[0].stat().st_mtime_ns, files[1].read_bytes()
     files[1].unlink()
     (tmp_path / "made.json").unlink()
-    synthetic.make(data, tmp_path)
+    synthetic.prepare(profile)
     assert files[0].stat().st_mtime_ns == kept
     assert files[1].read_bytes() == lost
 
@@ -110,10 +111,10 @@ def test_make_base_writes_a_loadable_base_from_its_seed(tmp_path, monkeypatch):
 
 def test_no_room_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "VIDEOS", {"train": 1, "val": 1, "test": 1})
-    data = config.load("demo").data
+    profile = config.load("demo", {"data.folder": tmp_path / "file" / "folder"})
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="demo set could not be written"):
-        synthetic.make(data, tmp_path / "file" / "folder")
+        synthetic.prepare(profile)
 
 
 def test_the_demo_differs_from_the_paper_by_its_profile_only():

@@ -71,7 +71,7 @@ def test_memory_stays_flat_over_2000_queries_and_their_metrics(small_set, tmp_pa
     monkeypatch.setattr(decode, "records", watched)
     path = tmp_path / "val.jsonl"
     model, tokenizer = load_base(profile), prompt.load(profile.model.tokenizer)
-    predictions = decode.split(model, tokenizer, profile, rows, path, progress=False)
+    predictions = decode.split(model, tokenizer, profile, rows, path)
     assert len(measured) == QUERIES // 50 and grown(measured) < 20  # 2,000 records themselves take 8
     assert [record["qid"] for record in predictions] == list(range(QUERIES))
     assert {record["qid"] // 5 for record in predictions if "error" in record} == set(range(0, QUERIES // 5, 40))

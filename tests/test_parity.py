@@ -93,7 +93,7 @@ def test_two_precisions_of_a_model_stay_within_the_bound(trained):
     rows, answered = annotations.labelled(dataset.rows(profile, "val")), {}
     for dtype in ("float32", "bfloat16"):
         model, _, tokenizer = checkpoint.loaded(run.checkpoint, "cpu", dtype)
-        answered[dtype] = list(decode.records(model, tokenizer, profile, rows, progress=False))
+        answered[dtype] = list(decode.records(model, tokenizer, profile, rows))
     told = values(parity.answers(answered["bfloat16"], as_published(answered["float32"]), rows)[0])
     assert told["queries compared"] == len(rows) and 0 < told[parity.LARGEST] < parity.NOISE / 2
 

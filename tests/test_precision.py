@@ -149,6 +149,6 @@ def test_int8_after_merging_what_was_trained(trained, tmp_path):
     for dtype in ("float32", "int8"):
         model, own, tokenizer = checkpoint.loaded(run.checkpoint, "cpu", dtype)
         assert own.model.dtype == "float32"
-        records = decode.split(model, tokenizer, profile, rows, tmp_path / f"{dtype}.jsonl", progress=False)
+        records = decode.split(model, tokenizer, profile, rows, tmp_path / f"{dtype}.jsonl")
         probability[dtype] = np.array([record["probability"] for record in records])
     assert 0 < abs(probability["int8"] - probability["float32"]).max() < 0.05

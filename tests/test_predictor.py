@@ -69,7 +69,7 @@ def test_predict(setup, checkpoint, tmp_path, monkeypatch):
     with torch.inference_mode():
         vision = model.vision_tokens(torch.from_numpy(images).permute(0, 3, 1, 2)[None])
     expected = decode.beam_search(model, vision, ids, torch.ones_like(ids), FRAMES, 2)
-    np.testing.assert_allclose(one.probability, expected.probability[0], atol=1e-4)
+    np.testing.assert_allclose(one.probability, expected.probabilities[0, 0], atol=1e-4)
 
     file = checkpoint / "resampler.safetensors"
     os.utime(file, (file.stat().st_atime, file.stat().st_mtime + 10))  # a training run has written it anew
@@ -183,8 +183,8 @@ def test_a_long_video_is_asked_about_in_parts_that_overlap(setup, checkpoint, tm
                 )
             for place, share in enumerate([1, 2, 3, 2, 1]):
                 weight[begin + place] += share
-                ones[begin + place] += share * int(decoded_part.mask[0, place])
-                probability[begin + place] += share * float(decoded_part.probability[0, place])
+                ones[begin + place] += share * int(decoded_part.masks[0, 0, place])
+                probability[begin + place] += share * float(decoded_part.probabilities[0, 0, place])
         assert len(answer.probability) == n
         np.testing.assert_allclose(answer.probability, probability / weight, atol=1e-4)
         mask = "".join("1" if one >= of / 2 else "0" for one, of in zip(ones, weight, strict=True))

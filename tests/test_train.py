@@ -223,6 +223,12 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(trained, tmp_path, caps
     assert validated(run) == validated(whole)
 
 
+def test_keys_that_only_one_profile_has_are_differences():
+    changed = resume.differences(config.load("demo"), config.load("released"), ("data", "inference"))
+    assert changed["data.frames.val"].startswith("data.frames.val: None there, ")
+    assert changed["data.source"] == "data.source: demo there, frames now" and "data.frames" not in changed
+
+
 def test_every_random_generator_is_part_of_the_state():
     saved = resume.generators()
     drawn = [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)]

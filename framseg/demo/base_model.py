@@ -44,17 +44,13 @@ def build_tokenizer(folder: Path) -> None:
     learner.train_from_iterator(template * 2 + sorted(words) * 2, trainer)
     learned = json.loads(learner.to_str())["model"]
 
-    digits = (29900, 29896, 29906, 29941, 29946, 29945, 29953, 29955, 29947, 29929)
-    ids = {str(digit): id for digit, id in enumerate(digits)}
-    ids |= {"▁": 29871, "<unk>": 0, "<s>": 1, "</s>": 2}
-    ids |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    ids: dict[str, int] = WORDS["ids"] | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     letters = {chr(code) for code in range(33, 127)} | set(learned["vocab"])
     pieces = sorted(letters - ids.keys(), key=lambda piece: (len(piece), piece))
     ids |= {piece: 259 + i for i, piece in enumerate(pieces)}
     # The embedding has 32,000 rows before the control tokens; ids without a piece get a name that no text contains.
     ids |= {f"<unused {id}>": id for id in set(range(32000)) - set(ids.values())}
-    control = {32000: "<|endoftext|>", 32001: "<|assistant|>", 32006: "<|system|>", 32007: "<|end|>", 32010: "<|user|>"}
-    control |= enumerate(prompt.ADDED, 32011)
+    control = {id: spelling for spelling, id in WORDS["control tokens"].items()} | dict(enumerate(prompt.ADDED, 32011))
     merges = [tuple(pair) for pair in learned["merges"]]
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = splitting

@@ -19,7 +19,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from framseg.annotations import ANNOTATORS, CLIP_SECONDS, LabelledRow, Row, write
-from framseg.config import Data, Profile, data_folder
+from framseg.config import Profile, data_folder
 from framseg.jsonl import whole_file
 
 VERSION = 1  # of the set: another number makes it anew
@@ -190,19 +190,14 @@ def write_video(path: Path, scene: Scene) -> None:
 
 
 def prepare(profile: Profile) -> None:
-    """Make the demo set, once, if the profile uses it; a profile with a data set of its own needs nothing made."""
-    if profile.data.source == "demo":
-        make(profile.data, data_folder(profile))
-
-
-def make(data: Data, folder: Path) -> None:
-    """Write the demo set into `folder`, laid out as `data` names it; videos that are already there are kept.
+    """Make the demo set, once, if the profile uses it; videos that are already there are kept.
 
     Raises OSError, saying how much room it needs, when the disk is full.
     """
+    data, folder = profile.data, data_folder(profile)
     stamp = folder / "made.json"
     made = {"version": VERSION, "seed": SEED, "videos": VIDEOS, "size": [WIDTH, HEIGHT, FPS]}
-    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made:
+    if data.source != "demo" or stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made:
         return
     videos = folder / data.videos
     try:

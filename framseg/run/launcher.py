@@ -11,18 +11,17 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from framseg import FramsegError, config
 from framseg.backbones import device
@@ -45,25 +44,18 @@ ERROR_LINE = re.compile(
 )
 LAUNCHERS_LINE = re.compile(r"^\[20\d\d-.*\n?", re.M)  # what DeepSpeed's launcher itself writes: it only counts codes
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+DISK_FULL = "the disk is full ({}): make room and start again, finished steps are kept"
 T = TypeVar("T")
 
 
-class Reason(Enum):
-    """Why a process failed, and the sentence for a user, with a place for what the reason concerns."""
-
-    DISK_FULL = "the disk is full ({}): make room and start again, finished steps are kept"
-    OUT_OF_MEMORY = (
-        "out of memory ({}): halve training.micro_batch (or inference.batch, if it was decoding) and double "
-        "training.accumulation, or set training.gradient_checkpointing=true"
-    )
-    NOT_WRITABLE = "cannot write {}: give another --run-dir or data.folder"
-    READER_DIED = "a process that reads frames has died ({}): lower training.workers if memory is short"
-    PEER_GONE = "another process has ended ({})"
-    OTHER = "{}"
+def peer_gone(error: Exception) -> bool:
+    """True for an error that says no more than that another process has ended."""
+    # gloo raises a RuntimeError.
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
-def diagnosis(error: Exception) -> tuple[Reason, str]:
-    """The reason of an error and what it concerns: a path, or the error's own text.
+def sentence(error: Exception) -> str:
+    """What to tell a user about an error of this process: what happened and, where that is known, what to do.
 
     By its type and errno; by its text only where a library raises a type that says nothing.
     """
@@ -72,27 +64,24 @@ def diagnosis(error: Exception) -> tuple[Reason, str]:
         message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
     text = " ".join(message.split())
     if isinstance(error, FramsegError):
-        return Reason.OTHER, text
-    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in text:  # gloo: a RuntimeError
-        return Reason.PEER_GONE, text
+        return text
+    if peer_gone(error):
+        return f"another process has ended ({text})"
     if isinstance(error, OSError) and error.errno in FULL:
-        return Reason.DISK_FULL, str(error.filename or text)
+        return DISK_FULL.format(error.filename or text)
     if any(f"(os error {number})" in text for number in FULL):  # safetensors: its error has no errno
-        return Reason.DISK_FULL, text
+        return DISK_FULL.format(text)
     # On the CPU torch raises a RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return Reason.OUT_OF_MEMORY, text
+        return (
+            f"out of memory ({text}): halve training.micro_batch (or inference.batch, if it was decoding) and double "
+            "training.accumulation, or set training.gradient_checkpointing=true"
+        )
     if isinstance(error, OSError) and error.errno in REFUSED:
-        return Reason.NOT_WRITABLE, f"{error.filename} ({error.strerror})"
+        return f"cannot write {error.filename} ({error.strerror}): give another --run-dir or data.folder"
     if "DataLoader worker (pid" in text:  # torch: a RuntimeError
-        return Reason.READER_DIED, text
-    return Reason.OTHER, f"{type(error).__name__}: {text}"
-
-
-def sentence(error: Exception) -> str:
-    """What to tell a user about an error of this process: what happened and, where that is known, what to do."""
-    reason, what = diagnosis(error)
-    return reason.value.format(what)
+        return f"a process that reads frames has died ({text}): lower training.workers if memory is short"
+    return f"{type(error).__name__}: {text}"
 
 
 class Job:
@@ -104,11 +93,8 @@ class Job:
     def __init__(self, module: str, profile: config.Profile, log: Path, arguments: list[str]):
         if importlib.util.find_spec("deepspeed") is None:
             raise FramsegError("DeepSpeed is not installed with this Python: install what environment.yml lists")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={profile.training.processes}"]
-        command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={get_free_port()}", "--no_local_rank"]
         command += ["--module", module, *arguments]
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
@@ -144,7 +130,7 @@ class Job:
         if any(given):
             why = next(filter(None, given))
         elif shutil.disk_usage(self.log.parent).free < 2**20:  # too full for a last line
-            why = Reason.DISK_FULL.value.format(self.log.parent)
+            why = DISK_FULL.format(self.log.parent)
         elif errors and not given and 0 < self.process.returncode < 128:
             why = f"a process or the DeepSpeed launcher ended with {errors[-1]}"
         else:
@@ -250,6 +236,6 @@ def last_line() -> Iterator[None]:
             raise FramsegError(sentence(error)) from None  # for `command_line`
         traceback.print_exc()
         # Where another process has ended, that one has written its own reason, or was killed.
-        why = "" if diagnosis(error)[0] is Reason.PEER_GONE else " ".join(sentence(error).split())
+        why = "" if peer_gone(error) else " ".join(sentence(error).split())
         print(f"{LAST_LINE}{why}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -97,17 +98,10 @@ def differences(
     old: config.Profile, new: config.Profile, sections: Sequence[str], words: str = "{key}: {old} there, {new} now"
 ) -> dict[str, str]:
     """The keys of these sections whose values differ, and for each both values in words."""
-    before, after = (flat(profile.model_dump(mode="json", include=set(sections))) for profile in (old, new))
-    changed = {key: value for key, value in after.items() if before[key] != value}
-    return {key: words.format(key=key, old=before[key], new=value) for key, value in changed.items()}
-
-
-def flat(section: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    out: dict[str, object] = {}
-    for key, value in section.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
+    dumps = [profile.model_dump(mode="json", include=set(sections)) for profile in (old, new)]
+    before, after = (pd.json_normalize(dump).to_dict("records")[0] for dump in dumps)  # keys like "data.folder"
+    changed = {str(key): value for key, value in after.items() if before.get(key) != value}
+    return {key: words.format(key=key, old=before.get(key), new=value) for key, value in changed.items()}
 
 
 def save(

@@ -80,7 +80,7 @@ class Work:
                 mask,
                 self.profile.frames.count,
                 self.profile.inference.beams,
-            ).mask
+            ).masks[:, 0]
             for rows, ids, mask in self.batches()
         ]
         return torch.cat(found).cpu()

@@ -64,7 +64,7 @@ def main() -> None:
             section = own.model.model_copy(update={"dtype": computed})
             config.save(own.model_copy(update={"model": section}), Path(folder) / config.FILE)
             model, profile, tokenizer = checkpoint.loaded(folder, "cpu", asked)
-        answers = list(decode.records(model, tokenizer, profile, rows, progress=False))
+        answers = list(decode.records(model, tokenizer, profile, rows))
         masks, probability = [answer["mask"] for answer in answers], np.array([a["probability"] for a in answers])
         exact = exact or {"masks": masks, "probability": probability}
         logit = logits(model, profile, tokenizer, rows, exact["masks"])
