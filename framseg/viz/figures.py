@@ -118,9 +118,9 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
     figure, panels = new_figure(6.6, 3, 3)
     videos, windows, lengths, saliency, distances, positions, words, common, balance = panels
     queries = {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}
-    _counts(videos, queries, colours, "Queries per video", "queries", "share of videos")
+    _counts(videos, queries, colours)
     moments = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
-    _counts(windows, moments, colours, "Windows per query", "windows", "share of queries")
+    _counts(windows, moments, colours)
     for name, rows in labelled.items():
         seconds = [end - start for row in rows for start, end in row.relevant_windows]
         count, edges = np.histogram(seconds, bins=np.arange(0, max(row.duration for row in rows) + 10, 10))
@@ -135,14 +135,11 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
         positions.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
     for limit in (10, 30):  # between short, middle and long
         lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
-    label_shares(lengths, "Window lengths", "seconds (dotted: 10 and 30)", "share of windows", xlim=(0, None))
-    label_shares(saliency, "Clip saliency", "mean of three annotators", "share of relevant clips")
-    label_shares(distances, "Annotators differ", "points apart (dotted: by chance)", "pairs of annotators")
-    label_shares(positions, "Where moments lie", "position in the video", "queries covering it")
     for name, split in splits.items():
         count = np.bincount([min(len(row.query.split()), 30) for row in split], minlength=31)
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
-    label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
+    for axes, labels in zip(panels, _WORDS["overview"], strict=False):
+        label_shares(axes, **labels)
     used = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
     commonest = Counter(word for query in used for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
     common.barh([word for word, _ in commonest], [count / len(used) for _, count in commonest], color=GREY)
@@ -163,7 +160,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
     return figure
 
 
-def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, str], *labels: str) -> None:
+def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, str]) -> None:
     """Bars: what share of a split's counts are 1, 2, ... and 6 or more."""
     largest = max(max(values) for values in counts.values())
     top = min(6, largest)
@@ -172,7 +169,6 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
         share = np.bincount(np.minimum(values, top), minlength=top + 1)[1:] / len(values)
         axes.bar(np.arange(1, top + 1) + (place - (len(counts) - 1) / 2) * width, share, width, color=colours[name])
     axes.set_xticks(range(1, top + 1), [*map(str, range(1, top)), f"{top}+" if largest > top else str(top)])
-    label_shares(axes, *labels)
 
 
 @styled
@@ -262,12 +258,10 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
     """
     boxes, line, column, answer = [], 0, 0, False
     for place, (_, spelling) in enumerate(pieces):
+        kind = _IMAGE if spelling == "<image>" else f"answer {spelling}" if answer else ""
         if spelling.startswith("<|") and spelling.endswith("|>"):
-            colour = _KINDS["control token"]
-        elif spelling == "<image>":
-            colour = _KINDS[_IMAGE]
-        else:
-            colour = _KINDS.get(f"answer {spelling}" if answer else "", _PLAIN[place % 2])
+            kind = "control token"
+        colour = _KINDS.get(kind, _PLAIN[place % 2])
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
@@ -568,13 +562,10 @@ def _frames_on_axis(axes: Axes, frames: np.ndarray, times: np.ndarray, duration:
 
 def _windows_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> None:
     """True windows, and under them each prediction's in their lanes, with their scores."""
-    ticks: dict[str, int] = {}
-    level = 0
-    if isinstance(row, LabelledRow):
-        for start, end in row.relevant_windows:
-            axes.barh(level, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
-        ticks["true"] = level
-        level += 1
+    ticks = {"true": 0} if isinstance(row, LabelledRow) else {}
+    level = len(ticks)
+    for start, end in getattr(row, "relevant_windows", ()):
+        axes.barh(0, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
     for (name, record), colour in zip(named, (PREDICTED, OTHER), strict=False):
         ticks[name] = level
         filled, left_out = lanes(record, row.duration)
@@ -633,8 +624,7 @@ def choose(
         likeness, excess = _likeness(row_of[qid], record_of[qid])
         sure, gain = confidence(record_of[qid], row_of[qid].duration), iou - before.get(qid, iou)
         lines.append((qid, iou, hit, sure, likeness, -likeness, excess, gain))
-    columns = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
-    measures = pd.DataFrame(lines, columns=columns)
+    measures = pd.DataFrame(lines, columns="qid iou hit confidence likeness unlikeness excess gain".split())
     chosen: dict[str, int] = {}
     for name, rule in _WORDS["rules"].items():
         qualified = measures[~measures["qid"].isin(chosen.values())].query(rule["condition"])
