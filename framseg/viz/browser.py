@@ -141,12 +141,8 @@ class Browser(widgets.HBox):
         self.list = widgets.Select(rows=22, layout=wide)
         self.message = widgets.HTML()
         self.picture = Player(lambda by: self._go(self.place + by), self.play)
-        actions: dict[str, Callable[[], object]] = {
-            "◀ previous": self.previous,
-            "next ▶": self.next,
-            "save figure": self.save_figure,
-            "export selection": self.export,
-        }
+        actions: dict[str, Callable[[], object]] = {"◀ previous": self.previous, "next ▶": self.next}
+        actions |= {"save figure": self.save_figure, "export selection": self.export}
         self.buttons = {text: widgets.Button(description=text) for text in actions}
         for text, button in self.buttons.items():
             button.on_click(lambda _, action=actions[text]: self._try(action))

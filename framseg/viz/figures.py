@@ -139,7 +139,9 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
         count = np.bincount([min(len(row.query.split()), 30) for row in split], minlength=31)
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
     for axes, labels in zip(panels, _WORDS["overview"], strict=False):
-        label_shares(axes, **labels)
+        label_shares(axes, *labels)
+    for axes in (lengths, words):
+        axes.set_xlim(0, None)
     used = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
     commonest = Counter(word for query in used for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
     common.barh([word for word, _ in commonest], [count / len(used) for _, count in commonest], color=GREY)
@@ -172,20 +174,18 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
 
 
 @styled
-def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None) -> Figure:
-    """All frames of a video in rows of 13, each with its time in seconds.
+def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int]) -> Figure:
+    """All frames of a video in rows of 13, uint8 [f, H, W, 3], each with its time [f] in seconds and its label [f].
 
-    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` [f] the digit stands next to the time, a 1 has a border.
+    A frame with the label 1 has a border.
     """
     rows, columns = math.ceil(len(frames) / 13), min(13, len(frames))
     figure, panels = new_figure(rows * (0.78 * WIDTH / columns + 0.25), rows, columns)
     for axes in panels[len(frames) :]:
         axes.set_axis_off()
-    for place, axes in enumerate(panels[: len(frames)]):
-        inside = labels is not None and labels[place] == 1
-        _show_frame(axes, frames[place], TRUE if inside else None)
-        digit = "" if labels is None else f"  {labels[place]}"
-        axes.set_xlabel(f"{times[place]:.0f} s{digit}", fontsize="small", color=TRUE if inside else "black", labelpad=2)
+    for axes, frame, time, label in zip(panels, frames, times, labels, strict=False):
+        _show_frame(axes, frame, TRUE if label else None)
+        axes.set_xlabel(f"{time:.0f} s  {label}", fontsize="small", color=TRUE if label else "black", labelpad=2)
     return figure
 
 
@@ -212,7 +212,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
 
 @styled
 def variations(
-    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int] | None = None, columns: int = 8
+    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int], columns: int = 8
 ) -> Figure:
     """The paper's Figure 4: the frame v_i of `columns` positions and its neighbours, `distance` seconds apart.
 
@@ -223,15 +223,13 @@ def variations(
     middle = len(frames) // 2
     figure, panels = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35, len(frames), len(shown))
     for axes, (variation, position) in zip(panels, itertools.product(range(len(frames)), shown), strict=True):
-        drawn = choice is not None and choice[position] == variation
-        _show_frame(axes, frames[variation, position], PREDICTED if drawn else None)
+        _show_frame(axes, frames[variation, position], PREDICTED if choice[position] == variation else None)
     for variation, axes in enumerate(panels[:: len(shown)]):
         name = "frame $v_i$" if variation == middle else f"{(variation - middle) * distance:+.1f} s"
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
     for axes, position in zip(panels[-len(shown) :], shown, strict=True):
         axes.set_xlabel(f"{times[position]:.0f} s")
-    if choice is not None:
-        figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
+    figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
     return figure
 
 
