@@ -1,8 +1,7 @@
 """The paper's figures and those of the notebooks, each from plain values: rows, predictions, frames, log lines.
 
-Every function returns a figure that shows itself as the last line of a notebook cell; pyplot is not used, so no figure
-stays open. All share one style: seaborn's colour-blind palette, and what must be told apart also differs in form
-(filled or line, hatched or plain), so that a print in grey can be read. `save` writes PNG and PDF.
+Every function returns a figure that shows itself in a notebook; without pyplot, none stays open. All share one style:
+seaborn's colour-blind palette, and what must be told apart also differs in form, so that a print in grey can be read.
 """
 
 import itertools
@@ -88,9 +87,8 @@ def label_shares(axes: Axes, title: str, xlabel: str, ylabel: str = "", **limits
 @styled
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Write `folder`/`name`.png and .pdf, the same bytes for the same figure; returns both paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    paths = [Path(folder, f"{name}.{kind}") for kind in ("png", "pdf")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(paths[0], dpi=2 * DPI)
     figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths
@@ -175,10 +173,7 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
 
 @styled
 def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int]) -> Figure:
-    """All frames of a video in rows of 13, uint8 [f, H, W, 3], each with its time [f] in seconds and its label [f].
-
-    A frame with the label 1 has a border.
-    """
+    """Frames, uint8 [f, H, W, 3], in rows of 13, each with its time [f] (s) and label [f]; a 1 has a border."""
     rows, columns = math.ceil(len(frames) / 13), min(13, len(frames))
     figure, panels = new_figure(rows * (0.78 * WIDTH / columns + 0.25), rows, columns)
     for axes in panels[len(frames) :]:
@@ -316,7 +311,6 @@ def schedule(steps: Sequence[dict]) -> Figure:
     _require(steps, "steps")
     figure, [rate, weights] = new_figure(2.2, 1, 2)
     _learning_rate(rate, steps)
-    rate.set_ylim(0, None)
     x = [line["step"] for line in steps]
     styles = ("-", "-", "--", ":")  # three of the four often coincide
     for place, (key, name) in enumerate(LOSSES.items()):
@@ -370,7 +364,7 @@ def _loss_curve(axes: Axes, steps: Sequence[dict], key: str) -> None:
 def _learning_rate(axes: Axes, steps: Sequence[dict]) -> None:
     rates = [line["learning_rate"] for line in steps]
     axes.plot([line["step"] for line in steps], rates, color="black", marker="." if len(steps) == 1 else "")
-    axes.set(title="Learning rate", xlabel="optimizer step")
+    axes.set(title="Learning rate", xlabel="optimizer step", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
@@ -517,10 +511,10 @@ def qualitative(
 ) -> Figure:
     """The paper's Figures 2, 3, 5 to 9: frames, true and predicted windows, predicted curve over the true saliency.
 
-    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts), of which nine are
-    drawn; without frames the figure says so and has the curves only. `against`: name and record of another prediction
-    (of an earlier epoch, another model), which is drawn as well. A row without labels has no true windows and saliency;
-    a qid below 0 (your own video) is not shown, the `notes` of an answer are.
+    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts); in nine equal slots the
+    one nearest to its middle is drawn; without frames the figure says so. `against`: name and record of another
+    prediction, which is drawn as well. A row without labels has no true windows and saliency; a qid below 0 (your own
+    video) is not shown, the `notes` of an answer are.
     """
     t = row.duration
     named = [("predicted", prediction), *([against] if against else [])]
@@ -537,25 +531,21 @@ def qualitative(
         strip.text(0, 0.5, "No frames are shown: there are none of this video.", va="center", fontsize="small",
                    style="italic", transform=strip.transAxes)  # fmt: skip
     else:
-        _frames_on_axis(strip, frames, frame_times(t, len(frames)) if times is None else np.asarray(times), t)
+        times = frame_times(t, len(frames)) if times is None else np.asarray(times)
+        slots = min(9, len(frames))
+        slot = t / slots
+        for middle in (np.arange(slots) + 0.5) * slot:
+            nearest = int(np.abs(times - middle).argmin())
+            strip.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
+            strip.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
+                       bbox=_READABLE)  # fmt: skip
+        strip.set_ylim(0, 1)
     strip.tick_params(left=False, bottom=False, labelleft=False)
     strip.spines[:].set_visible(False)
     _windows_on_axis(spans, row, named)
     _curves_on_axis(curve, row, named)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
-
-
-def _frames_on_axis(axes: Axes, frames: np.ndarray, times: np.ndarray, duration: float) -> None:
-    """Nine equal slots along the time axis, each with the frame that is nearest to its middle."""
-    slots = min(9, len(frames))
-    slot = duration / slots
-    for middle in (np.arange(slots) + 0.5) * slot:
-        nearest = int(np.abs(times - middle).argmin())
-        axes.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
-        axes.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
-                  bbox=_READABLE)  # fmt: skip
-    axes.set_ylim(0, 1)
 
 
 def _windows_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> None:
@@ -640,7 +630,6 @@ def _likeness(row: LabelledRow, prediction: dict) -> tuple[float, float]:
     curve = np.interp((np.arange(len(truth)) + 0.5) * CLIP_SECONDS, seconds, values)
     inside = list(row.relevant_clip_ids)
     excess = (curve[inside] - truth[inside]).mean()
-    curve, truth = curve - curve.mean(), truth - truth.mean()
-    size = np.sqrt((curve @ curve) * (truth @ truth))
-    correlation = curve @ truth / size if size > 1e-12 else 0.0
+    varied = curve.std() * truth.std() * len(truth) > 1e-12
+    correlation = np.corrcoef(curve, truth)[0, 1] if varied else 0.0
     return round(float(correlation), 9), round(float(excess), 9)  # the last bits would tell equals apart
