@@ -53,9 +53,8 @@ def write(profile: config.Profile, run: Run) -> None:
             headings += _prepared(cell)
             cells.append(cell)
     title, settings = f"framseg, profile {profile.name}", run.profile.read_text(encoding="utf-8")
-    front = jinja2.Template(FRONT, autoescape=True).render(
-        title=title, headings=headings, chapters=chapters, settings=settings
-    )
+    told = {"title": title, "headings": headings, "chapters": chapters, "settings": settings}
+    front = jinja2.Template(FRONT, autoescape=True).render(told)
     whole = new_notebook(cells=[new_markdown_cell(front, id="front"), *cells], metadata={"title": title})
     exporter = HTMLExporter(raw_template=TEMPLATE, exclude_anchor_links=True, embed_images=True)
     page, _ = exporter.from_notebook_node(whole)

@@ -141,12 +141,8 @@ class Browser(widgets.HBox):
         self.list = widgets.Select(rows=22, layout=wide)
         self.message = widgets.HTML()
         self.picture = Player(lambda by: self._go(self.place + by), self.play)
-        actions: dict[str, Callable[[], object]] = {
-            "◀ previous": self.previous,
-            "next ▶": self.next,
-            "save figure": self.save_figure,
-            "export selection": self.export,
-        }
+        actions: dict[str, Callable[[], object]] = {"◀ previous": self.previous, "next ▶": self.next}
+        actions |= {"save figure": self.save_figure, "export selection": self.export}
         self.buttons = {text: widgets.Button(description=text) for text in actions}
         for text, button in self.buttons.items():
             button.on_click(lambda _, action=actions[text]: self._try(action))
@@ -176,9 +172,8 @@ class Browser(widgets.HBox):
 
     def _refresh(self) -> None:
         before = self.shown[self.place].row.qid if self.shown else None
-        words = self.search.value.lower().split()
         kept = self.entries.query(FILTERS[self.filter.value]).sort_index()
-        for word in words:
+        for word in self.search.value.lower().split():
             kept = kept[kept["text"].str.contains(word, regex=False)]
         order = np.argsort(np.asarray(kept.eval(SORTS[self.sort.value])), kind="stable")
         self.shown = list(kept.iloc[order].itertuples())
@@ -190,10 +185,7 @@ class Browser(widgets.HBox):
         """Show the query at this place, or at the nearest that exists, and the page of the list that holds it."""
         self.place = min(max(place, 0), max(len(self.shown) - 1, 0))
         first = self.place - self.place % PAGE
-        page = [
-            (("  –  " if math.isnan(entry.iou) else f"{entry.iou:.2f}") + f"  {entry.row.query}", entry.row.qid)
-            for entry in self.shown[first : first + PAGE]
-        ]
+        page = [(f"{entry.scored}  {entry.row.query}", entry.row.qid) for entry in self.shown[first : first + PAGE]]
         self.list.unobserve(self._picked, "index")
         if tuple(self.list.options) != tuple(page):
             self.list.options = page
@@ -208,8 +200,7 @@ class Browser(widgets.HBox):
             self._go(self.place - self.place % PAGE + change["new"])
 
     def _video(self, vid: str) -> Path | None:
-        files = self.videos.glob(f"{glob.escape(vid)}.*") if self.videos is not None else []
-        return next(iter(sorted(files)), None)
+        return min(self.videos.glob(f"{glob.escape(vid)}.*"), default=None) if self.videos is not None else None
 
     def _frames(self, row: Row) -> np.ndarray | None:
         try:
@@ -226,13 +217,8 @@ class Browser(widgets.HBox):
         row, frames = entry.row, self._frames(entry.row)
         named = {self.title: entry.prediction}
         named |= {self.compare.value: self.compared.get(row.qid)} if self.compared else {}
-        width = WIDTH if len(named) == 1 else NARROW
-        blocks = []
-        for title, record in named.items():
-            scores = figures.scores(row, record) if record else "no prediction for this query"
-            blocks.append((title, scores, sketch(row, record, frames, width) if record else ""))
-        video = self._video(row.vid)
-        self.picture.value = PAGES.query(row, blocks, frames is not None, video is not None, LEFT + WIDTH + 20)
+        width, most = WIDTH if len(named) == 1 else NARROW, LEFT + WIDTH + 20
+        self.picture.value = PAGES.query(row, named, frames, self._video(row.vid), width, most, figures.scores, sketch)
 
 
 browse = Browser  # what the notebooks call
@@ -265,6 +251,7 @@ def _entries(file: Path, rows: list[Row]) -> pd.DataFrame:
         lengths = [end - start for start, end in getattr(row, "relevant_windows", ())]
         own = {"row": row, "prediction": record, "text": f"{row.qid} {row.query}".lower()}
         own |= {"confidence": figures.confidence(record, row.duration), "invalid": record.get("valid") is False}
+        own["scored"] = f"{number['iou']:.2f}" if "iou" in number else "  –  "
         own |= {name: any(low < length <= high for length in lengths) for name, (low, high) in LENGTHS.items()}
         lines.append({"qid": row.qid, "iou": math.nan, "hit": None} | number | own)
     return pd.DataFrame(lines).set_index("qid")

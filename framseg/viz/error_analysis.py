@@ -106,7 +106,7 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
 
 
 @figures.styled
-def reach(metrics: Mapping[int, Mapping[str, dict]], reached: dict | None = None) -> Figure:
+def reach(metrics: Mapping[int, Mapping[str, dict]], reached: dict) -> Figure:
     """Best reachable R1@0.5, R1@0.7 and mAP over the number of frames.
 
     metrics: frames -> name of the answers -> metrics, as `evaluate` scores `reachable`. `reached`: a model's, a line.
@@ -116,8 +116,7 @@ def reach(metrics: Mapping[int, Mapping[str, dict]], reached: dict | None = None
         for answers, style in (("best digits", "-"), ("true labels", "--")):
             values = [scores[answers]["brief"][key] for scores in metrics.values()]
             axes.plot(list(metrics), values, style, marker="o", color=figures.TRUE, label=answers)
-        if reached:
-            axes.axhline(reached["brief"][key], color=figures.PREDICTED, label="reached")
+        axes.axhline(reached["brief"][key], color=figures.PREDICTED, label="reached")
         axes.set(title=title, xlabel="frames", xticks=list(metrics), ylim=(0, 103))
     panels[0].legend(fontsize="small", loc="lower right")
     return out
@@ -179,8 +178,7 @@ def _errors_by_distance(rate: Axes, share: Axes, frames: Mapping[str, np.ndarray
 def _best_run(window: Sequence[float], duration: float, frames: int) -> list[float]:
     """Of the runs of whole frames whose ends are next to the window's, the one with the best IoU, in seconds."""
     step = duration / frames
-    starts = {int(window[0] // step), int(-(-window[0] // step))}
-    ends = {int(window[1] // step), int(-(-window[1] // step))}
+    starts, ends = ({int(second // step), int(-(-second // step))} for second in window)
     runs = [[start * step, end * step] for start in starts for end in ends | {start + 1} if start < end <= frames]
     return max(runs, key=lambda run: float(moments.iou(run, window)))
 

@@ -1,8 +1,7 @@
 """The paper's figures and those of the notebooks, each from plain values: rows, predictions, frames, log lines.
 
-Every function returns a figure that shows itself as the last line of a notebook cell; pyplot is not used, so no figure
-stays open. All share one style: seaborn's colour-blind palette, and what must be told apart also differs in form
-(filled or line, hatched or plain), so that a print in grey can be read. `save` writes PNG and PDF.
+Every function returns a figure that shows itself in a notebook; without pyplot, none stays open. All share one style:
+seaborn's colour-blind palette, and what must be told apart also differs in form, so that a print in grey can be read.
 """
 
 import itertools
@@ -88,9 +87,8 @@ def label_shares(axes: Axes, title: str, xlabel: str, ylabel: str = "", **limits
 @styled
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Write `folder`/`name`.png and .pdf, the same bytes for the same figure; returns both paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    paths = [Path(folder, f"{name}.{kind}") for kind in ("png", "pdf")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(paths[0], dpi=2 * DPI)
     figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths
@@ -118,9 +116,9 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
     figure, panels = new_figure(6.6, 3, 3)
     videos, windows, lengths, saliency, distances, positions, words, common, balance = panels
     queries = {name: list(Counter(row.vid for row in rows).values()) for name, rows in splits.items()}
-    _counts(videos, queries, colours, "Queries per video", "queries", "share of videos")
+    _counts(videos, queries, colours)
     moments = {name: [len(row.relevant_windows) for row in rows] for name, rows in labelled.items()}
-    _counts(windows, moments, colours, "Windows per query", "windows", "share of queries")
+    _counts(windows, moments, colours)
     for name, rows in labelled.items():
         seconds = [end - start for row in rows for start, end in row.relevant_windows]
         count, edges = np.histogram(seconds, bins=np.arange(0, max(row.duration for row in rows) + 10, 10))
@@ -135,14 +133,13 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
         positions.plot((np.arange(frames) + 0.5) / frames, covered, color=colours[name])
     for limit in (10, 30):  # between short, middle and long
         lengths.axvline(limit, color=GREY, linestyle=":", linewidth=1)
-    label_shares(lengths, "Window lengths", "seconds (dotted: 10 and 30)", "share of windows", xlim=(0, None))
-    label_shares(saliency, "Clip saliency", "mean of three annotators", "share of relevant clips")
-    label_shares(distances, "Annotators differ", "points apart (dotted: by chance)", "pairs of annotators")
-    label_shares(positions, "Where moments lie", "position in the video", "queries covering it")
     for name, split in splits.items():
         count = np.bincount([min(len(row.query.split()), 30) for row in split], minlength=31)
         words.stairs(count / len(split), np.arange(32) - 0.5, color=colours[name], linewidth=1.5)
-    label_shares(words, "Words per query", "words (30: or more)", "share of queries", xlim=(0, None))
+    for axes, labels in zip(panels, _WORDS["overview"], strict=False):
+        label_shares(axes, *labels)
+    for axes in (lengths, words):
+        axes.set_xlim(0, None)
     used = [set(_WORD.findall(row.query.lower())) for rows in splits.values() for row in rows]
     commonest = Counter(word for query in used for word in sorted(query - _FUNCTION_WORDS)).most_common(8)
     common.barh([word for word, _ in commonest], [count / len(used) for _, count in commonest], color=GREY)
@@ -163,7 +160,7 @@ def data_overview(splits: Mapping[str, Sequence[Row]], frames: int, whole_second
     return figure
 
 
-def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, str], *labels: str) -> None:
+def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, str]) -> None:
     """Bars: what share of a split's counts are 1, 2, ... and 6 or more."""
     largest = max(max(values) for values in counts.values())
     top = min(6, largest)
@@ -172,24 +169,18 @@ def _counts(axes: Axes, counts: Mapping[str, list[int]], colours: Mapping[str, s
         share = np.bincount(np.minimum(values, top), minlength=top + 1)[1:] / len(values)
         axes.bar(np.arange(1, top + 1) + (place - (len(counts) - 1) / 2) * width, share, width, color=colours[name])
     axes.set_xticks(range(1, top + 1), [*map(str, range(1, top)), f"{top}+" if largest > top else str(top)])
-    label_shares(axes, *labels)
 
 
 @styled
-def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int] | None = None) -> Figure:
-    """All frames of a video in rows of 13, each with its time in seconds.
-
-    frames: uint8 [f, H, W, 3]; times: [f]. With `labels` [f] the digit stands next to the time, a 1 has a border.
-    """
+def frame_strip(frames: np.ndarray, times: Sequence[float], labels: Sequence[int]) -> Figure:
+    """Frames, uint8 [f, H, W, 3], in rows of 13, each with its time [f] (s) and label [f]; a 1 has a border."""
     rows, columns = math.ceil(len(frames) / 13), min(13, len(frames))
     figure, panels = new_figure(rows * (0.78 * WIDTH / columns + 0.25), rows, columns)
     for axes in panels[len(frames) :]:
         axes.set_axis_off()
-    for place, axes in enumerate(panels[: len(frames)]):
-        inside = labels is not None and labels[place] == 1
-        _show_frame(axes, frames[place], TRUE if inside else None)
-        digit = "" if labels is None else f"  {labels[place]}"
-        axes.set_xlabel(f"{times[place]:.0f} s{digit}", fontsize="small", color=TRUE if inside else "black", labelpad=2)
+    for axes, frame, time, label in zip(panels, frames, times, labels, strict=False):
+        _show_frame(axes, frame, TRUE if label else None)
+        axes.set_xlabel(f"{time:.0f} s  {label}", fontsize="small", color=TRUE if label else "black", labelpad=2)
     return figure
 
 
@@ -216,7 +207,7 @@ def soft_targets(row: LabelledRow, frames: int) -> Figure:
 
 @styled
 def variations(
-    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int] | None = None, columns: int = 8
+    frames: np.ndarray, times: Sequence[float], distance: float, choice: Sequence[int], columns: int = 8
 ) -> Figure:
     """The paper's Figure 4: the frame v_i of `columns` positions and its neighbours, `distance` seconds apart.
 
@@ -227,15 +218,13 @@ def variations(
     middle = len(frames) // 2
     figure, panels = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35, len(frames), len(shown))
     for axes, (variation, position) in zip(panels, itertools.product(range(len(frames)), shown), strict=True):
-        drawn = choice is not None and choice[position] == variation
-        _show_frame(axes, frames[variation, position], PREDICTED if drawn else None)
+        _show_frame(axes, frames[variation, position], PREDICTED if choice[position] == variation else None)
     for variation, axes in enumerate(panels[:: len(shown)]):
         name = "frame $v_i$" if variation == middle else f"{(variation - middle) * distance:+.1f} s"
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
     for axes, position in zip(panels[-len(shown) :], shown, strict=True):
         axes.set_xlabel(f"{times[position]:.0f} s")
-    if choice is not None:
-        figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
+    figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
     return figure
 
 
@@ -262,12 +251,10 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
     """
     boxes, line, column, answer = [], 0, 0, False
     for place, (_, spelling) in enumerate(pieces):
+        kind = _IMAGE if spelling == "<image>" else f"answer {spelling}" if answer else ""
         if spelling.startswith("<|") and spelling.endswith("|>"):
-            colour = _KINDS["control token"]
-        elif spelling == "<image>":
-            colour = _KINDS[_IMAGE]
-        else:
-            colour = _KINDS.get(f"answer {spelling}" if answer else "", _PLAIN[place % 2])
+            kind = "control token"
+        colour = _KINDS.get(kind, _PLAIN[place % 2])
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
@@ -324,7 +311,6 @@ def schedule(steps: Sequence[dict]) -> Figure:
     _require(steps, "steps")
     figure, [rate, weights] = new_figure(2.2, 1, 2)
     _learning_rate(rate, steps)
-    rate.set_ylim(0, None)
     x = [line["step"] for line in steps]
     styles = ("-", "-", "--", ":")  # three of the four often coincide
     for place, (key, name) in enumerate(LOSSES.items()):
@@ -378,7 +364,7 @@ def _loss_curve(axes: Axes, steps: Sequence[dict], key: str) -> None:
 def _learning_rate(axes: Axes, steps: Sequence[dict]) -> None:
     rates = [line["learning_rate"] for line in steps]
     axes.plot([line["step"] for line in steps], rates, color="black", marker="." if len(steps) == 1 else "")
-    axes.set(title="Learning rate", xlabel="optimizer step")
+    axes.set(title="Learning rate", xlabel="optimizer step", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
@@ -525,10 +511,10 @@ def qualitative(
 ) -> Figure:
     """The paper's Figures 2, 3, 5 to 9: frames, true and predicted windows, predicted curve over the true saliency.
 
-    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts), of which nine are
-    drawn; without frames the figure says so and has the curves only. `against`: name and record of another prediction
-    (of an earlier epoch, another model), which is drawn as well. A row without labels has no true windows and saliency;
-    a qid below 0 (your own video) is not shown, the `notes` of an answer are.
+    frames: uint8 [f, H, W, 3] at `times` [f] seconds (by default the middles of f equal parts); in nine equal slots the
+    one nearest to its middle is drawn; without frames the figure says so. `against`: name and record of another
+    prediction, which is drawn as well. A row without labels has no true windows and saliency; a qid below 0 (your own
+    video) is not shown, the `notes` of an answer are.
     """
     t = row.duration
     named = [("predicted", prediction), *([against] if against else [])]
@@ -545,7 +531,15 @@ def qualitative(
         strip.text(0, 0.5, "No frames are shown: there are none of this video.", va="center", fontsize="small",
                    style="italic", transform=strip.transAxes)  # fmt: skip
     else:
-        _frames_on_axis(strip, frames, frame_times(t, len(frames)) if times is None else np.asarray(times), t)
+        times = frame_times(t, len(frames)) if times is None else np.asarray(times)
+        slots = min(9, len(frames))
+        slot = t / slots
+        for middle in (np.arange(slots) + 0.5) * slot:
+            nearest = int(np.abs(times - middle).argmin())
+            strip.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
+            strip.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
+                       bbox=_READABLE)  # fmt: skip
+        strip.set_ylim(0, 1)
     strip.tick_params(left=False, bottom=False, labelleft=False)
     strip.spines[:].set_visible(False)
     _windows_on_axis(spans, row, named)
@@ -554,27 +548,12 @@ def qualitative(
     return figure
 
 
-def _frames_on_axis(axes: Axes, frames: np.ndarray, times: np.ndarray, duration: float) -> None:
-    """Nine equal slots along the time axis, each with the frame that is nearest to its middle."""
-    slots = min(9, len(frames))
-    slot = duration / slots
-    for middle in (np.arange(slots) + 0.5) * slot:
-        nearest = int(np.abs(times - middle).argmin())
-        axes.imshow(frames[nearest], extent=(middle - 0.48 * slot, middle + 0.48 * slot, 0, 1), aspect="auto")
-        axes.text(middle, 0.03, f"{times[nearest]:.0f} s", ha="center", va="bottom", fontsize="x-small",
-                  bbox=_READABLE)  # fmt: skip
-    axes.set_ylim(0, 1)
-
-
 def _windows_on_axis(axes: Axes, row: Row, named: Sequence[tuple[str, dict]]) -> None:
     """True windows, and under them each prediction's in their lanes, with their scores."""
-    ticks: dict[str, int] = {}
-    level = 0
-    if isinstance(row, LabelledRow):
-        for start, end in row.relevant_windows:
-            axes.barh(level, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
-        ticks["true"] = level
-        level += 1
+    ticks = {"true": 0} if isinstance(row, LabelledRow) else {}
+    level = len(ticks)
+    for start, end in getattr(row, "relevant_windows", ()):
+        axes.barh(0, end - start, left=start, height=0.7, color=TRUE, hatch="////", edgecolor="white", lw=0)
     for (name, record), colour in zip(named, (PREDICTED, OTHER), strict=False):
         ticks[name] = level
         filled, left_out = lanes(record, row.duration)
@@ -633,8 +612,7 @@ def choose(
         likeness, excess = _likeness(row_of[qid], record_of[qid])
         sure, gain = confidence(record_of[qid], row_of[qid].duration), iou - before.get(qid, iou)
         lines.append((qid, iou, hit, sure, likeness, -likeness, excess, gain))
-    columns = ["qid", "iou", "hit", "confidence", "likeness", "unlikeness", "excess", "gain"]
-    measures = pd.DataFrame(lines, columns=columns)
+    measures = pd.DataFrame(lines, columns="qid iou hit confidence likeness unlikeness excess gain".split())
     chosen: dict[str, int] = {}
     for name, rule in _WORDS["rules"].items():
         qualified = measures[~measures["qid"].isin(chosen.values())].query(rule["condition"])
@@ -652,7 +630,6 @@ def _likeness(row: LabelledRow, prediction: dict) -> tuple[float, float]:
     curve = np.interp((np.arange(len(truth)) + 0.5) * CLIP_SECONDS, seconds, values)
     inside = list(row.relevant_clip_ids)
     excess = (curve[inside] - truth[inside]).mean()
-    curve, truth = curve - curve.mean(), truth - truth.mean()
-    size = np.sqrt((curve @ curve) * (truth @ truth))
-    correlation = curve @ truth / size if size > 1e-12 else 0.0
+    varied = curve.std() * truth.std() * len(truth) > 1e-12
+    correlation = np.corrcoef(curve, truth)[0, 1] if varied else 0.0
     return round(float(correlation), 9), round(float(excess), 9)  # the last bits would tell equals apart

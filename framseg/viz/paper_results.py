@@ -7,14 +7,11 @@ import yaml
 
 _REPORTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
-
-def _named(rows: dict[str, list[float | None]]) -> dict[str, dict]:
-    """Rows of Table I's columns as numbers by metric; what the paper leaves open is absent."""
-    return {name: pd.Series(row, TABLE_I_COLUMNS, float).dropna().to_dict() for name, row in rows.items()}
-
-
 TABLE_I_COLUMNS = tuple(_REPORTED["TABLE_I_COLUMNS"])
-TEST, VAL = _named(_REPORTED["TEST"]), _named(_REPORTED["VAL"])
+TEST, VAL = (  # rows of these columns as numbers by metric; what the paper leaves open is absent
+    {name: pd.Series(row, TABLE_I_COLUMNS, float).dropna().to_dict() for name, row in _REPORTED[split].items()}
+    for split in ("TEST", "VAL")
+)
 SYSTEM_COLUMNS, SYSTEM = tuple(_REPORTED["SYSTEM_COLUMNS"]), tuple(_REPORTED["SYSTEM"])
 BY_EPOCH_COLUMNS = tuple(_REPORTED["BY_EPOCH"])
 BY_EPOCH = tuple(pd.DataFrame(_REPORTED["BY_EPOCH"]).to_dict("records"))

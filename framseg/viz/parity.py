@@ -44,9 +44,8 @@ def answers(ours: Sequence[dict], authors: Sequence[dict], rows: Sequence[Row]) 
     facts = [[(r["vid"], r["duration"], len(r.get("probability") or ())) for r in side] for side in sides]
     if facts[0] != facts[1] or not qids:
         odd = [qid for qid, a, b in zip(qids, *facts, strict=True) if a != b] or [record["qid"] for record in ours]
-        raise PredictionError(
-            f"this run answers other queries, or from other frames: qid {jsonl.shortlist(odd, most=3)}"
-        )
+        named = jsonl.shortlist(odd, most=3)
+        raise PredictionError(f"this run answers other queries, or from other frames: qid {named}")
     p = np.array([[record["probability"] for record in side] for side in sides])  # [2, queries, f]
     logit = np.log(p.clip(EDGE, 1 - EDGE)) - np.log((1 - p).clip(EDGE, 1 - EDGE))
     wrong = np.not_equal(*np.array([[[*mask(record)] for record in side] for side in sides]))

@@ -13,8 +13,6 @@ from pathlib import Path
 import anywidget
 import av
 import traitlets
-from av.container import InputContainer
-from av.video.stream import VideoStream
 
 from framseg.run.container import VideoError, anew, opened
 
@@ -71,39 +69,39 @@ def cut(video: Path, start: float, end: float) -> tuple[bytes, float, str]:
     that browsers cannot play, and for a stretch without pictures.
     """
     try:
-        with opened(video) as (source, picture):
-            return _copied(video, source, picture, start, end)
+        return _copied(video, start, end)
     except av.FFmpegError as error:
         raise VideoError(f"{video}: cannot be played ({error})") from error
 
 
-def _copied(
-    video: Path, source: InputContainer, picture: VideoStream, start: float, end: float
-) -> tuple[bytes, float, str]:
-    codec = picture.codec_context.codec.canonical_name
-    if codec not in CONTAINERS:
-        raise VideoError(f"{video}: browsers cannot play {codec} video; {anew(video)} as H.264")
-    form = CONTAINERS[codec]
-    sound = [stream for stream in source.streams.audio if stream.codec_context.codec.canonical_name in SOUND[form]][:1]
-    base = picture.time_base or Fraction(1)  # seconds per unit; every stream of an opened file has it
-    zero = Fraction(source.start_time or 0, av.time_base)  # a player's second 0, also where the picture starts later
-    source.seek(int((start + zero) / base), stream=picture)
+def _copied(video: Path, start: float, end: float) -> tuple[bytes, float, str]:
     content, begin, empty = io.BytesIO(), None, True
-    with av.open(content, "w", format=form) as target:
-        copies = {stream.index: target.add_stream_from_template(stream, opaque=True) for stream in (picture, *sound)}
-        for packet, pts, dts, base in _timed(source.demux(picture, *sound)):
-            second = float(pts * base - zero)
-            if begin is None and packet.stream is picture:
-                begin = second
-            if begin is None or second < begin and packet.stream is not picture:
-                continue  # sound before the first frame
-            if content.tell() > MOST or packet.stream is picture and dts * base - zero > end:
-                break
-            shift = round((begin + float(zero)) / base)
-            packet.pts, packet.dts = pts - shift, dts - shift
-            packet.stream = copies[packet.stream.index]
-            target.mux(packet)
-            empty = False
+    with opened(video) as (source, picture):
+        codec = picture.codec.canonical_name
+        if codec not in CONTAINERS:
+            raise VideoError(f"{video}: browsers cannot play {codec} video; {anew(video)} as H.264")
+        form = CONTAINERS[codec]
+        both = picture, *[sound for sound in source.streams.audio if sound.codec.canonical_name in SOUND[form]][:1]
+        base = picture.time_base or Fraction(1)  # seconds per unit; every stream of an opened file has it
+        zero = Fraction(
+            source.start_time or 0, av.time_base
+        )  # a player's second 0, also where the picture starts later
+        source.seek(int((start + zero) / base), stream=picture)
+        with av.open(content, "w", format=form) as target:
+            copies = {stream.index: target.add_stream_from_template(stream, opaque=True) for stream in both}
+            for packet, pts, dts, base in _timed(source.demux(*both)):
+                second = float(pts * base - zero)
+                if begin is None and packet.stream is picture:
+                    begin = second
+                if begin is None or second < begin and packet.stream is not picture:
+                    continue  # sound before the first frame
+                if content.tell() > MOST or packet.stream is picture and dts * base - zero > end:
+                    break
+                shift = round((begin + float(zero)) / base)
+                packet.pts, packet.dts = pts - shift, dts - shift
+                packet.stream = copies[packet.stream.index]
+                target.mux(packet)
+                empty = False
     if begin is None or empty:
         raise VideoError(f"{video}: shows no picture from second {start:g} to {end:g}")
     return content.getvalue(), begin, f"video/{form}"

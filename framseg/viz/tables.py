@@ -70,9 +70,8 @@ def parameters(*profiles: config.Profile) -> pd.DataFrame:
             model = blip3.Blip3(profile.model)
             base = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
             model.adapt(profile.adapter.model_copy(update={"init": False}), profile.seed)
-        trained = {
-            name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()
-        }
+        parts = model.named_children()
+        trained = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
         counts |= {(profile.name, "base model"): base}
         counts |= {(profile.name, "trained"): trained} if profile.training.epochs else {}
     table = pd.DataFrame(counts).rename(index=PARTS)
@@ -139,10 +138,10 @@ def lengths(rows: Sequence[annotations.LabelledRow], metrics: Mapping) -> pd.Dat
     seconds = [end - start for row in rows for start, end in row.relevant_windows]
     lines = {}
     for name, (above, up_to) in evaluate.LENGTHS.items():
-        count = sum(above < length <= up_to for length in seconds)
-        recall, precision = metrics[name]["MR-R1"], metrics[name]["MR-mAP"]["average"]
-        reached = {"R1@0.5": recall["0.5"], "R1@0.7": recall["0.7"], "mAP": precision} if count else {}
-        lines[name] = {"true moments": count, **reached}
+        lines[name] = {"true moments": sum(above < length <= up_to for length in seconds)}
+        if lines[name]["true moments"]:
+            lines[name] |= {f"R1@{threshold}": metrics[name]["MR-R1"][threshold] for threshold in ("0.5", "0.7")}
+            lines[name]["mAP"] = metrics[name]["MR-mAP"]["average"]
     return pd.DataFrame(list(lines.values()), index=list(lines))
 
 
@@ -161,8 +160,7 @@ def answers(rows: Sequence[annotations.Row], windows: Sequence[Sequence[Sequence
     def text(spans: Sequence[Sequence[float]]) -> str:
         return ", ".join(f"{round(start, 1):g}–{round(end, 1):g}" for start, end, *_ in spans)
 
-    lines = [
-        (row.query, text(listed[:3]), text(getattr(row, "relevant_windows", ())))
-        for row, listed in zip(rows, windows, strict=True)
-    ]
-    return pd.DataFrame(lines, columns=["query", "first three windows, s", "true windows, s"])
+    table = pd.DataFrame({"query": [row.query for row in rows]})
+    table["first three windows, s"] = [text(listed[:3]) for listed in windows]
+    table["true windows, s"] = [text(getattr(row, "relevant_windows", ())) for row in rows]
+    return table
