@@ -152,7 +152,7 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         vids = [{row.vid for row in annotations.read(file)} for file in files]
         pictures = profile.frames.count * (2 * store.neighbours + 1)
         waiting = sum(vid not in store for vid in set().union(*vids))
-        yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
+        yield "frames", store.folder, waiting * video_bytes(profile)
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
             yield "features", store.folder, len(vids[0]) * pictures * values * size
@@ -165,19 +165,20 @@ def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[s
         yield "weights", Path(constants.HF_HUB_CACHE), weights or base * size
     if trains and profile.training.epochs:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
-        yield "states", run.root, max(0, disk_bytes(profile)["states"] - kept)
+        yield "states", run.root, max(0, state_bytes(profile) - kept)
 
 
-def disk_bytes(profile: config.Profile) -> dict[str, float]:
-    """Bytes on disk of a whole run on QVHighlights, about, by what they are; without an archive of published frames."""
+def state_bytes(profile: config.Profile) -> float:
+    """Bytes of the states that training keeps to go on from, about; the new one is written before the oldest goes."""
     size, trained = getattr(torch, profile.model.dtype).itemsize, cost.parameters(profile)[1]
-    # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
-    states = trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+    # Weights, pairs as they start, the optimizer's share.
+    return trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+
+
+def video_bytes(profile: config.Profile) -> float:
+    """Bytes of a video in the frame store, about."""
     pictures = profile.frames.count * (2 * dataset.store(profile).neighbours + 1)
-    video = pictures * profile.model.vision.image_size**2 * PICTURE
-    frames = video * sum(cost.VIDEOS[split] for split in profile.data.splits)
-    fetched = dict.fromkeys(("archive", "videos"), download.ARCHIVE_BYTES * (profile.data.source == "folder"))
-    return fetched | {"frames": frames, "weights": cost.fixed_bytes(profile)[0], "states": states}
+    return pictures * profile.model.vision.image_size**2 * PICTURE
 
 
 def _cached(name: str, file: str) -> bool:
