@@ -56,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(content[begin:], 206 if begin else 200, **about)
         if not self.path.startswith(("/api/models/", "/api/datasets/")):
             return self.reply(b"{}", 404, X_Error_Code="EntryNotFound", X_Repo_Commit="1" * 40)
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
         about = {"id": name, "sha": "1" * 40, "siblings": siblings, "tags": [], "private": False}
         about["cardData"] = {"license": "cc-by-sa-4.0"} if server.licence else None
         tree = [{"type": "file", "path": path, "size": len(files[path]), "oid": "1" * 40} for path in files]
