@@ -7,11 +7,10 @@ import sys
 import time
 
 import pytest
-from benchmarks import common, ranked_policy
+from benchmarks import ranked_policy, whole_run
 
 from framseg import config
 from framseg.predictions import WINDOWS, read_released
-from framseg.run import cost
 
 FOLDER = config.REPOSITORY / "tests" / "benchmarks"
 
@@ -108,10 +107,10 @@ def test_decoding_next_to_the_librarys(tmp_path, monkeypatch):
 
 
 def test_a_larger_gpu_can_be_given_the_memory_of_a_smaller_one():
-    setting, value = common.memory_of("RTX 4090", 80 * 2**30).split(":")
+    setting, value = whole_run.memory_of("RTX 4090", 80 * 2**30).split(":")
     assert setting == "per_process_memory_fraction"  # as torch's allocator knows it
-    assert float(value) * 80 * 2**30 == pytest.approx(cost.GPUS["RTX 4090"][0], rel=1e-3)
-    assert common.memory_of("H100", 8 * 2**30) == "per_process_memory_fraction:1.0000"
+    assert float(value) * 80 * 2**30 == pytest.approx(whole_run.GPUS["RTX 4090"][0], rel=1e-3)
+    assert whole_run.memory_of("H100", 8 * 2**30) == "per_process_memory_fraction:1.0000"
 
 
 @pytest.mark.slow

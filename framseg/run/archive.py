@@ -11,13 +11,10 @@ import time
 import zipfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
 from PIL import Image
 
 from framseg import config, dataset, download, frames
@@ -44,29 +41,19 @@ def prepare(profile: config.Profile) -> None:
 
 def labels_file(profile: config.Profile, split: str) -> Path | None:
     """The authors' own labels of a split (train, val or test), None if they have not been fetched."""
-    return _cached(profile.data.frames[split], LABELS[split]) if split in profile.data.frames else None
+    if split not in profile.data.frames:
+        return None
+    return preflight.cached(profile.data.frames[split], LABELS[split], "dataset")
 
 
-def _cached(name: str, file: str) -> Path | None:
-    path = try_to_load_from_cache(name, file, repo_type="dataset")
-    return Path(path) if isinstance(path, str) else None
-
-
-def to_fetch(profile: config.Profile) -> float:
+def to_fetch(profile: config.Profile) -> int:
     """Bytes that are still to be fetched of the archives of the profile's splits, as far as the hub tells in time."""
-    splits, size = profile.data.splits, 0.0
+    splits = profile.data.splits
     names = {profile.data.frames[split] for split in splits}
     if all(dataset.annotation_file(profile, split).is_file() for split in splits):
         sets, waiting = _videos(profile, splits)
         names = {name for name in names if waiting & sets[name].keys()}
-    for name in names:
-        with suppress(Exception):  # of whatever kind: the call that fetches asks again
-            if not _cached(name, ARCHIVE):
-                folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
-                address = hf_hub_url(name, ARCHIVE, repo_type="dataset")
-                size += get_hf_file_metadata(address, timeout=preflight.HUB_PATIENCE).size or 0
-                size -= sum(part.stat().st_size for part in folder.rglob("*.part"))
-    return size
+    return sum(preflight.to_fetch(name, ARCHIVE, "dataset") or 0 for name in names)
 
 
 def extract(profile: config.Profile, splits: tuple[str, ...]) -> frames.Report:

@@ -23,14 +23,6 @@ SPARE, DECODING_SPARE = 4 * 2**30, 2**30
 # Bytes that autograd keeps in bfloat16, measured at full size by tests/benchmarks/activations.py: of a language layer
 # per position and unit of its two widths, of a resampler layer per vector and unit of its two widths.
 LANGUAGE_KEPT, RESAMPLER_KEPT = 16.67, 5.17
-PROCESS = 2 * 2**30  # bytes of the host: a process with torch and CUDA, assumed
-QUERIES = {"train": 7218, "val": 1550, "test": 1542}  # of QVHighlights, and its videos:
-VIDEOS = {"train": 7100, "val": 1519, "test": 1529}
-# What programs get of a GPU's bytes, and its operations per second by NVIDIA's data sheets (bfloat16 summed in float32,
-# no sparsity). Of 24,576 MiB, driver and error correction leave 21.99 GiB (A10) to 23.6 (RTX 4090), as users report.
-GPUS = {"RTX 4090": (21.9 * 2**30, 165.2 * TERA), "H100": (79 * 2**30, 989.4 * TERA)}
-# Share of these operations in the authors' logs: 2.49 samples trained and 0.98 queries answered per second on an H100.
-TRAINING_SHARE, DECODING_SHARE = 0.275, 0.046
 
 
 @dataclass(frozen=True)
@@ -151,27 +143,6 @@ def gpu_bytes(profile: config.Profile) -> float:
         return decodes + DECODING_SPARE
     trains = sum(fixed_bytes(profile)) + profile.training.micro_batch * sample_bytes(profile)
     return max(trains, decodes) + SPARE
-
-
-def host_bytes(profile: config.Profile) -> float:
-    """Bytes of the host's memory, about: each process reads the weights there and hands them to its GPU.
-
-    Training then keeps the offloaded optimizer's state and gradients there, and two micro-batches of frames per worker.
-    """
-    section, frames = profile.training, profile.frames.count * 3 * profile.model.vision.image_size**2
-    ahead = section.workers * 2 * section.micro_batch * frames
-    offloaded = 16 * parameters(profile)[1] if section.offload_optimizer else 0
-    return section.processes * (PROCESS + max(fixed_bytes(profile)[0], ahead + offloaded / section.processes))
-
-
-def hours(profile: config.Profile) -> tuple[str, float, float]:
-    """The smallest of GPUS that does, and the hours there of training and of decoding (val after each epoch, too)."""
-    gpu = next((name for name, (room, _) in GPUS.items() if gpu_bytes(profile) < room), [*GPUS][-1])
-    work = operations(profile, profile.frames.count * profile.model.resampler.latents + TEXT)
-    epochs, rate = profile.training.epochs, profile.training.processes * GPUS[gpu][1] * 3600
-    decoded = QUERIES["val"] * (epochs + 2 if epochs else 1) + QUERIES["test"]
-    trains = QUERIES["train"] * epochs * work.training
-    return gpu, trains / (TRAINING_SHARE * rate), decoded * work.inference / (DECODING_SHARE * rate)
 
 
 def _patches(vision: config.Vision) -> int:

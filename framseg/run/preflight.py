@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 
 from framseg import annotations, config, dataset, download, prompt
 from framseg.run import cost, resume
@@ -44,7 +45,7 @@ def missing(profile: config.Profile, trains: bool = True, root: Path | None = No
             f"weights: {weights!r} is neither a folder nor in the Hugging Face cache, and the hub, from where its "
             f"safetensors would be fetched, cannot be reached; set model.weights to a folder with them"
         )
-    here = any(config.local_path(name) or _cached(name, prompt.FILE) for name in tokenizers)
+    here = any(config.local_path(name) or cached(name, prompt.FILE) for name in tokenizers)
     if size is None and not here:  # no second wait for an answer
         names = " or ".join(tokenizers)
         out.append(f"tokenizer: would be fetched from there, too ({names}); set model.tokenizer to a {prompt.FILE}")
@@ -60,14 +61,14 @@ def missing(profile: config.Profile, trains: bool = True, root: Path | None = No
 
 def gpus(profile: config.Profile) -> list[str]:
     """A sentence if this machine has fewer or smaller GPUs than the profile trains on, else nothing."""
-    section, count = profile.training, torch.cuda.device_count()
-    if section.device == "cpu" or not (count or profile.model.dtype == "bfloat16"):
+    section, needed = profile.training, cost.gpu_bytes(profile)
+    count, has, on_cpu = _machine(profile)
+    needs = f"about {needed / GIB:.0f} GiB"
+    if on_cpu:
         return []
-    has = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
-    needs = f"about {cost.gpu_bytes(profile) / GIB:.0f} GiB"
     if count < section.processes:
         what = f"the profile trains on {section.processes} of {needs}, this machine has {count}"
-    elif cost.gpu_bytes(profile) > has:
+    elif needed > has:
         what = f"the training needs {needs}, this GPU has {has / GIB:.0f}"
     else:
         return []
@@ -84,11 +85,9 @@ def gpus(profile: config.Profile) -> list[str]:
 
 def decodes(profile: config.Profile) -> list[str]:
     """A sentence if no GPU here is large enough for a profile that trains nothing; prints how slow a CPU is instead."""
-    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    has, batch, query = min(sizes, default=0), profile.inference.batch, cost.query_bytes(profile)
-    fits = batch + int((has - cost.gpu_bytes(profile)) // query)
-    on_cpu = profile.training.device == "cpu" or not (sizes or profile.model.dtype == "bfloat16")
-    if batch <= fits and not on_cpu:
+    needed, batch = cost.gpu_bytes(profile), profile.inference.batch
+    _, has, on_cpu = _machine(profile)
+    if needed <= has and not on_cpu:
         return []
     work = cost.operations(profile, profile.frames.count * profile.model.resampler.latents + cost.TEXT).inference
     seconds = work / cost.matrix_rate("cpu", getattr(torch, profile.model.dtype), width=1024, seconds=0.5)
@@ -96,9 +95,17 @@ def decodes(profile: config.Profile) -> list[str]:
     if on_cpu:
         print(f"decoding on the CPU, {slow}")
         return []
+    fits = batch + int((has - needed) // cost.query_bytes(profile))
     ways = [*([f"set inference.batch={fits}"] if fits > 0 else []), f"set training.device=cpu, {slow}"]
-    needs = f"decoding needs about {cost.gpu_bytes(profile) / GIB:.0f} GiB, this machine has {has / GIB:.0f}"
+    needs = f"decoding needs about {needed / GIB:.0f} GiB, this machine has {has / GIB:.0f}"
     return [f"GPU: {needs}: {', or '.join(ways)}"]
+
+
+def _machine(profile: config.Profile) -> tuple[int, float, bool]:
+    """How many GPUs there are, the bytes of the smallest, and whether the profile computes on the CPU instead."""
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    on_cpu = profile.training.device == "cpu" or not (sizes or profile.model.dtype == "bfloat16")
+    return len(sizes), min(sizes, default=0), on_cpu
 
 
 def _smaller(profile: config.Profile, count: int, has: float) -> str:
@@ -145,57 +152,63 @@ def disks(profile: config.Profile, trains: bool, run: Run) -> list[str]:
 
 def _writes(profile: config.Profile, trains: bool, run: Run) -> Iterator[tuple[str, Path, float]]:
     """What a run still has to write: in words, its folder, and its bytes, about."""
-    store, vision, size = dataset.store(profile), profile.model.vision, getattr(torch, profile.model.dtype).itemsize
+    store, vision = dataset.store(profile), profile.model.vision
     files = [dataset.annotation_file(profile, split) for split in profile.data.splits]
     if all(file.is_file() for file in files):  # else that is what is missing
         vids = [{row.vid for row in annotations.read(file)} for file in files]
         pictures = profile.frames.count * (2 * store.neighbours + 1)
         waiting = sum(vid not in store for vid in set().union(*vids))
-        yield "frames", store.folder, waiting * pictures * vision.image_size**2 * PICTURE
+        yield "frames", store.folder, waiting * video_bytes(profile)
         if trains and profile.training.cache_features and not any(store.folder.parent.glob("*_features_*")):
             values = (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size
+            size = getattr(torch, profile.model.dtype).itemsize
             yield "features", store.folder, len(vids[0]) * pictures * values * size
     if profile.data.source == "frames":
         from framseg.run import archive  # which needs this module
 
         yield "archive", Path(constants.HF_HUB_CACHE), archive.to_fetch(profile)
-    base, name = cost.parameters(profile)[0], profile.model.weights
+    name = profile.model.weights
     if not Path(name).is_absolute() and (weights := to_fetch(name)) != 0:
-        yield "weights", Path(constants.HF_HUB_CACHE), weights or base * size
+        yield "weights", Path(constants.HF_HUB_CACHE), weights or cost.fixed_bytes(profile)[0]
     if trains and profile.training.epochs:
         kept = sum(file.stat().st_size for file in run.resume.rglob("*") if file.is_file())
-        yield "states", run.root, max(0, disk_bytes(profile)["states"] - kept)
+        yield "states", run.root, max(0, state_bytes(profile) - kept)
 
 
-def disk_bytes(profile: config.Profile) -> dict[str, float]:
-    """Bytes on disk of a whole run on QVHighlights, about, by what they are; without an archive of published frames."""
+def state_bytes(profile: config.Profile) -> float:
+    """Bytes of the states that training keeps to go on from, about; the new one is written before the oldest goes."""
     size, trained = getattr(torch, profile.model.dtype).itemsize, cost.parameters(profile)[1]
-    # Weights, pairs as they start, the optimizer's share; the new state is written before the oldest goes.
-    states = trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+    # Weights, pairs as they start, the optimizer's share.
+    return trained * ((resume.KEPT + 1) * (2 * size + 12) + size + 4) if profile.training.epochs else 0
+
+
+def video_bytes(profile: config.Profile) -> float:
+    """Bytes of a video in the frame store, about."""
     pictures = profile.frames.count * (2 * dataset.store(profile).neighbours + 1)
-    video = pictures * profile.model.vision.image_size**2 * PICTURE
-    frames = video * sum(cost.VIDEOS[split] for split in profile.data.splits)
-    fetched = dict.fromkeys(("archive", "videos"), download.ARCHIVE_BYTES * (profile.data.source == "folder"))
-    return fetched | {"frames": frames, "weights": cost.fixed_bytes(profile)[0], "states": states}
+    return pictures * profile.model.vision.image_size**2 * PICTURE
 
 
-def _cached(name: str, file: str) -> bool:
+def cached(name: str, file: str, kind: str = "model") -> Path | None:
+    """A repository's file in the hub's cache, None if it is not there."""
     try:
-        return isinstance(try_to_load_from_cache(name, file), str)
+        path = try_to_load_from_cache(name, file, repo_type=kind)
     except HFValidationError:  # no repository can have this name
-        return False
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
-def to_fetch(name: str) -> int | None:
-    """Bytes of `model.weights` that are still to be fetched from the hub; None if it has none or does not answer."""
-    cache = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    if config.local_weights(name) or any(cache.glob("snapshots/*/*.safetensors")):
+def to_fetch(name: str, ending: str = ".safetensors", kind: str = "model") -> int | None:
+    """Bytes still to be fetched of a repository's files that end so; None if it has none or the hub does not answer."""
+    if kind == "model" and config.local_weights(name):
         return 0
     if name.count("/") != 1:
         return None
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
+    if any(file.exists() for file in cache.glob(f"snapshots/*/*{ending}")):
+        return 0
     try:
-        files = HfApi().model_info(name, timeout=HUB_PATIENCE, files_metadata=True).siblings or []
+        files = HfApi().repo_info(name, repo_type=kind, timeout=HUB_PATIENCE, files_metadata=True).siblings or []
     except Exception:  # the HTTP library's errors share no base class with the hub's
         return None
-    sizes = [file.size or 0 for file in files if file.rfilename.endswith(".safetensors")]
+    sizes = [file.size or 0 for file in files if file.rfilename.endswith(ending)]
     return max(0, sum(sizes) - sum(part.stat().st_size for part in cache.glob("blobs/*.part"))) if sizes else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, repo_info, snapshot_download
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import DryRunError
 from huggingface_hub.file_download import DryRunFileInfo, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
@@ -68,7 +68,7 @@ def fetch(name: str, patterns: Sequence[str] = WEIGHTS, kind: str = "model", big
         free = shutil.disk_usage(cache).free
         if size > free:
             raise CheckpointError(f"{words(size)} to fetch, {cache} has {words(free)} free: make room or set HF_HOME")
-        card = getattr(repo_info(name, repo_type=kind), "card_data", None)
+        card = getattr(HfApi().repo_info(name, repo_type=kind), "card_data", None)
         licence = f"; licence, as its card says: {card.license}" if card and card.license else ""
         print(f"{name}: fetching {words(size)} into {cache}, {words(free)} are free{licence}", file=sys.stderr)
     for file in absent:

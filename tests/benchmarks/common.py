@@ -24,11 +24,6 @@ def peak_gib() -> float:
     return round((gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30, 2)
 
 
-def memory_of(gpu: str, total: int) -> str:
-    """The setting of torch's allocator with which a GPU of `total` bytes has no more than one of cost.GPUS."""
-    return f"per_process_memory_fraction:{min(1.0, cost.GPUS[gpu][0] / total):.4f}"
-
-
 def write(name: str, record: dict, folder: Path | None = None) -> Path:
     """Write records/`name`.json, or into `folder`."""
     path = (folder or RECORDS) / f"{name}.json"

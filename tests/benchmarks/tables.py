@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import common
 import torch
+import whole_run
 from matplotlib.figure import Figure
 
 from framseg import config
 from framseg.evaluate import METRICS
-from framseg.run import cost, precision, preflight
+from framseg.run import cost, precision
 from framseg.viz import figures
 
 FOLDERS = ("", "framseg", "framseg/demo", "notebooks", "tests/benchmarks")
@@ -201,14 +202,14 @@ def features() -> str:
 
 
 def needs() -> str:
-    """What each profile needs: counted by cost.py and preflight.py, of the demo measured."""
+    """What each profile needs: counted by whole_run.py and cost.py, of the demo measured."""
     demo, seconds = record("training_demo")["memory GiB"], sum(record("seconds")["demo, seconds"].values())
     hours = f"{seconds / 3600:.2f} in all, measured"
     rows = [["`demo`", "none, two CPU cores", "–", f"{demo:.1f} GiB, measured", "–", hours, "–"]]
     for name in ("paper", "h100", "24gb", "released", "released_train"):
         profile = config.load(name)
-        gpu, training, decoding = cost.hours(profile)
-        disk = {what: size / 1e9 for what, size in preflight.disk_bytes(profile).items() if size}
+        gpu, training, decoding = whole_run.hours(profile)
+        disk = {what: size / 1e9 for what, size in whole_run.disk_bytes(profile).items() if size}
         parts = ", ".join(f"{what} {size:.0f}" for what, size in disk.items())
         more = " + the frames' archive" if profile.data.source == "frames" else ""
         rows.append(
@@ -216,7 +217,7 @@ def needs() -> str:
                 f"`{name}`",
                 f"{profile.training.processes} x {gpu}",
                 f"{cost.gpu_bytes(profile) / 2**30:.1f} GiB",
-                f"{cost.host_bytes(profile) / 2**30:.0f} GiB",
+                f"{whole_run.host_bytes(profile) / 2**30:.0f} GiB",
                 f"{sum(disk.values()):.0f} GB{more} ({parts})",
                 f"{training:.1f}" if training else "–",
                 f"{decoding:.1f}",
@@ -228,16 +229,16 @@ def needs() -> str:
 
 def needs_counted() -> str:
     """How the table of what each profile needs was counted, and what it assumes."""
-    rates = " and ".join(f"{speed / cost.TERA:.0f} on one {name}" for name, (_, speed) in cost.GPUS.items())
+    rates = " and ".join(f"{speed / cost.TERA:.0f} on one {name}" for name, (_, speed) in whole_run.GPUS.items())
     extraction = next(value for key, value in record("frame_store").items() if key.startswith("extraction"))
-    hours = sum(cost.VIDEOS.values()) / extraction["workers: 1"]["videos/s"] / 3600
+    hours = sum(whole_run.VIDEOS.values()) / extraction["workers: 1"]["videos/s"] / 3600
     text = (
         f"Nothing of this was measured at full size. Hours are counted operations, divided by a share of what the GPU "
         f"can do by its data sheet (TFLOP/s in bfloat16: {rates}). The share is assumed to be the one that the "
-        f"authors' logs show on an H100: {cost.TRAINING_SHARE:.1%} in training, {cost.DECODING_SHARE:.1%} in decoding. "
-        f"The size of the frames' archive is not known here; chapter 01 tells it before it fetches. "
+        f"authors' logs show on an H100: {whole_run.TRAINING_SHARE:.1%} in training, {whole_run.DECODING_SHARE:.1%} in "
+        f"decoding. The size of the frames' archive is not known here; chapter 01 tells it before it fetches. "
         f"Videos are decoded once, in {hours:.0f} hours of one CPU core at the measured speed. Host memory counts "
-        f"{cost.PROCESS / 2**30:.0f} GiB per process, which is assumed, too."
+        f"{whole_run.PROCESS / 2**30:.0f} GiB per process, which is assumed, too."
     )
     return textwrap.fill(text, 120)
 

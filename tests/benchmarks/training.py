@@ -19,6 +19,7 @@ from pathlib import Path
 
 import common
 import torch
+import whole_run
 
 from framseg import annotations, config, dataset, prompt, train
 from framseg.backbones import blip3
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of the profiles"
     )
-    parser.add_argument("--gpu", choices=cost.GPUS, help="take no more memory of the GPU than this one has")
+    parser.add_argument("--gpu", choices=whole_run.GPUS, help="take no more memory of the GPU than this one has")
     parser.add_argument("--folder", type=Path, help="working folder, kept; without it a temporary one")
     parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
@@ -99,7 +100,7 @@ def main() -> None:
         parser.error("--gpu limits the memory of a GPU, and there is none here")
     if options.gpu:
         total = torch.cuda.get_device_properties(0).total_memory
-        os.environ["PYTORCH_ALLOC_CONF"] = common.memory_of(
+        os.environ["PYTORCH_ALLOC_CONF"] = whole_run.memory_of(
             options.gpu, total
         )  # read by the processes that are started
     with tempfile.TemporaryDirectory() as temporary:
