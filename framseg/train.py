@@ -399,6 +399,8 @@ def _append(path: Path, record: dict) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """One process of the training, as `launch` and the DeepSpeed launcher start it."""
     with launcher.started("framseg.train", "One process of the training.", arguments) as (profile, run, _):
+        if not profile.training.epochs:
+            raise TrainError("training.epochs is 0: nothing is trained; framseg run takes the weights as they are")
         rank, world = launcher.place()
         with hold(run.train) if rank == 0 else contextlib.nullcontext():
             if rank == 0:  # the processes may have been started without `launch`, as on several machines

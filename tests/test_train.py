@@ -120,6 +120,15 @@ def test_other_settings_in_the_same_folder_are_refused(trained):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_process_has_nothing_to_train_without_epochs(small_set, tmp_path):
+    profile = small_profile(small_set, training__epochs=0)
+    config.save(profile, tmp_path / "profile.yaml")
+    arguments = ["--profile", str(tmp_path / "profile.yaml"), "--run-dir", str(tmp_path / "run")]
+    with launcher.Job("framseg.train", profile, tmp_path / "log", arguments) as job:
+        assert list(job.polls())[-1]
+    assert job.failure().startswith("training.epochs is 0") and not (tmp_path / "run").exists()
+
+
 def test_other_frames_than_a_checkpoints_do_not_decode(trained):
     """As from chapter 04 in JupyterLab with another profile."""
     profile, run = trained
