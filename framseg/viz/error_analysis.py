@@ -17,11 +17,10 @@ BINS = 10  # of probabilities, and of IoU
 
 
 def reachable(rows: Sequence[Row], frames: int) -> dict[str, list[dict]]:
-    """What perfect answers of `frames` digits can express, as predictions to be scored by `evaluate`.
+    """What perfect answers of `frames` digits can express, as predictions to be scored by `evaluate`, ranked by IoU.
 
     "true labels": the digits that the model is trained to write, cut into windows by the policy `mask`. "best digits":
-    for every moment the run of frames that overlaps it best, which no mask can beat. Both lists are ranked by IoU.
-    Raises AnnotationError for rows without labels.
+    for every moment the run of frames that overlaps it best. Raises AnnotationError for rows without labels.
     """
     answers: dict[str, list[dict]] = {"true labels": [], "best digits": []}
     for row in labelled(rows):
@@ -33,8 +32,7 @@ def reachable(rows: Sequence[Row], frames: int) -> dict[str, list[dict]]:
 
 
 def by_frame(rows: Sequence[Row], predictions: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Every frame of every query: its `probability`, predicted `digit`, true `label`, and the seconds to the nearest
-    end of a moment (`distance`), [queries * f] each.
+    """`probability`, predicted `digit`, true `label` and seconds to a moment's nearest end (`distance`), [queries * f].
 
     Raises PredictionError for other qids or lacking probabilities, AnnotationError for rows without labels.
     """

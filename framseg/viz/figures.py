@@ -284,8 +284,7 @@ EPOCH_METRICS: dict[str, list[str]] = _WORDS["metrics by epoch"]
 def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
     """Time-weighted exponential moving average of y at ascending x, float64 [n].
 
-    A point's weight halves with every `half_life` (at least 0.001) of the whole range of x, so uneven spacing does no
-    harm; the weights up to each point sum to 1.
+    A point's weight halves with every `half_life` (at least 0.001) of the whole range of x, whatever the spacing.
     """
     span = np.ptp(x) * half_life if len(np.unique(x)) > 1 else 1
     weight = 2.0 ** (np.subtract(x, x[:1]) / span)
@@ -599,9 +598,8 @@ def choose(
 ) -> dict[str, int]:
     """The queries of the paper's qualitative figures by the rules in `RULES`: name -> qid, each query once.
 
-    numbers: `framseg.evaluate.per_query` of the predictions; `earlier`: the same of an earlier epoch, needed for
-    `improvement`. Of equals the smaller qid is taken; a name whose rule no query meets is left out. Raises
-    AnnotationError for rows without labels.
+    numbers: `framseg.evaluate.per_query` of the predictions; `earlier`: the same of an earlier epoch. Of equals the
+    smaller qid is taken; a name whose rule no query meets is left out. AnnotationError for rows without labels.
     """
     row_of = {row.qid: row for row in annotations.labelled(rows)}
     record_of = {record["qid"]: record for record in predictions}
