@@ -219,11 +219,10 @@ def variations(
     figure, panels = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35, len(frames), len(shown))
     for axes, (variation, position) in zip(panels, itertools.product(range(len(frames)), shown), strict=True):
         _show_frame(axes, frames[variation, position], PREDICTED if choice[position] == variation else None)
-    for variation, axes in enumerate(panels[:: len(shown)]):
         name = "frame $v_i$" if variation == middle else f"{(variation - middle) * distance:+.1f} s"
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
-    for axes, position in zip(panels[-len(shown) :], shown, strict=True):
         axes.set_xlabel(f"{times[position]:.0f} s")
+        axes.label_outer()
     figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
     return figure
 
@@ -249,7 +248,11 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
     pieces: ids and spellings as `framseg.prompt.pieces` gives them. Control tokens, images and the answer's digits
     (those after <|assistant|>) have colours of their own; a newline is shown as ↵ and ▁ is a space.
     """
-    boxes, line, column, answer = [], 0, 0, False
+    figure, [axes] = new_figure(1)
+    axes.set_axis_off()
+    # DejaVu Sans Mono is 0.602 em wide: the size at which a character fills its column, with a little air.
+    size = 0.9 * (WIDTH - 0.1) * 72 / columns / 0.602
+    line, column, answer = 0, 0, False
     for place, (_, spelling) in enumerate(pieces):
         kind = _IMAGE if spelling == "<image>" else f"answer {spelling}" if answer else ""
         if spelling.startswith("<|") and spelling.endswith("|>"):
@@ -258,19 +261,13 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
-        boxes.append((column, line, text, colour))
+        axes.add_patch(Rectangle((column, line + 0.08), len(text) + 0.75, 0.84, facecolor=colour, edgecolor="none"))
+        axes.text(column + (len(text) + 0.75) / 2, line + 0.52, text, family="DejaVu Sans Mono", fontsize=size,
+                  ha="center", va="center", parse_math=False)  # fmt: skip
         column += len(text) + 1
         answer = answer or spelling == "<|assistant|>"
-
-    figure, [axes] = new_figure((line + 1) * 0.165 + 0.35)
+    figure.set_figheight((line + 1) * 0.165 + 0.35)
     axes.set(xlim=(0, columns), ylim=(line + 1, 0))
-    axes.set_axis_off()
-    # DejaVu Sans Mono is 0.602 em wide: the size at which a character fills its column, with a little air.
-    size = 0.9 * (WIDTH - 0.1) * 72 / columns / 0.602
-    for left, line, text, colour in boxes:
-        axes.add_patch(Rectangle((left, line + 0.08), len(text) + 0.75, 0.84, facecolor=colour, edgecolor="none"))
-        axes.text(left + (len(text) + 0.75) / 2, line + 0.52, text, family="DejaVu Sans Mono", fontsize=size,
-                  ha="center", va="center", parse_math=False)  # fmt: skip
     handles = [Patch(color=colour, label=kind) for kind, colour in _KINDS.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize="small")
     return figure
