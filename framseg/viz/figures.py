@@ -230,8 +230,7 @@ def variations(
 def _show_frame(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
     axes.imshow(frame, aspect="auto", interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=colour is not None, color=colour, linewidth=2.5)
+    axes.spines[:].set(visible=colour is not None, color=colour, linewidth=2.5)
 
 
 # The prompt
@@ -470,19 +469,17 @@ def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[t
     Windows that only fill the list (the whole video at score 0) are dropped. Returns at most `most` lanes and the
     number of windows for which they have no room.
     """
-    out: list[list[tuple]] = []
+    out: list[list[tuple]] = [[] for _ in range(most)]
     left_out = 0
     for rank, (start, end, score) in enumerate(prediction.get(WINDOWS, []), 1):
         if rank > 1 and score == 0 and start <= 0 and end >= duration:
             continue
         lane = next((lane for lane in out if all(end <= other[1] or start >= other[2] for other in lane)), None)
-        if lane is not None:
-            lane.append((rank, start, end, score))
-        elif len(out) < most:
-            out.append([(rank, start, end, score)])
-        else:
+        if lane is None:
             left_out += 1
-    return out, left_out
+        else:
+            lane.append((rank, start, end, score))
+    return [lane for lane in out if lane], left_out
 
 
 def scores(row: Row, prediction: dict) -> str:
