@@ -17,8 +17,7 @@ class Upload(anywidget.AnyWidget):
     """A button that takes a file of any size from the page, in pieces.
 
     A notebook server closes the connection at a message of 10 MiB, so the page sends the next piece only when the one
-    before is stored. `path` is the file in the kernel's file system once all of it has arrived, in a temporary folder
-    that is deleted with this object.
+    before is stored. `path` is the file once all of it has arrived, in a temporary folder deleted with this object.
     """
 
     _esm = Path(__file__).with_name("upload.js")
@@ -39,12 +38,10 @@ class Upload(anywidget.AnyWidget):
         try:
             with path.open("ab") as file:
                 file.write(buffers[0])
+            self.send({"id": content["id"], "received": content["begin"] + len(buffers[0])})
+            self.path = str(path) if content["last"] else ""
         except OSError as error:
             self.send({"id": content["id"], "error": f"not stored: {error.strerror}"})
-            return
-        self.send({"id": content["id"], "received": content["begin"] + len(buffers[0])})
-        if content["last"]:
-            self.path = str(path)
 
 
 class Form(widgets.VBox):

@@ -17,11 +17,10 @@ BINS = 10  # of probabilities, and of IoU
 
 
 def reachable(rows: Sequence[Row], frames: int) -> dict[str, list[dict]]:
-    """What perfect answers of `frames` digits can express, as predictions to be scored by `evaluate`.
+    """What perfect answers of `frames` digits can express, as predictions to be scored by `evaluate`, ranked by IoU.
 
     "true labels": the digits that the model is trained to write, cut into windows by the policy `mask`. "best digits":
-    for every moment the run of frames that overlaps it best, which no mask can beat. Both lists are ranked by IoU.
-    Raises AnnotationError for rows without labels.
+    for every moment the run of frames that overlaps it best. Raises AnnotationError for rows without labels.
     """
     answers: dict[str, list[dict]] = {"true labels": [], "best digits": []}
     for row in labelled(rows):
@@ -33,8 +32,7 @@ def reachable(rows: Sequence[Row], frames: int) -> dict[str, list[dict]]:
 
 
 def by_frame(rows: Sequence[Row], predictions: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Every frame of every query: its `probability`, predicted `digit`, true `label`, and the seconds to the nearest
-    end of a moment (`distance`), [queries * f] each.
+    """`probability`, predicted `digit`, true `label` and seconds to a moment's nearest end (`distance`), [queries * f].
 
     Raises PredictionError for other qids or lacking probabilities, AnnotationError for rows without labels.
     """
@@ -85,6 +83,8 @@ def figure(rows: Sequence[Row], predictions: Sequence[dict]) -> Figure:
     """
     out, panels = figures.new_figure(4.6, 2, 4)
     calibrated, recalled, rate, share = panels[4:]
+    for axes in (*panels[1:4], rate, share):
+        axes.tick_params(axis="x", labelsize="x-small")
     _by_query(panels[:4], labelled(rows), np.array([query["iou"] for query in evaluate.per_query(predictions, rows)]))
     if all(record.get("probability") for record in predictions):
         frames = by_frame(rows, predictions)
@@ -150,7 +150,6 @@ def _recall(axes: Axes, iou: np.ndarray, group: np.ndarray, names: Sequence[str]
         places, label = np.arange(len(names)) + offset, f"R1@{threshold}"
         axes.bar(places, right, 0.4, color=figures.PREDICTED, alpha=alpha, label=label)
     axes.set_xticks(range(len(names)), [f"{name}\n({queries})" for name, queries in zip(names, count, strict=True)])
-    axes.tick_params(axis="x", labelsize="x-small")
     figures.label_shares(axes, title, xlabel, ylim=(0, 1))
 
 
@@ -170,8 +169,6 @@ def _errors_by_distance(rate: Axes, share: Axes, frames: Mapping[str, np.ndarray
             bottom += height
     figures.label_shares(rate, "Wrong frames", "seconds to an end", "share of such frames")
     figures.label_shares(share, "Of all errors", "seconds to an end")
-    for axes in (rate, share):
-        axes.tick_params(axis="x", labelsize="x-small")
     rate.legend(fontsize="small")
 
 

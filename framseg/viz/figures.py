@@ -219,11 +219,10 @@ def variations(
     figure, panels = new_figure(len(frames) * WIDTH / (len(shown) + 1) + 0.35, len(frames), len(shown))
     for axes, (variation, position) in zip(panels, itertools.product(range(len(frames)), shown), strict=True):
         _show_frame(axes, frames[variation, position], PREDICTED if choice[position] == variation else None)
-    for variation, axes in enumerate(panels[:: len(shown)]):
         name = "frame $v_i$" if variation == middle else f"{(variation - middle) * distance:+.1f} s"
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
-    for axes, position in zip(panels[-len(shown) :], shown, strict=True):
         axes.set_xlabel(f"{times[position]:.0f} s")
+        axes.label_outer()
     figure.suptitle("with a border: the variations of one training sample", fontsize="small", x=0.01, ha="left")
     return figure
 
@@ -231,8 +230,7 @@ def variations(
 def _show_frame(axes: Axes, frame: np.ndarray, colour: str | None) -> None:
     axes.imshow(frame, aspect="auto", interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=colour is not None, color=colour, linewidth=2.5)
+    axes.spines[:].set(visible=colour is not None, color=colour, linewidth=2.5)
 
 
 # The prompt
@@ -249,7 +247,11 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
     pieces: ids and spellings as `framseg.prompt.pieces` gives them. Control tokens, images and the answer's digits
     (those after <|assistant|>) have colours of their own; a newline is shown as ↵ and ▁ is a space.
     """
-    boxes, line, column, answer = [], 0, 0, False
+    figure, [axes] = new_figure(1)
+    axes.set_axis_off()
+    # DejaVu Sans Mono is 0.602 em wide: the size at which a character fills its column, with a little air.
+    size = 0.9 * (WIDTH - 0.1) * 72 / columns / 0.602
+    line, column, answer = 0, 0, False
     for place, (_, spelling) in enumerate(pieces):
         kind = _IMAGE if spelling == "<image>" else f"answer {spelling}" if answer else ""
         if spelling.startswith("<|") and spelling.endswith("|>"):
@@ -258,19 +260,13 @@ def tokens(pieces: Sequence[tuple[int, str]], columns: int = 118) -> Figure:
         text = spelling.replace("<0x0A>", "↵").replace("\n", "↵")
         if column and column + len(text) + 1 > columns:
             line, column = line + 1, 0
-        boxes.append((column, line, text, colour))
+        axes.add_patch(Rectangle((column, line + 0.08), len(text) + 0.75, 0.84, facecolor=colour, edgecolor="none"))
+        axes.text(column + (len(text) + 0.75) / 2, line + 0.52, text, family="DejaVu Sans Mono", fontsize=size,
+                  ha="center", va="center", parse_math=False)  # fmt: skip
         column += len(text) + 1
         answer = answer or spelling == "<|assistant|>"
-
-    figure, [axes] = new_figure((line + 1) * 0.165 + 0.35)
+    figure.set_figheight((line + 1) * 0.165 + 0.35)
     axes.set(xlim=(0, columns), ylim=(line + 1, 0))
-    axes.set_axis_off()
-    # DejaVu Sans Mono is 0.602 em wide: the size at which a character fills its column, with a little air.
-    size = 0.9 * (WIDTH - 0.1) * 72 / columns / 0.602
-    for left, line, text, colour in boxes:
-        axes.add_patch(Rectangle((left, line + 0.08), len(text) + 0.75, 0.84, facecolor=colour, edgecolor="none"))
-        axes.text(left + (len(text) + 0.75) / 2, line + 0.52, text, family="DejaVu Sans Mono", fontsize=size,
-                  ha="center", va="center", parse_math=False)  # fmt: skip
     handles = [Patch(color=colour, label=kind) for kind, colour in _KINDS.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize="small")
     return figure
@@ -284,8 +280,7 @@ EPOCH_METRICS: dict[str, list[str]] = _WORDS["metrics by epoch"]
 def ema(x: Sequence[float], y: Sequence[float], half_life: float = 0.02) -> np.ndarray:
     """Time-weighted exponential moving average of y at ascending x, float64 [n].
 
-    A point's weight halves with every `half_life` (at least 0.001) of the whole range of x, so uneven spacing does no
-    harm; the weights up to each point sum to 1.
+    A point's weight halves with every `half_life` (at least 0.001) of the whole range of x, whatever the spacing.
     """
     span = np.ptp(x) * half_life if len(np.unique(x)) > 1 else 1
     weight = 2.0 ** (np.subtract(x, x[:1]) / span)
@@ -474,19 +469,17 @@ def lanes(prediction: dict, duration: float, most: int = 4) -> tuple[list[list[t
     Windows that only fill the list (the whole video at score 0) are dropped. Returns at most `most` lanes and the
     number of windows for which they have no room.
     """
-    out: list[list[tuple]] = []
+    out: list[list[tuple]] = [[] for _ in range(most)]
     left_out = 0
     for rank, (start, end, score) in enumerate(prediction.get(WINDOWS, []), 1):
         if rank > 1 and score == 0 and start <= 0 and end >= duration:
             continue
         lane = next((lane for lane in out if all(end <= other[1] or start >= other[2] for other in lane)), None)
-        if lane is not None:
-            lane.append((rank, start, end, score))
-        elif len(out) < most:
-            out.append([(rank, start, end, score)])
-        else:
+        if lane is None:
             left_out += 1
-    return out, left_out
+        else:
+            lane.append((rank, start, end, score))
+    return [lane for lane in out if lane], left_out
 
 
 def scores(row: Row, prediction: dict) -> str:
@@ -599,9 +592,8 @@ def choose(
 ) -> dict[str, int]:
     """The queries of the paper's qualitative figures by the rules in `RULES`: name -> qid, each query once.
 
-    numbers: `framseg.evaluate.per_query` of the predictions; `earlier`: the same of an earlier epoch, needed for
-    `improvement`. Of equals the smaller qid is taken; a name whose rule no query meets is left out. Raises
-    AnnotationError for rows without labels.
+    numbers: `framseg.evaluate.per_query` of the predictions; `earlier`: the same of an earlier epoch. Of equals the
+    smaller qid is taken; a name whose rule no query meets is left out. AnnotationError for rows without labels.
     """
     row_of = {row.qid: row for row in annotations.labelled(rows)}
     record_of = {record["qid"]: record for record in predictions}

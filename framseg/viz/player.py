@@ -65,8 +65,7 @@ def cut(video: Path, start: float, end: float) -> tuple[bytes, float, str]:
     """A stretch of a video (seconds), with its sound, as a file of its own: content, its first second, media type.
 
     Seconds are the player's, as in `framseg.frames.Video`. The stretch begins with the last key frame up to `start`, or
-    with the first one, because the packets are copied as they are. Raises VideoError for a file that is no video or
-    that browsers cannot play, and for a stretch without pictures.
+    with the first one. Raises VideoError for what is no video or browsers cannot play, or has no pictures there.
     """
     try:
         return _copied(video, start, end)
