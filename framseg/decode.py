@@ -290,10 +290,8 @@ def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple
             vid, task = waiting.popleft()
             waiting.extend(islice(tasks, 1))
             error = task.exception()
-            if isinstance(error, VideoError) and not isinstance(error, StoreError):
-                yield vid, error
-            else:  # of a StoreError, too: the set-up is wrong, not this video
-                yield vid, task.result()
+            # A StoreError is raised: the set-up is wrong, not this video.
+            yield vid, error if isinstance(error, VideoError) and not isinstance(error, StoreError) else task.result()
 
 
 def made_by(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> dict[str, str]:

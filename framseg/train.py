@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import math
-import random
+import os
 import subprocess
 import sys
 import time
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 from framseg import FramsegError, annotations, command_line, config, dataset, decode, evaluate, losses, prompt
 from framseg.backbones import device
@@ -242,8 +242,7 @@ class Trainer:
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
         self.epoch_size = dataset.samples_per_epoch(profile, len(rows))
         self.total = total_steps(profile, len(rows))
-        for seed in (torch.manual_seed, random.seed, np.random.seed):
-            seed(profile.seed + self.rank)
+        set_seed(profile.seed + self.rank)
         self.model = load_base(profile).to(device())
         features = None
         if profile.training.cache_features:  # each process makes its share of the files
@@ -384,7 +383,9 @@ class Trainer:
         return losses.lm(logits, answers), losses.bce(digits, soft, section.pos_weight), tversky, dice
 
     def _asked_to_stop(self) -> bool:
-        stop = (self.run.train / "stop").exists() or not launcher.watched()
+        # If the process that started this one is gone (a notebook's kernel was killed), nobody reads on.
+        watcher = Path("/proc", os.environ.get(launcher.WATCHER, "self"))
+        stop = (self.run.train / "stop").exists() or not watcher.exists()
         asked = torch.tensor(float(stop), device=self.model.device)
         torch.distributed.all_reduce(asked)  # all processes leave at the same step
         return bool(asked)

@@ -169,9 +169,8 @@ def optimize(
 def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
     """Train the base model from random weights and write model.safetensors (bf16), with the shipped tokenizer.json.
 
-    Three stages: SigLIP learns to tell pictures on all kinds of background, with a resampler that is then thrown away;
-    resampler and Phi-3 learn to answer a short prompt about pictures on plain grey; then the full prompt. As the
-    pictures are in random order, copying the previous digit does not help.
+    SigLIP learns to tell pictures on all kinds of background, with a resampler that is then thrown away; resampler and
+    Phi-3 learn to answer about pictures on plain grey, in random order, so that copying a digit does not help.
     """
     torch.set_num_threads(2)
     folder.mkdir(parents=True, exist_ok=True)
