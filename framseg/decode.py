@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,7 @@ class DecodeError(FramsegError, RuntimeError):
     """Decoding that did not end well; the message says where its log is."""
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """The k best masks of each of B samples, best first.
 
     masks: int8 [B, k, f]. scores: float32 [B, k], sums of the digits' log-probabilities. probabilities: float32

@@ -90,9 +90,9 @@ def launch(profile: config.Profile, run: Run, on_progress: Watcher | None = None
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
     the end. A finished run returns at once, one without epochs when it has written what `load_trained` needs.
-    Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
-    Raises TrainError with one sentence on what to do if training cannot start or fails, ResumeError if the run folder
-    holds a training with other settings, BusyError if another process trains there.
+    Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first. Raises TrainError with what to do if
+    training cannot start or fails, ResumeError if the run folder holds a training with other settings, BusyError if
+    another process trains there.
     """
     if not profile.training.epochs:
         resume.changes(profile, run)
@@ -386,9 +386,7 @@ class Trainer:
         # If the process that started this one is gone (a notebook's kernel was killed), nobody reads on.
         watcher = Path("/proc", os.environ.get(launcher.WATCHER, "self"))
         stop = (self.run.train / "stop").exists() or not watcher.exists()
-        asked = torch.tensor(float(stop), device=self.model.device)
-        torch.distributed.all_reduce(asked)  # all processes leave at the same step
-        return bool(asked)
+        return any(launcher.gathered(stop))  # all processes leave at the same step
 
 
 def _append(path: Path, record: dict) -> None:
