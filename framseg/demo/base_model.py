@@ -92,8 +92,7 @@ class BaseTraining:
 
     def picture_loss(self) -> tuple[Tensor, str]:
         """Of 128 pictures: what each shows and how near, told from the vision encoder; with the share told right."""
-        scenes = torch.from_numpy(self.rng.integers(BASE_SCENES, size=128))
-        frames = torch.from_numpy(self.rng.integers(self.frames, size=128))
+        scenes, frames = (torch.from_numpy(self.rng.integers(most, size=128)) for most in (BASE_SCENES, self.frames))
         tokens = self.resampler(self.model.vision_features(self.varied.pixels[scenes, frames]))[:, 0]
         shown, near = self.varied.shown[scenes, frames], self.varied.near[scenes, frames]
         logits = self.probes["shown"](tokens)

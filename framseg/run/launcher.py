@@ -50,8 +50,7 @@ T = TypeVar("T")
 
 def peer_gone(error: Exception) -> bool:
     """True for an error that says no more than that another process has ended."""
-    # gloo raises a RuntimeError.
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)  # gloo: a RuntimeError
 
 
 def sentence(error: Exception) -> str:
