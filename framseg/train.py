@@ -91,8 +91,7 @@ def launch(profile: config.Profile, run: Run, on_progress: Watcher | None = None
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
     the end. A finished run returns at once, one without epochs when it has written what `load_trained` needs.
     Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first. Raises TrainError with what to do if
-    training cannot start or fails, ResumeError if the run folder holds a training with other settings, BusyError if
-    another process trains there.
+    training cannot start or fails, ResumeError for a run folder of other settings, BusyError for one that is in use.
     """
     if not profile.training.epochs:
         resume.changes(profile, run)
