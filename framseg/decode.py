@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,7 @@ class DecodeError(FramsegError, RuntimeError):
     """Decoding that did not end well; the message says where its log is."""
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """The k best masks of each of B samples, best first.
 
     masks: int8 [B, k, f]. scores: float32 [B, k], sums of the digits' log-probabilities. probabilities: float32
@@ -290,10 +289,8 @@ def _read_ahead(store: Store, vids: Sequence[str], ahead: int) -> Iterator[tuple
             vid, task = waiting.popleft()
             waiting.extend(islice(tasks, 1))
             error = task.exception()
-            if isinstance(error, VideoError) and not isinstance(error, StoreError):
-                yield vid, error
-            else:  # of a StoreError, too: the set-up is wrong, not this video
-                yield vid, task.result()
+            # A StoreError is raised: the set-up is wrong, not this video.
+            yield vid, error if isinstance(error, VideoError) and not isinstance(error, StoreError) else task.result()
 
 
 def made_by(model: blip3.Blip3, tokenizer: Tokenizer, profile: config.Profile) -> dict[str, str]:

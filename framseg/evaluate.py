@@ -121,11 +121,9 @@ def shuffled(predictions: Sequence[dict], rows: Sequence[Row], seed: int) -> lis
     for target, source in sorted(zip(order, np.roll(order, largest).tolist(), strict=True)):
         row, scale = rows[target], rows[target].duration / rows[source].duration
         windows = [[start * scale, end * scale, score] for start, end, score in predictions[source][WINDOWS]]
-        scores, count = predictions[source][SALIENCY], clips(row.duration)
-        if len(scores) != count:
-            middles, old = ((np.arange(n) + 0.5) / n for n in (count, len(scores)))
-            scores = np.interp(middles, old, scores)
-        out.append(prediction_record(row, windows, scores))
+        scores = predictions[source][SALIENCY]
+        middles, old = ((np.arange(n) + 0.5) / n for n in (clips(row.duration), len(scores)))
+        out.append(prediction_record(row, windows, np.interp(middles, old, scores)))
     return out
 
 

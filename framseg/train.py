@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import math
-import random
+import os
 import subprocess
 import sys
 import time
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 from framseg import FramsegError, annotations, command_line, config, dataset, decode, evaluate, losses, prompt
 from framseg.backbones import device
@@ -90,9 +90,8 @@ def launch(profile: config.Profile, run: Run, on_progress: Watcher | None = None
     One line is printed for each epoch. A progress bar is shown on a terminal, and wherever `on_progress` is given: that
     is called with the records of the step log and of the validation log, every few seconds if new ones came, and at
     the end. A finished run returns at once, one without epochs when it has written what `load_trained` needs.
-    Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first.
-    Raises TrainError with one sentence on what to do if training cannot start or fails, ResumeError if the run folder
-    holds a training with other settings, BusyError if another process trains there.
+    Interrupting it (Ctrl-C, or the kernel's interrupt) writes a state first. Raises TrainError with what to do if
+    training cannot start or fails, ResumeError for a run folder of other settings, BusyError for one that is in use.
     """
     if not profile.training.epochs:
         resume.changes(profile, run)
@@ -242,8 +241,7 @@ class Trainer:
         self.val = dataset.rows(profile, "val")[: profile.training.validation_queries]
         self.epoch_size = dataset.samples_per_epoch(profile, len(rows))
         self.total = total_steps(profile, len(rows))
-        for seed in (torch.manual_seed, random.seed, np.random.seed):
-            seed(profile.seed + self.rank)
+        set_seed(profile.seed + self.rank)
         self.model = load_base(profile).to(device())
         features = None
         if profile.training.cache_features:  # each process makes its share of the files
@@ -384,10 +382,10 @@ class Trainer:
         return losses.lm(logits, answers), losses.bce(digits, soft, section.pos_weight), tversky, dice
 
     def _asked_to_stop(self) -> bool:
-        stop = (self.run.train / "stop").exists() or not launcher.watched()
-        asked = torch.tensor(float(stop), device=self.model.device)
-        torch.distributed.all_reduce(asked)  # all processes leave at the same step
-        return bool(asked)
+        # If the process that started this one is gone (a notebook's kernel was killed), nobody reads on.
+        watcher = Path("/proc", os.environ.get(launcher.WATCHER, "self"))
+        stop = (self.run.train / "stop").exists() or not watcher.exists()
+        return any(launcher.gathered(stop))  # all processes leave at the same step
 
 
 def _append(path: Path, record: dict) -> None:

@@ -59,6 +59,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory) -> Path:
     """A data folder as a user would bring it: a few of the demo's videos with their annotations, frames extracted."""
+    from small import unlabelled
+
     from framseg import annotations, config, dataset
     from framseg.demo import synthetic
 
@@ -72,7 +74,7 @@ def small_set(tmp_path_factory) -> Path:
         rows = [row for row in synthetic.rows(split) if row.vid in scenes]
         annotations.write(folder / getattr(data, "test_labels" if split == "test" else split), rows)
         if split == "test":
-            annotations.write(folder / data.test, [synthetic.unlabelled(row) for row in rows])
+            annotations.write(folder / data.test, [unlabelled(row) for row in rows])
     report = dataset.extract(small_profile(folder))
     assert not report.failed
     return folder

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from demo_tokenizer import build_tokenizer
 from safetensors.torch import load_file
 
 from framseg import annotations, config, dataset, frames, prompt
@@ -76,8 +77,9 @@ def test_making_the_set_again_keeps_what_is_there(tmp_path, monkeypatch):
 
 
 def test_the_shipped_tokenizer_is_the_one_the_code_builds(tmp_path):
-    base_model.build_tokenizer(tmp_path)
-    assert (tmp_path / prompt.FILE).read_bytes() == (base_model.BASE / prompt.FILE).read_bytes()
+    build_tokenizer(tmp_path)
+    same = (tmp_path / prompt.FILE).read_bytes() == (base_model.BASE / prompt.FILE).read_bytes()
+    assert same, "write it anew: python tests/demo_tokenizer.py"
     profile = config.load("demo")
     tokenizer = prompt.load(base_model.BASE)
     assert prompt.check(tokenizer, profile.model, 25).sample_positions < 300

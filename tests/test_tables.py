@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from small import unlabelled
 
 from framseg import annotations, config, evaluate, prompt
 from framseg.demo import synthetic
@@ -31,7 +32,7 @@ def test_text_and_its_title_are_on_the_left():
 
 
 def test_splits():
-    test = [synthetic.unlabelled(row) for row in ROWS["val"]]
+    test = [unlabelled(row) for row in ROWS["val"]]
     table = tables.splits({"test": test, **ROWS})
     assert list(table) == ["test", "train", "val"]
     assert table.loc["queries"].tolist() == [20, 20, 20] and isinstance(table["val"]["queries"], int)
@@ -130,7 +131,7 @@ def test_intervals():
 def test_answers():
     row = ROWS["val"][0]
     listed = [[0, 10, 0.9], [10.04, 20.26, 0.8], [30, 40, 0.7], [50, 60, 0.6]]
-    table = tables.answers([row, synthetic.unlabelled(row)], [listed, listed])
+    table = tables.answers([row, unlabelled(row)], [listed, listed])
     assert table["first three windows, s"][0] == "0–10, 10–20.3, 30–40"
     assert table["true windows, s"][1] == "" and table["query"][0] == row.query
     assert table["true windows, s"][0].startswith(f"{row.relevant_windows[0][0]:g}–")

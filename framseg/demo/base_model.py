@@ -1,6 +1,5 @@
 """What made the demo's base model: ``framseg demo make-base``. None of it is part of the method."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from framseg import config, losses, prompt
 from framseg.annotations import frame_labels, frame_times, soft_targets
 from framseg.backbones.blip3 import Blip3, Resampler
-from framseg.demo.synthetic import ACTIVITIES, DURATION, QUERIES, WORDS, labelled_row, nearness, render, scene
+from framseg.demo.synthetic import ACTIVITIES, DURATION, WORDS, labelled_row, nearness, render, scene
 
 BASE = Path(__file__).parent / "base"
 BASE_SEED = 7
@@ -24,41 +23,6 @@ BASE_QUERIES: list[str] = WORDS["base queries"]
 BASE_SCENES = 500
 BASE_STEPS = (300, 300, 250)
 HEAD_FLOOR = -20.0  # the head's bias for every id that is not part of an answer
-
-
-def build_tokenizer(folder: Path) -> None:
-    """Write a tokenizer.json that does what the method needs of BLIP-3's, learned from the demo's prompt and queries.
-
-    Digits and control tokens have their published ids, and a 0/1 string is one token per digit. A piece may hold
-    several words of the prompt, but never more than one word of a query.
-    """
-    splitting = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="never", split=False), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = splitting
-    queries = [activity.query(wording) for activity in ACTIVITIES for wording in QUERIES]
-    words = {f" {word.strip('.?:')}" for query in queries for word in query.split()} | {"a", "A", "the", "We"}
-    template = [prompt.SYSTEM, *prompt.user_text("{}", 25).replace("<image>", "{}").split("{}")]
-    trainer = trainers.BpeTrainer(vocab_size=4000, max_token_length=24, show_progress=False, special_tokens=[])
-    learner.train_from_iterator(template * 2 + sorted(words) * 2, trainer)
-    learned = json.loads(learner.to_str())["model"]
-
-    ids: dict[str, int] = WORDS["ids"] | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    letters = {chr(code) for code in range(33, 127)} | set(learned["vocab"])
-    pieces = sorted(letters - ids.keys(), key=lambda piece: (len(piece), piece))
-    ids |= {piece: 259 + i for i, piece in enumerate(pieces)}
-    # The embedding has 32,000 rows before the control tokens; ids without a piece get a name that no text contains.
-    ids |= {f"<unused {id}>": id for id in set(range(32000)) - set(ids.values())}
-    control = {id: spelling for spelling, id in WORDS["control tokens"].items()} | dict(enumerate(prompt.ADDED, 32011))
-    merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = splitting
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    spellings = [control.get(id, f"<|placeholder {id}|>") for id in range(32000, 32015)]
-    tokenizer.add_special_tokens([AddedToken(spelling, normalized=False) for spelling in spellings])
-    text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)  # with the spaces of the file that is shipped
-    (folder / prompt.FILE).write_text(text, encoding="utf-8")
 
 
 class Pictures(NamedTuple):
@@ -128,8 +92,7 @@ class BaseTraining:
 
     def picture_loss(self) -> tuple[Tensor, str]:
         """Of 128 pictures: what each shows and how near, told from the vision encoder; with the share told right."""
-        scenes = torch.from_numpy(self.rng.integers(BASE_SCENES, size=128))
-        frames = torch.from_numpy(self.rng.integers(self.frames, size=128))
+        scenes, frames = (torch.from_numpy(self.rng.integers(most, size=128)) for most in (BASE_SCENES, self.frames))
         tokens = self.resampler(self.model.vision_features(self.varied.pixels[scenes, frames]))[:, 0]
         shown, near = self.varied.shown[scenes, frames], self.varied.near[scenes, frames]
         logits = self.probes["shown"](tokens)
@@ -203,15 +166,14 @@ def optimize(
 
 
 def make_base(folder: Path = BASE, seed: int = BASE_SEED) -> None:
-    """Train the base model from random weights and write tokenizer.json and model.safetensors (bf16).
+    """Train the base model from random weights and write model.safetensors (bf16), with the shipped tokenizer.json.
 
-    Three stages: SigLIP learns to tell pictures on all kinds of background, with a resampler that is then thrown away;
-    resampler and Phi-3 learn to answer a short prompt about pictures on plain grey; then the full prompt. As the
-    pictures are in random order, copying the previous digit does not help.
+    SigLIP learns to tell pictures on all kinds of background, with a resampler that is then thrown away; resampler and
+    Phi-3 learn to answer about pictures on plain grey, in random order, so that copying a digit does not help.
     """
     torch.set_num_threads(2)
     folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer(folder)
+    (folder / prompt.FILE).write_bytes((BASE / prompt.FILE).read_bytes())
     base = BaseTraining(prompt.load(folder), seed)
     model = base.model
     seeing = [model.vision_encoder, base.resampler, base.probes]

@@ -207,14 +207,9 @@ def prepare(profile: Profile) -> None:
             jobs = [pool.submit(write_video, path, scene) for path, scene in paths.items() if not path.is_file()]
             for job in tqdm(as_completed(jobs), "demo videos", len(jobs), disable=not jobs, unit="video"):
                 job.result()
-        for split in VIDEOS:
-            write(folder / getattr(data, split), [unlabelled(row) if split == "test" else row for row in rows(split)])
-        write(folder / data.test_labels, rows("test"))
+        for name, split in ((data.train, "train"), (data.val, "val"), (data.test_labels, "test")):
+            write(folder / name, rows(split))
+        write(folder / data.test, [Row(row.qid, row.query, row.duration, row.vid) for row in rows("test")])
         stamp.write_text(json.dumps(made) + "\n", encoding="utf-8")
     except OSError as error:
         raise OSError(f"{folder}: the demo set could not be written ({error}); it needs 150 MB") from error
-
-
-def unlabelled(row: Row) -> Row:
-    """The row as the test split shows it."""
-    return Row(row.qid, row.query, row.duration, row.vid)

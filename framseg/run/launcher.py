@@ -50,8 +50,7 @@ T = TypeVar("T")
 
 def peer_gone(error: Exception) -> bool:
     """True for an error that says no more than that another process has ended."""
-    # gloo raises a RuntimeError.
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)  # gloo: a RuntimeError
 
 
 def sentence(error: Exception) -> str:
@@ -67,10 +66,9 @@ def sentence(error: Exception) -> str:
         return text
     if peer_gone(error):
         return f"another process has ended ({text})"
-    if isinstance(error, OSError) and error.errno in FULL:
-        return DISK_FULL.format(error.filename or text)
-    if any(f"(os error {number})" in text for number in FULL):  # safetensors: its error has no errno
-        return DISK_FULL.format(text)
+    # An error of safetensors has its errno in the text alone.
+    if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in text for number in FULL):
+        return DISK_FULL.format(getattr(error, "filename", None) or text)
     # On the CPU torch raises a RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
@@ -84,7 +82,7 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-class Job:
+class Job(contextlib.AbstractContextManager["Job"]):
     """`python -m module arguments` in `training.processes` processes, whose output is appended to `log`.
 
     They are killed when its context is left. FramsegError without DeepSpeed, OSError for a log that cannot be written.
@@ -104,9 +102,6 @@ class Job:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=_environment(profile), start_new_session=True
             )
-
-    def __enter__(self) -> "Job":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):  # nothing is left
@@ -216,11 +211,6 @@ def gathered(value: T) -> list[T]:
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     return values
-
-
-def watched() -> bool:
-    """False if the process that started this one is gone (a notebook's kernel was killed): nobody reads on."""
-    return WATCHER not in os.environ or Path(f"/proc/{os.environ[WATCHER]}").exists()
 
 
 @contextlib.contextmanager

@@ -136,8 +136,7 @@ def keep_labels(profile: config.Profile, run: Run, numbers: set[str]) -> None:
     resume.changes(profile, run, trains=TRAINING in numbers)
     for number in MADE_FROM.keys() - numbers:
         if run.profile.is_file() and any(run.notebooks.glob(f"{number}_*.json")):
-            changed = resume.differences(config.load(run.profile), profile, MADE_FROM[number])
-            if changed:
+            if changed := resume.differences(config.load(run.profile), profile, MADE_FROM[number]):
                 raise RunError(
                     f"chapter {number} in {run.root} was made with other settings ({'; '.join(changed.values())}): run "
                     f"it again, too, with --from {number}, or give another --run-dir"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from framseg import FramsegError, config, dataset
 from framseg.jsonl import checksum
+from framseg.run import launcher
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -145,9 +146,7 @@ def newest(folder: Path) -> Path | None:
     while states and (reason := damage(states[-1])):
         print(f"warning: {states[-1]} is damaged ({reason}): going on from the state before it", flush=True)
         shutil.rmtree(states.pop())
-    chosen = [states[-1] if states else None]
-    torch.distributed.broadcast_object_list(chosen)
-    return chosen[0]
+    return launcher.gathered(states[-1] if states else None)[0]
 
 
 def damage(state: Path) -> str | None:

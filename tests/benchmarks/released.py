@@ -41,6 +41,7 @@ from framseg.run.paths import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import hub_server  # of the tests
+from small import unlabelled
 
 SEED = 0
 SPLITS = ("val", "test")
@@ -90,7 +91,7 @@ def data(profile: config.Profile, folder: Path) -> dict[str, dict[str, bytes]]:
         row = synthetic.rows(split)[0]
         annotations.write(folder / getattr(profile.data, "test_labels" if split == "test" else split), [row])
         if split == "test":
-            annotations.write(folder / profile.data.test, [synthetic.unlabelled(row)])
+            annotations.write(folder / profile.data.test, [unlabelled(row)])
         scene = synthetic.scenes(split)[row.vid]
         repositories[profile.data.frames[split]] = {"videos.tar.gz": archive(row.vid, scene, profile, folder)}
     return repositories
