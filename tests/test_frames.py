@@ -97,7 +97,7 @@ def small_store(folder: Path, **changes) -> Store:
 
 def run(videos: dict, folder: Path, store: Store, workers: int = 1, **changes) -> frames.Report:
     settings = {"time_limit": 30.0, "duration_tolerance": 1.0} | changes
-    with mock.patch("os.sched_getaffinity", lambda _: range(workers)):
+    with mock.patch("os.sched_getaffinity", lambda _: range(workers), create=True):
         return extract(videos, folder, store, **settings)
 
 
