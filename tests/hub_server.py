@@ -34,7 +34,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
-        name = next((name for name in server.files if f"/{name}/" in f"{self.path}/"), None)
+        name = next((name for name in server.files if f"/{name}/" in f"{self.path.partition('?')[0]}/"), None)
         if server.status or name is None:
             code = "GatedRepo" if server.status == 401 else "RepoNotFound"
             return self.reply(b"{}", server.status or 404, X_Error_Code=code)
