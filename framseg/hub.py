@@ -40,11 +40,10 @@ def push(folder: Path | str, name: str, private: bool = False) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `framseg hub`: uploads a checkpoint and prints its address."""
     parser = argparse.ArgumentParser(prog="framseg hub", description="Checkpoints on the Hugging Face hub.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    pushing = commands.add_parser("push", help="upload a checkpoint")
-    pushing.add_argument("folder", type=Path, help="e.g. runs/paper/checkpoint")
-    pushing.add_argument("name", help="OWNER/NAME")
-    pushing.add_argument("--private", action="store_true", help="only for those who may see your repositories")
+    parser.add_argument("command", choices=["push"], help="upload a checkpoint")
+    parser.add_argument("folder", type=Path, help="e.g. runs/paper/checkpoint")
+    parser.add_argument("name", help="OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="only for those who may see your repositories")
     options = parser.parse_args(arguments)
     print(push(options.folder, options.name, options.private))
 

@@ -96,12 +96,11 @@ def predict(
     Seconds, of the answer as of the frames that the model sees, are those of a player: second 0 is the start of the
     file, also where the picture starts later than the sound; until then the first frame counts.
 
-    The model has learned from f frames of 150 s. Of a longer video of t seconds it sees n = t * f / 150 frames
-    (rounded), which are as dense. If n is more than f, the model is asked about f of them at a time: each time half of
-    f (rounded down) further on, and at last about the last f. A frame's probability is the mean over the answers that
-    include it, weighted by its place there: 1 for the first and last frame, 2 for the next ones, and so on towards the
-    middle. Its digit is 1 if the answers that say 1 have at least half of the weight. The frames wait in a temporary
-    file, so memory does not grow with the length. See `frames.read_apart` for how the video is decoded.
+    The model has learned from f frames of 150 s. A longer video of t seconds gives n = t * f / 150 frames (rounded),
+    which are as dense, and the model is asked about f of them at a time: each time half of f (rounded down) further
+    on, at last about the last f. A frame's probability is the mean over the answers that include it, weighted by its
+    place there: 1 for the first and last frame, 2 for the next ones, and so on. Its digit is 1 if the answers that say
+    1 have at least half of the weight. Frames wait in a temporary file: memory does not grow with the length.
 
     Raises VideoError if the video cannot be decoded or is cut off, PromptError for an empty query or a tokenizer that
     does not fit the model, CheckpointError for a folder that is no checkpoint, ValueError for an unknown policy or

@@ -7,12 +7,12 @@ passes without the weight gradients of what is frozen.
 
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer, timer
 
 from framseg import config
 
@@ -154,23 +154,15 @@ def matrix_rate(
     dtype: torch.dtype,
     width: int = 4096,
     seconds: float = 1.0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = timer,
 ) -> float:
     """Operations per second that square matrix products of `width` reach on the device: the limit to compare with.
 
-    seconds: how long to measure, after a warm-up. clock: the one that times what is compared.
+    seconds: how long to measure, after a warm-up. clock: the one that times what is compared; it waits for a GPU.
     """
-    left, right = torch.randn(2, width, width, device=device).to(dtype)
-    for warm_up in (True, False):
-        done, began = 0, clock()
-        while clock() - began < (seconds / 4 if warm_up else seconds):
-            left @ right
-            done += 1
-            if left.is_cuda and done % 16 == 0:
-                torch.cuda.synchronize()
-        if left.is_cuda:
-            torch.cuda.synchronize()
-    return done * 2 * width**3 / (clock() - began)
+    names = dict(zip(("left", "right"), torch.randn(2, width, width, device=device).to(dtype), strict=True))
+    product = Timer("left @ right", timer=clock, globals=names, num_threads=torch.get_num_threads())
+    return 2 * width**3 / product.blocked_autorange(min_run_time=seconds).median
 
 
 def device_name(where: str = "auto") -> str:

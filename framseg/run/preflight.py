@@ -207,7 +207,8 @@ def to_fetch(name: str, ending: str = ".safetensors", kind: str = "model") -> in
     if any(file.exists() for file in cache.glob(f"snapshots/*/*{ending}")):
         return 0
     try:
-        files = HfApi().repo_info(name, repo_type=kind, timeout=HUB_PATIENCE, files_metadata=True).siblings or []
+        about = HfApi().repo_info(name, repo_type=kind, timeout=HUB_PATIENCE, files_metadata=True)
+        files = about.siblings or []  # type: ignore[union-attr]  # only kernels have none
     except Exception:  # the HTTP library's errors share no base class with the hub's
         return None
     sizes = [file.size or 0 for file in files if file.rfilename.endswith(ending)]
