@@ -162,6 +162,7 @@ def chapters(profile: config.Profile, settings: dict, folder: Path, record: dict
         parts = {split: run.predicted(split).with_name(f"{run.predicted(split).name}.part0") for split in SPLITS}
         with watched(record, "run", *parts.values(), *map(run.predicted, SPLITS)) as watch:
             text = finished(command, environment, folder / "run.log")
+        record["load average"] = round(os.getloadavg()[1], 1)  # of five minutes: above the threads, others worked too
         record["archives fetched"] = sorted({name for name, _ in server.fetched if name.endswith(".tar.gz")})
     record["seconds by chapter"] = by_notebook(text)
     # A part file appears when the weights are loaded, the split's file when its query is answered.
