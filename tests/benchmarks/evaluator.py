@@ -15,12 +15,17 @@ import time
 from pathlib import Path
 
 import common
+import pandas as pd
 
 from framseg import annotations, evaluate
 from framseg.predictions import read_predictions
-from framseg.run.resume import flat
 
 REPEATS = 9
+
+
+def flat(metrics: dict) -> dict:
+    """The numbers by keys like "brief.MR-full-mAP"."""
+    return pd.json_normalize(metrics).to_dict("records")[0]
 
 
 def main() -> None:

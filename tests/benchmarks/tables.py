@@ -329,7 +329,7 @@ def full_size_cpu() -> str:
     queries = ", ".join(f"{seconds:.0f} s ({split})" for split, seconds in run["seconds per query"].items())
     taken = f"{run['run']['peak GiB']:.1f} GiB, for {run['bytes of weights'] / 1e9:.1f} GB of weights in {run['dtype']}"
     rows += [["a query", queries], ["memory of all processes", taken]]
-    others = f"{run['threads']} threads, load average {run['load average']:.1f}"  # more than the threads: other work, too
+    others = f"{run['threads']} threads, load average {run['load average']:.1f} (above the threads, others worked too)"
     return table(("what", "measured"), rows) + f"\n\nDevice: {device(run)}, {others}."
 
 
