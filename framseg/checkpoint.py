@@ -77,9 +77,7 @@ def require_complete(folder: Path | str) -> Path:
     needed = [PROFILE, RESAMPLER, ADAPTER_SETTINGS, ADAPTER] if trained else [PROFILE]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{folder}: no trained checkpoint here ({', '.join(missing)} missing); notebook 03 writes one"
-        )
+        raise CheckpointError(f"{folder}: no trained checkpoint ({', '.join(missing)} missing); notebook 03 writes one")
     return folder
 
 

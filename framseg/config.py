@@ -309,9 +309,7 @@ def _path(name: str | Path) -> Path:
     if str(name) not in names():
         near = difflib.get_close_matches(str(name), names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ProfileError(
-            f"no profile named {str(name)!r}: {hint}there are {', '.join(names())}, or give a .yaml file"
-        )
+        raise ProfileError(f"no profile named {str(name)!r}: {hint}there are {', '.join(names())}, or a .yaml file")
     return PROFILES / f"{name}.yaml"
 
 

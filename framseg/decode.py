@@ -99,9 +99,7 @@ def beam_search(
     batch, length = real.shape
     context, window = model.section.language.context, model.section.language.sliding_window
     if length + frames > context:
-        raise ValueError(
-            f"prompt and answer take {length + frames} positions, the model's context is {context}: shorten the query"
-        )
+        raise ValueError(f"prompt and answer take {length + frames} of {context} positions: shorten the query")
     # The answer's positions see nothing of what lies before the window of its first one.
     kept = length if window is None else min(length, window - 1)
     cache = Cache(layers=[_SharedLayer(kept, beams * (frames - 1)) for _ in language.layers])

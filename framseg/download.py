@@ -113,9 +113,7 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str], name: 
         status = f"the server answers {answer.status} {answer.reason}"
         if answer.status == 200:  # the whole file: the first time, where it has changed, or without ranges
             if "Content-Length" not in answer.headers:
-                raise DownloadError(
-                    f"{_shown(address)}: the server does not say how long the file is; get it by another way"
-                )
+                raise DownloadError(f"{_shown(address)}: the server tells no length of the file; get it by another way")
             part.unlink(missing_ok=True)  # before the note changes: old bytes must never pass for the new version's
             # A weak ETag, unlike a strong one, may be the same for files of different bytes.
             version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
@@ -130,9 +128,7 @@ def _transfer(address: str, part: Path, note: Path, more: dict[str, str], name: 
         elif answer.status in (408, 429, *range(500, 600)):
             raise _Cut(status)
         else:
-            raise DownloadError(
-                f"{_shown(address)}: {status}; get the file by another way and take its folder with --from"
-            )
+            raise DownloadError(f"{_shown(address)}: {status}; get it by another way and take its folder with --from")
         bar = tqdm(desc=name, total=length, initial=size, unit="B", unit_scale=True)
         try:
             with bar, part.open("ab") as file:

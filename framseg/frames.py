@@ -319,9 +319,7 @@ class Store:
             except VideoError:
                 raise
             except Exception as error:  # zipfile, json and Pillow raise a dozen kinds for a damaged file
-                raise VideoError(
-                    f"{vid}: its file in the frame store is damaged ({path}); delete it and extract again"
-                ) from error
+                raise VideoError(f"{vid}: its file {path} is damaged; delete it and extract again") from error
 
 
 @dataclass

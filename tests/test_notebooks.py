@@ -341,7 +341,7 @@ def test_a_chapter_runs_alone(small_set, tmp_path):
 
 @pytest.mark.parametrize(
     ("chapter", "message"),
-    [("04", r"no trained checkpoint here .*notebook 03 writes one"), ("05", r"no predictions here; notebook 04")],
+    [("04", r"no trained checkpoint .*notebook 03 writes one"), ("05", r"no predictions here; notebook 04")],
 )
 def test_what_an_earlier_chapter_must_write_first(small_set, tmp_path, chapter, message):
     done = start(tmp_path / "empty", "--only", chapter, **SHORT, **{"data.folder": small_set})

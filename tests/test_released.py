@@ -249,7 +249,7 @@ def test_an_index_says_which_files_belong_to_the_weights(hub, local, tmp_path):
     model, *_ = checkpoint.loaded(tmp_path / "shards")
     assert all(torch.equal(value, local.model.state_dict()[name]) for name, value in model.state_dict().items())
     (tmp_path / "shards/model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="lacks model-00002-of-00002.safetensors, which its index names; fetch"):
+    with pytest.raises(CheckpointError, match="lacks model-00002-of-00002.safetensors, named by the index; fetch"):
         checkpoint.loaded(tmp_path / "shards")
     index.write_text("[")
     with pytest.raises(CheckpointError, match="no .safetensors file here"):

@@ -266,9 +266,7 @@ class Blip3(nn.Module):
         if not files:
             raise CheckpointError(f"{folder}: no .safetensors file here; give the folder of a published checkpoint")
         if lacking := [file.name for file in files if not file.is_file()]:
-            raise CheckpointError(
-                f"{folder}: lacks {shortlist(lacking, most=5)}, which its index names; fetch it again"
-            )
+            raise CheckpointError(f"{folder}: lacks {shortlist(lacking, most=5)}, named by the index; fetch it again")
         expected = model.state_dict()
         if section.language.tie_embeddings:
             del expected["lang_model.lm_head.weight"]

@@ -178,9 +178,7 @@ class Container:
         still = times[1:] <= latest[:-1]
         if still.sum() > STILL * self.fps:
             second = times[1:][still][0]
-            raise VideoError(
-                f"{self.path}: its frames' times stand still or jump back at {second:.2f} s; {anew(self.path)}"
-            )
+            raise VideoError(f"{self.path}: its times stand still or jump back at {second:.2f} s; {anew(self.path)}")
         if self._name == "mpeg" and still.any() and abs(np.ptp(times) * self.fps - len(times) + 1) < 0.5:
             # Of small frames that share a packet FFmpeg may take one's time for another's.
             times = latest = times[0] + np.arange(len(times)) / self.fps

@@ -179,9 +179,7 @@ def started(
     with last_line():
         profile = config.load(options.profile)
         if "RANK" not in os.environ:
-            raise FramsegError(
-                "this process has no rank: `deepspeed --module` starts it, or framseg run does all of it"
-            )
+            raise FramsegError("this process has no rank: `deepspeed --module` starts it, or framseg run does it all")
         import deepspeed
 
         # DeepSpeed would compile a shared-memory helper for CPU collectives first (minutes); gloo does without.

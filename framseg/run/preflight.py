@@ -32,9 +32,7 @@ def missing(profile: config.Profile, trains: bool = True, root: Path | None = No
         command = f"python -m framseg.download {config.data_folder(profile)}"
         for split in ("train", "val", "test", "test_labels"):
             if not (file := dataset.annotation_file(profile, split)).is_file():
-                out.append(
-                    f"annotations: {file} is not there; fetch it with {command}, or set data.folder to where it is"
-                )
+                out.append(f"annotations: {file} is not there; fetch it with {command}, or set data.folder")
         if not (videos := dataset.videos(profile)).is_dir():
             out.append(f"videos: {videos} is not there; fetch {{vid}}.mp4 of every row with {command}")
     weights, tokenizers = profile.model.weights, profile.model.tokenizers

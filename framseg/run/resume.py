@@ -179,9 +179,7 @@ def load_weights(state: Path, model: torch.nn.Module, start: dict[str, Tensor], 
         )
     before = load_file(state / "start.safetensors")
     if differing := [name for name, value in before.items() if not torch.equal(start[name].cpu(), value)]:
-        raise ResumeError(
-            f"{state}: PiSSA now begins elsewhere ({differing[0]}): other base weights, seed or library; {anew}"
-        )
+        raise ResumeError(f"{state}: PiSSA begins elsewhere ({differing[0]}): other weights, seed or library; {anew}")
     model.load_state_dict(load_file(state / "weights.safetensors"), strict=False)
     return about["step"]
 

@@ -83,7 +83,7 @@ def labels(path: Path, rows: Sequence[Row], frames: int) -> tuple[pd.DataFrame, 
     """The labels in a JSON of the published frames (p2/val_v1.json) next to those of `rows`: summary, the worst rows.
 
     Ours are made for the frames' exact times, for these cut to whole seconds, and for the times that the file gives.
-    Raises AnnotationError for a damaged file, and for one about other queries.
+    Targets within 1e-4 are equal: a file may round. Raises AnnotationError for a damaged file or one on other queries.
     """
     known = {row.qid: row for row in annotations.labelled(rows)}
     records, bad = jsonl.checked_records(_published(path, frames), f"{path}:", lambda record: ())
@@ -101,8 +101,8 @@ def labels(path: Path, rows: Sequence[Row], frames: int) -> tuple[pd.DataFrame, 
         wrong, gap = (labels != digits).sum(axis=1), np.abs(targets - soft)
         facts = {"rows": len(ours), BALANCE: (1 - labels).sum() / max(labels.sum(), 1)}
         facts |= {"equal digits, %": 100 - 100 * wrong.mean() / frames, "equal rows, %": 100 * (wrong < 1).mean()}
-        facts |= {"equal soft targets, %": 100 * (gap < 1e-4).mean()}  # a file may round them
-        summary[name] = facts | {"largest difference of targets": gap.max(), "mean difference of targets": gap.mean()}
+        facts |= {"equal soft targets, %": 100 * (gap < 1e-4).mean(), "largest difference of targets": gap.max()}
+        summary[name] = facts | {"mean difference of targets": gap.mean()}
         worst[f"wrong digits, {name}"], worst[f"largest difference, {name}"] = wrong, gap.max(axis=1)
     worst = worst.sort_values([*worst.columns[2:]], ascending=False, kind="stable", ignore_index=True)[:WORST]
     return pd.DataFrame(summary, dtype=object), worst
