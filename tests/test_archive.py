@@ -606,6 +606,7 @@ def test_chapter_01_with_the_profile_released(hub, folder, tmp_path, splits):
     text = (run.notebooks / "01_data.ipynb").read_text(encoding="utf-8")
     count = 5 if len(splits) == 2 else 11
     assert f"{count} of {count} videos are in " in text and f"read by published: {count}" in text
+    assert "val: not compared with the authors' labels: " in text and "p2/val_v1.json" in text  # served: no labels
     assert (run.figures / "figure_4_variations.png").is_file()
     name = f"frames_25x{1 if count == 5 else 3}_48px_q95"
     assert len(list((folder / name).glob("*.zip"))) == count
@@ -646,7 +647,9 @@ def test_all_five_chapters_with_everything_from_the_hub(hub, folder, tmp_path, s
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return "".join(map(str, (output for cell in cells for output in cell.get("outputs", ()))))
 
-    assert "the authors' labels next to ours" in shown(1) and "not compared with" not in shown(1)
+    assert "val: the authors' labels next to ours" in shown(1) and "not compared with" not in shown(1)
+    asked = len(dataset.rows(profile_of(folder), "val"))
+    assert f"{100 - 100 / 25 / asked:.4f}" in shown(1)  # one digit of all rows is another
     assert "trained on QVHighlights, real videos" in shown(3) and "nothing is trained" in shown(3)
     assert "read in three ways" in shown(4) and run.submission.is_file() and "scores as above: True" in shown(4)
     assert "so there is nothing to ask about" in shown(5) and run.report.is_file()

@@ -471,30 +471,6 @@ def test_chapter_4_tells_a_run_from_the_authors_answers(chain, small_set, tmp_pa
     assert "test is not compared with the authors' own answers: neither " in text
 
 
-def test_chapter_1_shows_the_authors_labels(small_set, tmp_path, monkeypatch):
-    """The cell by itself, with files of labels in place of the published ones."""
-    profile, shown, made, path = small_profile(small_set, data__source="frames"), [], [], tmp_path / "val_v1.json"
-    splits = {
-        name: annotations.read(small_set / getattr(profile.data, name)) for name in ("train", "val", "test_labels")
-    }
-    for row in splits["val"]:
-        times = annotations.frame_times(row.duration, 25, True)
-        digits, targets = annotations.labels_at(row, times)
-        answer = {"id": row.qid, "vid": row.vid, "conversations": ["".join(map(str, digits))]}
-        made.append(answer | {"video_timestamps": times.tolist(), "saliency_scores": targets.tolist()})
-    path.write_text(json.dumps(made))
-    archive = SimpleNamespace(labels_file=lambda profile, split: path if split == "val" else None)
-    monkeypatch.setitem(sys.modules, "framseg.run.archive", archive)
-    cell = next(cell for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells if cell.id == "balance")
-    given = {"profile": profile, "splits": splits, "f": 25, "whole": True, "run": Run("demo", tmp_path / "run")}
-    modules = {"annotations": annotations, "paper_results": paper_results, "figures": figures}
-    exec(cell.source, given | modules | {"tables": tables, "parity": parity, "display": shown.append})
-    text = [BeautifulSoup(table.to_html(), "html.parser").get_text(" ", strip=True) for table in shown]
-    assert len(text) == 2 and all(one.startswith("val: the authors' labels next to ours") for one in text)
-    assert re.search(r"equal digits, % – [\d.]+ 100.0000 100.0000", text[0])
-    assert all(str(row.qid) in text[1] for row in splits["val"][:10])
-
-
 def test_chapter_4_goes_on_where_the_record_of_the_policies_is_missing(tmp_path, capsys):
     """As in an installed package, which has no tests."""
     cell = next(cell for cell in nbformat.read(NOTEBOOKS[3], as_version=4).cells if cell.id == "ranked")
