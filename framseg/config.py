@@ -233,6 +233,7 @@ class Inference(Section):
     beams: Count
     batch: Count  # queries decoded at once
     windows: Literal["mask", "thresholds", "ranked"]  # policy of framseg.moments.windows
+    rounding: Literal["floor", "nearest"] = "floor"  # of windows' ends to seconds, see framseg.moments.windows
     saliency: Literal["overlap", "interpolation", "gaussian"]  # method of framseg.moments.saliency
 
 

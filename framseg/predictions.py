@@ -118,7 +118,7 @@ def answer_record(row: Row, mask: str, probability: np.ndarray, inference: confi
     float64 [f], of foreground. inference: names the policy for the windows and the method for clip saliency.
     """
     frames = len(probability)
-    windows = moments.windows(mask, probability, row.duration, inference.windows)
+    windows = moments.windows(mask, probability, row.duration, inference.windows, inference.rounding)
     saliency = moments.saliency(probability, row.duration, inference.saliency)
     answer = {"mask": moments.counted(mask, frames), "probability": probability.tolist()}
     return prediction_record(row, windows, saliency) | answer | {"valid": moments.valid(mask, frames)}

@@ -169,7 +169,7 @@ def test_a_second_training_in_the_same_folder_is_refused(trained, tmp_path):
         first.write("1234")
         first.flush()
         fcntl.flock(first, fcntl.LOCK_EX)
-        with pytest.raises(BusyError, match="process 1234 is at work in .*give another --run-dir"):
+        with pytest.raises(BusyError, match="process 1234 works in .*give another --run-dir"):
             train.launch(profile, run)
     assert not run.step_log.exists()
 

@@ -204,7 +204,7 @@ def test_nothing_starts_while_something_is_missing(notebooks, tmp_path, monkeypa
 def test_a_second_run_in_the_same_folder_is_refused(notebooks, tmp_path, capsys):
     with hold(tmp_path / "a run"):
         assert start(tmp_path, "--only", "01") == 2
-    assert f"process {os.getpid()} is at work in {tmp_path / 'a run'}" in capsys.readouterr().err
+    assert f"process {os.getpid()} works in {tmp_path / 'a run'}" in capsys.readouterr().err
     assert start(tmp_path, "--only", "01") == 0
 
 

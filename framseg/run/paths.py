@@ -60,9 +60,7 @@ def hold(folder: Path, name: str = "lock", wait: float = DYING, busy: FramsegErr
         if time.monotonic() > deadline:
             file.seek(0)
             with file:
-                raise busy or BusyError(
-                    f"process {file.read()} is at work in {folder}: wait for it, end it, or give another --run-dir"
-                )
+                raise busy or BusyError(f"process {file.read()} works in {folder}: end it, or give another --run-dir")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

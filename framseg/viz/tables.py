@@ -15,7 +15,7 @@ from framseg.viz import paper_results
 
 METRICS = evaluate.METRICS | {"MR-full-mAP@0.5": "mAP@0.5", "MR-full-mAP@0.75": "mAP@0.75"}
 REPORTED = "reported, real QVHighlights"
-# Policies for windows and saliency: the authors' submission, the runs of ones, the better ones.
+# Policies for windows and saliency: the authors' submission, the runs of ones, the better ones, which round nothing.
 READINGS = ("thresholds", "overlap"), ("mask", "overlap"), (moments.BEST_WINDOWS, moments.BEST_SALIENCY)
 PARTS = {"vision_encoder": "vision encoder", "vision_tokenizer": "resampler", "lang_model": "language model"}
 TABLE_II, TABLE_III = paper_results.TABLE_II, paper_results.TABLE_III  # keys by section of the profile
@@ -105,8 +105,9 @@ def readings(split: str, answers: Sequence[dict], rows: Sequence[annotations.Lab
     """A split's scores for each of the `READINGS` of the same masks and probabilities, under what the paper reports."""
     reported = {"val": paper_results.VAL["final predictions"], "test": paper_results.TEST["the paper"]}
     lines, both = {f"the paper ({REPORTED})": reported[split]}, list(zip(*matched(answers, rows), strict=True))
-    for windows, saliency in READINGS:
-        way = config.load("paper", {"inference.windows": windows, "inference.saliency": saliency}).inference
+    for windows, saliency in READINGS:  # ends rounded as in the authors' final predictions
+        names = {"beams": 1, "batch": 1, "windows": windows, "saliency": saliency, "rounding": "nearest"}
+        way = config.Inference.model_validate(names)
         again = [answer_record(row, old["mask"], np.array(old["probability"]), way) for old, row in both]
         lines[f"windows {windows}, saliency {saliency}"] = evaluate.evaluate(again, rows)["brief"]
     return scores(lines)
