@@ -237,7 +237,7 @@ def test_unusable_prompts_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         decode.beam_search(model, vision, ids, mask, FRAMES, 0)
     model, _ = tiny(**{"model.language.context": 32})
-    with pytest.raises(ValueError, match="context is 32"):
+    with pytest.raises(ValueError, match="33 of 32 positions"):
         decode.beam_search(model, vision, ids, mask, FRAMES, 2)
 
 
