@@ -66,8 +66,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+def serving(handler: type[Hub] = Hub):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.files, server.fetched, server.tokens, server.cut, server.status = {}, [], [], None, 0
         server.damaged, server.licence = False, False  # large files are zeros; the card names a licence
         server.elsewhere = ""  # the address of a server to which whoever asks for large files is sent

@@ -1,40 +1,26 @@
 """Checkpoints on a hub: a small server on the loopback address that answers as the Hugging Face hub does."""
 
 import base64
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import hub_server
 import pytest
 from small import SCORES, tiny
 
-from framseg import config, prompt
+from framseg import prompt
 from framseg.backbones import blip3
 from framseg.checkpoint import load_base, save_trained
 
+NAME = "somebody/moments"
 
-class Hub(BaseHTTPRequestHandler):
+
+class Hub(hub_server.Hub):
     """One repository: what is committed to it can be listed and fetched."""
 
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, content: bytes, status: int = 200, **headers: str):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}/somebody/moments"
+        return f"http://127.0.0.1:{self.server.server_port}/{NAME}"
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -46,37 +32,18 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path.endswith("/commit/main"):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    self.server.files[NAME][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             answer = {"commitUrl": f"{self.address()}/commit/{1:040d}", "commitOid": "1" * 40}
         else:
-            answer = {"url": self.address(), "name": "somebody/moments", "id": "somebody/moments"}
+            answer = {"url": self.address(), "name": NAME, "id": NAME}
         self.reply(json.dumps(answer).encode(), Content_Type="application/json")
-
-    def do_GET(self):
-        files = self.server.files
-        name = self.path.partition("/resolve/")[2].partition("/")[2]
-        if name in files:
-            etag = hashlib.sha256(files[name]).hexdigest()
-            self.server.fetched.append(name)
-            self.reply(files[name], ETag=f'"{etag}"', X_Repo_Commit="1" * 40)
-        elif "/api/models/somebody/moments" in self.path:
-            siblings = [{"rfilename": name} for name in files]
-            about = {"id": "somebody/moments", "sha": "1" * 40, "siblings": siblings, "tags": [], "private": False}
-            tree = [{"type": "file", "path": name, "size": len(files[name]), "oid": "1" * 40} for name in files]
-            self.reply(json.dumps(tree if "/tree/" in self.path else about).encode(), Content_Type="application/json")
-        else:
-            self.reply(b"{}", 404, X_Error_Code="RepoNotFound")
-
-    do_HEAD = do_GET
 
 
 @pytest.fixture
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.files, server.fetched = {}, []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with hub_server.serving(Hub) as server:
+        server.files[NAME] = {}
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -92,16 +59,13 @@ def checkpoint(tmp_path):
 
 def python(server, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
     """Python with the hub's address set to the server, as it is read when the hub's library is imported."""
-    environment = os.environ | {
-        "PYTHONPATH": str(config.REPOSITORY),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_TOKEN": "hf_nobody",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path
+        [sys.executable, *arguments],
+        env=hub_server.environment(server, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=tmp_path,
     )
 
 
@@ -116,18 +80,19 @@ def test_pushed_and_fetched_by_name(server, checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"/commit/{1:040d}" in done.stdout
     assert {"profile.yaml", "README.md", "resampler.safetensors", "adapter/adapter_model.safetensors"} <= set(
-        server.files
+        server.files[NAME]
     )
-    assert "stray.pkl" not in server.files
+    assert "stray.pkl" not in server.files[NAME]
 
-    server.files["evil.py"] = b"raise SystemExit"
+    server.files[NAME]["evil.py"] = b"raise SystemExit"
     load = (
         "import sys; from framseg.checkpoint import load_trained, local_folder;"
         "print(load_trained(local_folder(sys.argv[1]))[1].name)"
     )
     done = python(server, tmp_path, "-c", load, "somebody/moments")  # the relative base is found from tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "tiny" and "evil.py" not in server.fetched
+    assert done.stdout.strip() == "tiny" and f"{NAME}/profile.yaml" in dict(server.fetched)
+    assert f"{NAME}/evil.py" not in dict(server.fetched)
 
     missing = python(server, tmp_path, "-c", load, "somebody/else")
     assert "somebody/else: neither a folder here nor to be had from the Hugging Face hub" in missing.stderr
