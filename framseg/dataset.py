@@ -192,10 +192,10 @@ class MicroBatches:
         self.epoch_size = samples_per_epoch(profile, len(self.lengths))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in itertools.count(self.first):
-            step, micro_batch = divmod(number, self.shape[0])
-            epochs, numbers = (part[micro_batch, self.rank].tolist() for part in self._step(step))
-            yield list(zip(epochs, numbers, strict=True))
+        first, skip = divmod(self.first, self.shape[0])
+        drawn = (each for step in itertools.count(first) for each in zip(*self._step(step), strict=True))
+        for epochs, numbers in itertools.islice(drawn, skip, None):
+            yield list(zip(epochs[self.rank].tolist(), numbers[self.rank].tolist(), strict=True))
 
     def _step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and row of every sample of an optimizer step, each [accumulation, processes, micro_batch]."""

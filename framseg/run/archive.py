@@ -41,9 +41,8 @@ def prepare(profile: config.Profile) -> None:
 
 def labels_file(profile: config.Profile, split: str) -> Path | None:
     """The authors' own labels of a split (train, val or test), None if they have not been fetched."""
-    if split not in profile.data.frames:
-        return None
-    return preflight.cached(profile.data.frames[split], LABELS[split], "dataset")
+    name = profile.data.frames.get(split)
+    return preflight.cached(name, LABELS[split], "dataset") if name else None
 
 
 def to_fetch(profile: config.Profile) -> int:

@@ -292,9 +292,10 @@ def upright(frame: av.VideoFrame) -> np.ndarray:
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Name and content of each box of an mp4's header."""
-    while len(data) >= 8 and (size := int.from_bytes(data[:4])) >= 8:
-        yield data[4:8], data[8:size]
-        data = data[size:]
+    rest = memoryview(data)  # its slices are no copies
+    while len(rest) >= 8 and (size := int.from_bytes(rest[:4])) >= 8:
+        yield bytes(rest[4:8]), bytes(rest[8:size])
+        rest = rest[size:]
 
 
 def _inside(data: bytes, *names: bytes) -> bytes:
